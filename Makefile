@@ -1,0 +1,76 @@
+# setup   .venv with the locked versions, .venv/bin/elastrain among them
+# data    packs what the shipped pipelines read, into data/
+# demo    trains a small network on the digits and shows its report
+# check   format, lint, direction of imports, types and the fast tests
+# test    check, then the tests that start Ray or take long
+# format  lets ruff rewrite what it can
+# bench   runs the benchmarks
+# soak    repeats the tests that start Ray or take long: make soak ROUNDS=50
+# CI and the README use these and nothing else. Every target installs what it needs.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: setup data demo check test format bench soak
+
+PYTHON ?=
+ROUNDS ?= 10
+IS_OURS := import sys; sys.exit(sys.version_info[:2] != (3, 11))
+BIN := .venv/bin
+ELASTRAIN := $(BIN)/elastrain
+TEST := $(BIN)/pytest -q
+
+setup: .venv/.stamp
+	@true
+
+# Made again only when what is asked for changes; pip then moves only what differs from the lock.
+.venv/.stamp: pyproject.toml constraints.txt
+	@if ! $(BIN)/python -c '$(IS_OURS)' 2>/dev/null; then \
+	  for python in $(if $(PYTHON),"$(PYTHON)",python3.11 python3); do \
+	    if "$$python" -c '$(IS_OURS)' 2>/dev/null; then found="$$python"; break; fi; \
+	  done; \
+	  if test -z "$${found:-}"; then \
+	    echo "make setup: Elastrain needs Python 3.11, which $(or $(PYTHON),python3.11 or python3 here) is not;" \
+	      "install it, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 2; \
+	  fi; \
+	  "$$found" -m venv --clear .venv; \
+	fi
+	@echo "Installing the locked versions into .venv (about 2 GB; minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[digits,text,images,dev]'
+	@touch $@
+
+data: setup data/python-docs.txt
+	$(ELASTRAIN) pack digits data/digits
+	$(ELASTRAIN) pack text:data/python-docs.txt data/tiny_gpt --context 64
+
+data/python-docs.txt: pipelines/tiny_gpt/text.py | .venv/.stamp
+	$(BIN)/python pipelines/tiny_gpt/text.py $@
+
+demo: setup
+	$(ELASTRAIN) pack digits data/digits
+	$(ELASTRAIN) train pipelines/digits_mlp/train.yaml
+	$(ELASTRAIN) report runs/digits-mlp
+	@echo "The same as a page: $(CURDIR)/runs/digits-mlp/report.html"
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
+	$(TEST) -m 'not ray and not slow'
+
+test: check
+	$(TEST) -m 'ray or slow'
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+soak: setup
+	@for round in $$(seq $(ROUNDS)); do \
+	  echo "soak: round $$round of $(ROUNDS)"; \
+	  $(TEST) -x -m 'ray or slow'; \
+	done

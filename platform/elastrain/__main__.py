@@ -1,0 +1,186 @@
+"""The verbs of the command line: parse, call, print. Ray and torch are loaded by the verbs that need them."""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from elastrain.errors import ElastrainError, Interrupted
+
+app = typer.Typer(
+    name="elastrain",
+    help="Elastic, exact training on Ray: from rows to a trained model.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SpecPath = Annotated[str, typer.Argument(metavar="SPEC", help="YAML file of a run")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="change a field of the spec (repeatable)")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
+Address = Annotated[str | None, typer.Option(help="a running Ray (auto, HOST:PORT); a local one is started without")]
+
+
+@app.command()
+def pack(  # noqa: PLR0913 -- the options of a command line
+    source: Annotated[str, typer.Argument(help="digits, idx:DIR, csv:PATH, parquet:PATH, text:GLOB or images:DIR")],
+    out: Annotated[str, typer.Argument(help="folder or URL; gets train/ and, where there is a split, test/")],
+    context: Annotated[int, typer.Option(help="text: tokens a row, and one more as the last target")] = 64,
+    tokenizer: Annotated[str, typer.Option(help="text: bytes or bpe:SIZE")] = "bytes",
+    test_fraction: Annotated[float | None, typer.Option(help="share held out; the source's own split if unset")] = None,
+    codec: Annotated[str, typer.Option(help="none, lz4, zstd or snappy")] = "lz4",
+    row_group_mib: Annotated[float, typer.Option(help="decoded size of a row group")] = 1.0,
+    shard_mib: Annotated[float, typer.Option(help="decoded size of a shard")] = 128.0,
+    image_size: Annotated[int | None, typer.Option(help="images: scale and crop to this height and width")] = None,
+    label: Annotated[str | None, typer.Option(help="csv, parquet: the column whose texts become classes")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace another dataset there")] = False,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Turn digits, IDX, CSV, Parquet, text or images into packed, checksummed Parquet."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.data.pack import pack as pack_data
+        from elastrain.data.sources import PackOptions
+        from elastrain.elastic.session import ray_session
+        from elastrain.observe.progress import pack_progress
+
+        options = PackOptions(
+            context=context,
+            tokenizer=tokenizer,
+            test_fraction=test_fraction,
+            codec=codec,
+            row_group_bytes=int(row_group_mib * (1 << 20)),
+            shard_bytes=int(shard_mib * (1 << 20)),
+            image_size=image_size,
+            label=label,
+            overwrite=overwrite,
+        )
+        with ray_session(address, cpus=2), pack_progress() as progress:
+            result = pack_data(source, out, options, progress=progress)
+        verb = "already packed" if result["already"] else "packed"
+        splits = ", ".join(f"{name} {split['rows']:,} rows" for name, split in result["splits"].items())
+        return result, f"{verb}: {result['dataset']} ({splits})"
+
+    _print(run, as_json=as_json)
+
+
+@app.command()
+def plan(spec: SpecPath, sets: Sets = None, as_json: Json = False) -> None:
+    """Print what a run will do: steps, blocks, shuffle, reads, memory. Starts nothing."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.data.forecast import as_text, forecast
+        from elastrain.spec.document import read_train
+
+        found = forecast(read_train(spec, sets or []))
+        return found, as_text(found)
+
+    _print(run, as_json=as_json)
+
+
+@app.command()
+def check(spec: SpecPath, sets: Sets = None, address: Address = None, as_json: Json = False) -> None:
+    """Prove before anything is spent: spec, data, one real step, memory, placement, storage."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.elastic.check import as_text
+        from elastrain.elastic.check import check as check_run
+        from elastrain.spec.document import read_train
+
+        found = check_run(read_train(spec, sets or []), address=address)
+        return found, as_text(found)
+
+    _print(run, as_json=as_json)
+
+
+@app.command()
+def train(
+    spec: SpecPath,
+    sets: Sets = None,
+    address: Address = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over: remove what the run has written")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train; the same command again goes on from the last checkpoint."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.elastic.run import train as train_run
+        from elastrain.spec.document import read_train
+
+        result = dict(train_run(read_train(spec, sets or []), address=address, fresh=fresh).result)
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+        resumed = f" (resumed from step {result['resumed_from']})" if result["resumed_from"] else ""
+        text = f"step {result['step']}{resumed}, {metrics or 'no evaluation data'}\nreport: {result['run']}/report.html"
+        return result, text
+
+    _print(run, as_json=as_json)
+
+
+@app.command()
+def report(run_path: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder or URL")], as_json: Json = False) -> None:
+    """Print what a run came to and where its time went; writes report.html into the run."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.observe.report import as_text, read_report, write_html
+
+        found = read_report(run_path)
+        page = "" if as_json else f"\npage: {write_html(run_path, found)}"
+        return found, as_text(found, run_path) + page
+
+    _print(run, as_json=as_json)
+
+
+@app.command()
+def export(
+    run_path: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder or URL")],
+    out: Annotated[str, typer.Argument(help="the safetensors file to write")],
+    step: Annotated[int | None, typer.Option(help="the checkpoint's step; the newest if unset")] = None,
+    weights: Annotated[str, typer.Option(help="model, or ema for the averaged weights")] = "model",
+    as_json: Json = False,
+) -> None:
+    """Write a run's weights as one safetensors file."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.training.export import export_weights
+
+        found = export_weights(run_path, out, step=step, weights=weights)
+        return found, f"{found['file']}: {weights} of step {found['step']}, sha256 {found['weights_sha256']}"
+
+    _print(run, as_json=as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of specs, for editors."""
+    from elastrain.spec.document import schema as spec_schema
+
+    print(json.dumps(spec_schema(), indent=1))
+
+
+def _print(run: Callable[[], tuple[dict[str, Any], str]], *, as_json: bool) -> None:
+    """Run a verb and print its result: one JSON object as the last line of stdout, or text."""
+    found, text = run()
+    print(json.dumps(found, default=str) if as_json else text)
+
+
+def main() -> None:
+    """Run the command line and leave with the exit code that belongs to what happened."""
+    try:
+        app(standalone_mode=True)
+    except Interrupted as error:
+        print(f"elastrain: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except ElastrainError as error:
+        print(f"elastrain: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("elastrain: stopped", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
+
+
+if __name__ == "__main__":
+    main()

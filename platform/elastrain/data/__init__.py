@@ -1,0 +1,1 @@
+"""Datasets, the plan over them, and the pipeline that feeds it."""

@@ -1,0 +1,242 @@
+"""What a source of `pack` is made of: options, splits, and independent chunks of work that readers turn into arrays.
+
+A chunk is a small picklable description of work (a file and a range). Reading one yields pieces: arrays of bounded
+size, one a column. Neither Ray nor torch is known here.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from elastrain import storage
+from elastrain.data.columns import Array, Column
+from elastrain.data.plan import row_seeds
+from elastrain.errors import DataError, SpecError, StorageError
+
+T = TypeVar("T")
+Arrays = dict[str, Array]
+PIECE_BYTES = 4 << 20  # decoded bytes of what a reader yields at once
+CHUNK_BYTES = 32 << 20  # decoded bytes of one task: large against what a task costs, small against memory
+CODECS = ("none", "lz4", "zstd", "snappy")
+SIGNED_BYTES = 64 << 20  # a source up to this size is known by its content, a larger one by names and sizes
+WORDS = {"train": "train", "training": "train", "test": "test", "t10k": "test"}
+WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackOptions:
+    """How to pack; raises SpecError if a value makes no sense.
+
+    `test_fraction` None is the source's default (digits 0.2, text 0.1, others none). `context` and `tokenizer` are for
+    text, `image_size` is for images, `label` and `columns` (others are left out) for csv and parquet.
+    `row_group_bytes` and `shard_bytes` are decoded bytes.
+    """
+
+    context: int = 64
+    tokenizer: str = "bytes"
+    test_fraction: float | None = None
+    codec: str = "lz4"
+    row_group_bytes: int = 1 << 20
+    shard_bytes: int = 128 << 20
+    image_size: int | None = None
+    label: str | None = None
+    columns: tuple[str, ...] | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.codec not in CODECS:
+            raise SpecError(f"codec {self.codec!r} is not one of {', '.join(CODECS)}")
+        if self.tokenizer != "bytes" and not re.fullmatch(r"bpe:[0-9]+", self.tokenizer):
+            raise SpecError(f"tokenizer {self.tokenizer!r} is neither bytes nor bpe:SIZE, such as bpe:4096")
+        if self.test_fraction is not None and not 0 <= self.test_fraction < 1:
+            raise SpecError(f"test fraction {self.test_fraction} is not in 0 <= fraction < 1")
+        sizes = {"context": self.context, "row group bytes": self.row_group_bytes, "shard bytes": self.shard_bytes}
+        for name, size in {**sizes, "image size": 1 if self.image_size is None else self.image_size}.items():
+            if size < 1:
+                raise SpecError(f"{name} {size} is not positive")
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the packed bytes, as a JSON object."""
+        held = asdict(self)
+        del held["overwrite"]
+        return {**held, "columns": None if self.columns is None else list(self.columns)}
+
+
+class Reader(Protocol):
+    """Turns a chunk into pieces of the split's columns; picklable, so that it can be sent to the tasks once."""
+
+    def read(self, chunk: Any) -> Iterator[Arrays]:
+        """Yield the chunk's rows in order; raises DataError naming the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One part of a source: its chunks in order and what reads them.
+
+    `rows` is None where only reading tells. With `window` W the pieces are a stream of tokens, and row i holds the
+    tokens [iW, iW + W]: consecutive rows share one token. `files` are to be stored beside the splits.
+    """
+
+    columns: tuple[Column, ...]
+    chunks: tuple[Any, ...]
+    reader: Reader
+    rows: int | None = None
+    window: int | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+    def pieces(self) -> Iterator[Arrays]:
+        """Yield every piece of the split in order, in this process; raises DataError naming the file."""
+        for chunk in self.chunks:
+            yield from self.reader.read(chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The files of a source: path relative to `root` and size, in path order."""
+
+    root: str
+    files: tuple[storage.FileInfo, ...]
+
+    def url(self, file: storage.FileInfo) -> str:
+        """Return where a file lies."""
+        return storage.join(self.root, file.path)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size_bytes for file in self.files)
+
+
+def find(source: str, suffixes: Sequence[str] = ("",)) -> Files:
+    """Return the files that a path, folder (any depth) or glob (`*`, `?`, `[…]`, `**`) names.
+
+    `suffixes` filters what is in a folder. Raises DataError if there is none, StorageError if storage does not
+    answer.
+    """
+    target = storage.absolute(source)
+    if storage.is_local(target) and storage.local_path(target).is_file():
+        path = storage.local_path(target)
+        return Files(str(path.parent), (storage.FileInfo(path=path.name, size_bytes=path.stat().st_size),))
+    wild = re.search(r"[*?\[]", target)
+    root = (target[: wild.start()].rpartition("/")[0] or "/") if wild else target
+    try:
+        listed = storage.list_files(root)
+    except FileNotFoundError as error:
+        raise DataError(f"{source}: no such file or folder; check the path") from error
+    if [file.path for file in listed] == [""]:  # an object store lists a file as if it were a folder
+        root, _, name = target.rpartition("/")
+        return Files(root, (storage.FileInfo(path=name, size_bytes=listed[0].size_bytes),))
+    if wild:
+        pattern = _glob(target[len(root.rstrip("/")) + 1 :])
+        kept = [file for file in listed if pattern.fullmatch(file.path)]
+    else:
+        kept = [file for file in listed if file.path.lower().endswith(tuple(suffixes))]
+    if not kept:
+        wanted = "file matches" if wild else f"{' or '.join(filter(None, suffixes))} file in there".lstrip()
+        raise DataError(f"{source}: no {wanted}; check the path (names with . or _ in front are left out)")
+    return Files(root, tuple(kept))
+
+
+def signature(files: Files) -> str:
+    """Return a hash that changes with the names and sizes of files, and with their content where that is little."""
+    found = hashlib.sha256()
+    for file in files.files:
+        found.update(f"{file.path}\0{file.size_bytes}\0".encode())
+        if files.size_bytes <= SIGNED_BYTES:
+            found.update(hashlib.sha256(attempt(files.url(file), storage.read_bytes)).digest())
+    return found.hexdigest()
+
+
+def named_splits(files: Files) -> dict[str, Files] | None:
+    """Return the splits that names tell, None if they do not tell for every file or tell of one split only.
+
+    A name tells if the file or a folder above it is called train, test, val, … (alone or before `-`, `_` or `.`).
+    What is called validation is the test split where no other is.
+    """
+    found: dict[str, list[storage.FileInfo]] = {}
+    for file in files.files:
+        words = (WORDS.get(re.split(r"[-_.]", part.lower(), maxsplit=1)[0]) for part in file.path.split("/"))
+        name = next(filter(None, words), None)
+        if name is None:
+            return None
+        found.setdefault(name, []).append(file)
+    if "train" not in found or len(found) == 1:
+        return None
+    if "test" not in found:
+        found["test"] = found.pop("val")
+    return {name: Files(files.root, tuple(found[name])) for name in ("train", "val", "test") if name in found}
+
+
+def own_split_only(source: str, options: PackOptions) -> None:
+    """Raise SpecError if a split is asked of a source that has its own."""
+    if options.test_fraction is not None:
+        raise SpecError(f"{source}: the source has its own split; leave out --test-fraction")
+
+
+def in_test(path: str, rows: npt.NDArray[np.int64], fraction: float) -> npt.NDArray[np.bool_]:
+    """Say which rows of a file belong to the test split: a hash of path and row number decides, nothing else."""
+    seed = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "little")
+    hashes = row_seeds(seed, np.zeros(len(rows), np.int64), rows)
+    return hashes < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+
+
+def grouped(items: Sequence[T], weight: Callable[[T], int], most: int) -> list[tuple[T, ...]]:
+    """Cut a sequence into runs whose weights sum to at most `most`; a heavier item is alone."""
+    runs: list[list[T]] = []
+    total = 0
+    for item in items:
+        if not runs or total + weight(item) > most:
+            runs.append([])
+            total = 0
+        runs[-1].append(item)
+        total += weight(item)
+    return [tuple(run) for run in runs]
+
+
+def class_dtype(classes: int) -> str:
+    """Return the dtype of class indices: as small as holds them, and one that torch computes with."""
+    return "uint8" if classes <= 256 else "int32"
+
+
+def attempt(url: str, action: Callable[[str], T]) -> T:
+    """Return `action(url)`; raises DataError if the file is gone, StorageError naming it if it cannot be read."""
+    try:
+        return action(url)
+    except FileNotFoundError as error:
+        raise DataError(f"{url}: no such file; restore it, or pack what is there") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {url}: {first_line(error)}") from error
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Return bytes [start, stop) of a file; raises DataError if it is gone or shorter than it was."""
+
+    def read(url: str) -> bytes:
+        with storage.open_arrow(url) as file:
+            return bytes(file.read_at(stop - start, start))
+
+    data = attempt(url, read)
+    if len(data) < stop - start:
+        raise DataError(f"{url}: the file became shorter while it was packed; pack it again")
+    return data
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error of a library says, short."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    """Return the expression of a glob over relative paths; `**/` stands for any number of folders."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
+    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    translated = [
+        meaning.get(p, p.replace("[!", "[^") if p.startswith("[") and len(p) > 2 else re.escape(p)) for p in parts
+    ]
+    return re.compile("".join(translated))

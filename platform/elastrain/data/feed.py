@@ -1,0 +1,382 @@
+"""The feed: one Ray Data pipeline reads what the plan names, in its order; workers fetch blocks by address.
+
+```
+plan ─► read tasks (Ray Data) ─► Feeder actor: address → block ─► WorkerFeed: arrays, checked against the plan
+```
+The pipeline does not know the workers. Each read task makes one block with an address, (slot, j) in training and (-1, i)
+in evaluation; each row carries epoch, step, slot and its index in the dataset, and the worker compares them with the
+plan. What no worker has committed past stays with the feeder, so that a block can be asked for again.
+"""
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from elastrain.data import transforms
+from elastrain.data.columns import Array, Column, from_table, to_table
+from elastrain.data.dataset import Dataset
+from elastrain.data.plan import Block, Ints, Plan, row_seeds
+from elastrain.data.reader import Source, read_rows, sources_of
+from elastrain.errors import DataError, ElastrainError, StorageError, ours
+
+Address = tuple[int, int]
+INDEX = ("elastrain.epoch", "elastrain.step", "elastrain.slot", "elastrain.row")
+EVALUATION = -1  # the slot of evaluation blocks
+LEASE = 512  # read tasks of one Ray Data execution: each is an object in the driver
+EVAL_BLOCK_BYTES = 8 << 20
+KEPT_EVAL_BYTES = 256 << 20
+POLL_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeedSpec:
+    """What the feeder reads: the training plan from step `begin` to `end`, and the evaluation data.
+
+    `reading` is (CPUs a read task, read tasks at once); a task of 0 CPUs runs where workers hold all of them.
+    """
+
+    plan: Plan
+    train: Dataset
+    evaluation: Dataset | None
+    transforms: tuple[Any, ...]
+    begin: int
+    end: int
+    reading: tuple[float, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadBlock:
+    """The work of one read task: which rows, where they lie, what is done with them. Calling it yields one table."""
+
+    columns: tuple[Column, ...]
+    sources: tuple[Source, ...]
+    transforms: tuple[Any, ...]
+    seed: int
+    block: Block | None  # None: evaluation, rows first…last in order
+    first: int
+    last: int
+
+    def __call__(self) -> Iterator[pa.Table]:
+        """Yield the block; raises DataError or StorageError naming the file."""
+        epoch, step, slot, row = self._index()
+        arrays = read_rows(self.columns, self.sources, row)
+        seeds = row_seeds(self.seed, epoch, row)
+        arrays = transforms.apply(self.transforms, self.columns, arrays, seeds, train=self.block is not None)
+        yield to_table({**dict(zip(INDEX, (epoch, step, slot, row), strict=True)), **arrays})
+
+    def _index(self) -> tuple[Array, Array, Array, Ints]:
+        if self.block is None:
+            row = np.arange(self.first, self.last, dtype=np.int64)
+            none = np.full(len(row), EVALUATION, np.int32)
+            return none, none, none, row
+        rows = self.block.rows(self.first, self.last)
+        return rows.epoch, rows.step, np.full(len(rows.row), self.block.slot, np.int32), rows.row
+
+
+def eval_block_rows(dataset: Dataset) -> int:
+    """Return the rows of one evaluation block: a pure function of the dataset."""
+    return max(1, EVAL_BLOCK_BYTES // max(1, dataset.row_bytes))
+
+
+def block_size(plan: Plan, slot: int, block: int, begin: int, end: int) -> int:
+    """Return how many rows a block has for the steps [begin, end)."""
+    first, last = max(begin, block * plan.block_steps), min(end, (block + 1) * plan.block_steps)
+    if first >= last:
+        return 0
+    k, full = plan.steps_per_epoch, plan.slot_rows(0, slot) if plan.full_steps else 0
+    tails = last // k - first // k if plan.tail else 0
+    return (last - first - tails) * full + tails * plan.slot_rows(plan.full_steps, slot)
+
+
+def train_tasks(spec: FeedSpec) -> Iterator[tuple[Address, Callable[[], ReadBlock]]]:
+    """Yield address and work of each training block that has rows, in the order in which steps need them."""
+    plan = spec.plan
+    for block in range(plan.block_of(spec.begin), plan.block_of(spec.end - 1) + 1 if spec.end > spec.begin else 0):
+        for slot in range(plan.slots):
+            if block_size(plan, slot, block, spec.begin, spec.end):
+                yield (slot, block), lambda slot=slot, block=block: _train_task(spec, slot, block)  # type: ignore[misc]
+
+
+def eval_tasks(spec: FeedSpec) -> Iterator[tuple[Address, Callable[[], ReadBlock]]]:
+    """Yield address and work of each evaluation block, in the order of the rows."""
+    dataset = spec.evaluation
+    if dataset is None:
+        return
+    size, total = eval_block_rows(dataset), dataset.num_rows
+    for index, first in enumerate(range(0, total, size)):
+        yield (EVALUATION, index), lambda first=first: _eval_task(spec, dataset, first, min(first + size, total))  # type: ignore[misc]
+
+
+def _train_task(spec: FeedSpec, slot: int, index: int) -> ReadBlock:
+    block = spec.plan.block(slot, index)
+    firsts = np.concatenate([first for first, _ in block.ranges])
+    ends = np.cumsum(spec.train.group_rows)
+    return ReadBlock(
+        columns=spec.train.columns,
+        sources=tuple(sources_of(spec.train, np.searchsorted(ends, firsts, side="right"))),
+        transforms=spec.transforms,
+        seed=spec.plan.seed,
+        block=block,
+        first=spec.begin,
+        last=spec.end,
+    )
+
+
+def _eval_task(spec: FeedSpec, dataset: Dataset, first: int, last: int) -> ReadBlock:
+    ends = np.cumsum(dataset.group_rows)
+    groups = np.arange(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last, side="left") + 1)
+    return ReadBlock(
+        columns=dataset.columns,
+        sources=tuple(sources_of(dataset, groups)),
+        transforms=spec.transforms,
+        seed=spec.plan.seed,
+        block=None,
+        first=first,
+        last=last,
+    )
+
+
+class PlannedRead(Datasource):
+    """A Ray Data source whose every task makes exactly one block."""
+
+    def __init__(self, tasks: Sequence[ReadBlock]) -> None:
+        super().__init__()
+        self._tasks = tasks
+
+    def get_name(self) -> str:
+        """Return the name that Ray's dashboard shows."""
+        return "ElastrainPlan"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Return None: the plan bounds memory, not Ray's estimate."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """Return the tasks as they are; parallelism does not change the plan."""
+        del parallelism, per_task_row_limit, data_context
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(task, metadata) for task in self._tasks]
+
+
+def execute(tasks: Sequence[ReadBlock], *, reading: tuple[float, int], ahead_bytes: int) -> Iterator[Any]:
+    """Run read tasks as one streaming Ray Data execution; yield a reference to each block, in order."""
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.target_max_block_size = None  # one task, one block
+    context.execution_options.preserve_order = True
+    context.execution_options.verbose_progress = False
+    context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=ahead_bytes)
+    num_cpus, concurrency = reading
+    with ray.data.DataContext.current(context):
+        dataset = ray.data.read_datasource(
+            PlannedRead(tasks), override_num_blocks=len(tasks), num_cpus=num_cpus, concurrency=concurrency
+        )
+        for bundle in dataset.iter_internal_ref_bundles():
+            for entry in bundle.blocks:
+                yield entry.ref
+
+
+class Stream:
+    """A pipeline running in a thread: holds up to `capacity` blocks that nobody has released."""
+
+    def __init__(
+        self,
+        tasks: Iterable[tuple[Address, Callable[[], ReadBlock]]],
+        *,
+        capacity: int,
+        reading: tuple[float, int],
+        ahead_bytes: int,
+    ) -> None:
+        self._capacity, self._reading, self._ahead_bytes = capacity, reading, ahead_bytes
+        self._ready: dict[Address, Any] = {}
+        self._error: ElastrainError | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, args=(iter(tasks),), daemon=True)
+        self._thread.start()
+
+    def get(self, addresses: Sequence[Address]) -> list[Any]:
+        """Wait for blocks and return their references; raises what the pipeline raised, DataError first of all."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._error or self._closed or all(a in self._ready for a in addresses))
+            if self._error:
+                raise self._error
+            if self._closed:
+                raise ElastrainError("the feed was closed while a worker waited for a block")
+            return [self._ready[address] for address in addresses]
+
+    def release(self, done: Callable[[Address], bool]) -> None:
+        """Forget the blocks whose address is `done`."""
+        with self._changed:
+            self._ready = {address: ref for address, ref in self._ready.items() if not done(address)}
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop reading and wake whoever waits."""
+        with self._changed:
+            self._closed = True
+            self._ready = {}
+            self._changed.notify_all()
+
+    def _run(self, tasks: Iterator[tuple[Address, Callable[[], ReadBlock]]]) -> None:
+        try:
+            while lease := list(itertools.islice(tasks, LEASE)):
+                work = [make() for _, make in lease]
+                references = execute(work, reading=self._reading, ahead_bytes=self._ahead_bytes)
+                for (address, _), reference in zip(lease, references, strict=True):
+                    if not self._hold(address, reference):
+                        return
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the workers that wait must hear of it
+            with self._changed:
+                self._error = ours(error) or StorageError(f"reading the data failed: {error!r}"[:2000])
+                self._changed.notify_all()
+
+    def _hold(self, address: Address, reference: Any) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._ready) < self._capacity)
+            self._ready[address] = reference
+            self._changed.notify_all()
+            return not self._closed
+
+
+class FeederLogic:
+    """The feeder without its actor: the training stream, and one stream a round of evaluation."""
+
+    def __init__(self, spec: FeedSpec) -> None:
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        self._spec = spec
+        plan = spec.plan
+        column = plan.slots * plan.block_steps * plan.row_bytes * -(-plan.global_batch // plan.slots)
+        ahead = max(64 << 20, column)
+        self._train = Stream(train_tasks(spec), capacity=2 * plan.slots, reading=spec.reading, ahead_bytes=ahead)
+        self._rounds: dict[int, Stream] = {}
+        self._lock = threading.Lock()
+
+    def get(self, addresses: Sequence[Address], evaluation: int = 0) -> list[Any]:
+        """Return references to blocks once they are there; `evaluation` is the round where they are evaluation's."""
+        stream = self._round(evaluation) if addresses and addresses[0][0] == EVALUATION else self._train
+        return stream.get(addresses)
+
+    def release_before(self, block: int) -> None:
+        """Forget training blocks (slot, j) with j < `block`: every worker has committed past them."""
+        self._train.release(lambda address: address[1] < block)
+
+    def release_evaluation(self, evaluation: int, index: int) -> None:
+        """Forget one block of a round, unless the evaluation data are small enough to keep for the next."""
+        if not self._kept():
+            self._round(evaluation).release(lambda address: address[1] == index)
+
+    def close(self) -> None:
+        """Stop all reading."""
+        self._train.close()
+        for stream in self._rounds.values():
+            stream.close()
+
+    def _kept(self) -> bool:
+        data = self._spec.evaluation
+        return data is not None and data.num_rows * data.row_bytes <= KEPT_EVAL_BYTES
+
+    def _round(self, evaluation: int) -> Stream:
+        """Return the stream of a round; small data are read once and serve all rounds."""
+        with self._lock:
+            key = 0 if self._kept() else evaluation
+            for other in [old for old in self._rounds if old < key]:
+                self._rounds.pop(other).close()
+            if key not in self._rounds:
+                capacity = 1 << 30 if self._kept() else 64
+                self._rounds[key] = Stream(
+                    eval_tasks(self._spec), capacity=capacity, reading=self._spec.reading, ahead_bytes=64 << 20
+                )
+            return self._rounds[key]
+
+
+class WorkerFeed:
+    """A worker's end: fetches blocks ahead of time, copies them out of the object store and checks them."""
+
+    def __init__(self, feeder: Any, spec: FeedSpec, *, begin: int) -> None:
+        self._feeder, self._spec, self._begin = feeder, spec, begin
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="feed")
+        self._pending: dict[Address, Future[dict[str, Array]]] = {}
+
+    def prefetch(self, slots: Sequence[int], block: int) -> None:
+        """Start to fetch the blocks (slot, block) of these slots."""
+        for slot in slots:
+            address = (slot, block)
+            if address not in self._pending and block_size(self._spec.plan, slot, block, self._begin, self._spec.end):
+                self._pending[address] = self._pool.submit(self._fetch, address)
+
+    def take(self, slot: int, block: int) -> dict[str, Array] | None:
+        """Wait for a block and return its columns with the index columns; None if the slot has no rows in it.
+
+        Raises DataError if it cannot be read or is not what the plan says.
+        """
+        self.prefetch([slot], block)
+        pending = self._pending.pop((slot, block), None)
+        return None if pending is None else pending.result()
+
+    def ready(self, slot: int, block: int) -> bool:
+        """Say whether `take` would return at once."""
+        pending = self._pending.get((slot, block))
+        return pending is None or pending.done()
+
+    def release_before(self, block: int) -> None:
+        """Tell the feeder that every worker has committed past the blocks before `block`."""
+        self._feeder.release_before.remote(block)
+
+    def evaluation(self, blocks: Sequence[int], evaluation: int) -> Iterator[tuple[int, dict[str, Array]]]:
+        """Yield (index, columns) of these evaluation blocks of a round, one fetched ahead."""
+        fetched = [(i, self._pool.submit(self._fetch, (EVALUATION, i), evaluation)) for i in blocks[:2]]
+        for place, index in enumerate(blocks):
+            _, future = fetched.pop(0)
+            arrays = future.result()
+            if place + 2 < len(blocks):
+                later = blocks[place + 2]
+                fetched.append((later, self._pool.submit(self._fetch, (EVALUATION, later), evaluation)))
+            yield index, arrays
+            self._feeder.release_evaluation.remote(evaluation, index)
+
+    def close(self) -> None:
+        """Stop fetching."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _fetch(self, address: Address, evaluation: int = 0) -> dict[str, Array]:
+        try:
+            table = ray.get(ray.get(self._feeder.get.remote([address], evaluation))[0])
+        except Exception as error:
+            raise (ours(error) or StorageError(f"block {address} did not arrive: {error!r}"[:2000])) from error
+        arrays = from_table(table, where=f"block {address}")
+        self._check(address, arrays)
+        return {name: array.copy() for name, array in arrays.items()}
+
+    def _check(self, address: Address, arrays: dict[str, Array]) -> None:
+        """Raise DataError unless the block holds exactly the plan's samples in the plan's order."""
+        slot, block = address
+        epoch, step, slots, row = (arrays[name] for name in INDEX)
+        if slot == EVALUATION:
+            data = self._spec.evaluation
+            size = eval_block_rows(data) if data else 0
+            first = block * size
+            good = data is not None and np.array_equal(row, np.arange(first, min(first + size, data.num_rows)))
+        else:
+            expected = self._spec.plan.block(slot, block).rows(self._begin, self._spec.end)
+            good = (
+                np.array_equal(row, expected.row)
+                and np.array_equal(step, expected.step)
+                and np.array_equal(epoch, expected.epoch)
+                and bool((slots == slot).all())
+            )
+        if not good:
+            raise DataError(f"block {address} does not hold the samples that the plan names: the feed is broken, report it")

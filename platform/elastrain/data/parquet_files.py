@@ -1,0 +1,215 @@
+"""Parquet files of any layout (scalars, lists, fixed-size lists, Arrow and Ray tensors, images) as packed tensors.
+
+The first file decides the schema, and all others must agree. Strings become class indices in the label's column.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from elastrain import storage
+from elastrain.data.chunks import (
+    CHUNK_BYTES,
+    PIECE_BYTES,
+    Arrays,
+    Files,
+    PackOptions,
+    Split,
+    attempt,
+    class_dtype,
+    find,
+    first_line,
+    grouped,
+)
+from elastrain.data.columns import Array, Column, decode, describe, describe_values
+from elastrain.data.dataset import FOOTER_READERS, read_footer
+from elastrain.data.images import decode_image
+from elastrain.data.tables import Part, as_classes, chosen, class_names, no_numbers, split_files
+from elastrain.errors import DataError
+
+SAMPLED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Row groups [start, stop) of a file; `first` is the row of the file that they begin with."""
+
+    path: str
+    start: int
+    stop: int
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A column: what it becomes, and whether its values are encoded images or strings to be made so."""
+
+    column: Column
+    kind: str = "numbers"  # or images, classes
+
+
+@dataclass(frozen=True)
+class ParquetReader:
+    """Reads row groups with their page checksums verified; a chunk is a `Groups`."""
+
+    root: str
+    held: tuple[Held, ...]
+    classes: tuple[str, ...]
+    image_size: int | None
+    part: Part
+
+    def read(self, chunk: Groups) -> Iterator[Arrays]:
+        """Yield the split's rows; raises DataError naming file and column of what is broken or does not fit."""
+        url = storage.join(self.root, chunk.path)
+        first = chunk.first
+        names = [held.column.name for held in self.held]
+        rows = max(1, PIECE_BYTES // sum(held.column.row_bytes for held in self.held))
+        for batch in _batches(url, range(chunk.start, chunk.stop), names, rows):
+            arrays = {held.column.name: self._column(batch, held, url) for held in self.held}
+            yield self.part.of(arrays, chunk.path, first)
+            first += batch.num_rows
+
+    def _column(self, batch: pa.RecordBatch, held: Held, url: str) -> Array:
+        values, column = batch.column(held.column.name), held.column
+        if held.kind == "classes":
+            return as_classes(values, self.classes, column, url)
+        if held.kind == "images":
+            encoded = _encoded(values, column.name, url)
+            where = f"{url}: column {column.name!r}"
+            return np.stack([decode_image(v.as_py(), column.shape, self.image_size, where) for v in encoded])
+        array = decode(pa.chunked_array([values]), column, where=url)
+        return array.astype(column.dtype, copy=False)
+
+
+def open_parquet(source: str, options: PackOptions) -> dict[str, Split]:
+    """Return the splits of Parquet files; a chunk is a run of row groups.
+
+    Raises DataError naming file and column if one cannot be read, or the files do not fit together.
+    """
+    files = find(source, (".parquet", ".pq"))
+    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+        footers = list(pool.map(lambda file: read_footer(files.url(file), file.size_bytes)[0], files.files))
+    schemas = [footer.schema.to_arrow_schema() for footer in footers]
+    for file, schema in zip(files.files, schemas, strict=True):
+        _same(schemas[0], schema, files.url(files.files[0]), files.url(file))
+    filled = next((place for place, footer in enumerate(footers) if footer.num_rows), None)
+    if filled is None:
+        raise DataError(f"{source}: the Parquet files hold no rows")
+    where = files.url(files.files[filled])
+    names = chosen(where, schemas[0].names, options)
+    held, classes = _held(files, where, schemas[filled], names, options)
+    groups = {
+        file.path: [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+        for file, footer in zip(files.files, footers, strict=True)
+    }
+    row_bytes = sum(item.column.row_bytes for item in held)
+    return {
+        name: Split(
+            columns=tuple(item.column for item in held),
+            chunks=tuple(chunk for file in part.files for chunk in _chunks(file.path, groups[file.path], row_bytes)),
+            reader=ParquetReader(files.root, held, tuple(classes), options.image_size, rows),
+            rows=None if rows.fraction else sum(sum(groups[file.path]) for file in part.files),
+            info={"classes": {options.label: classes}} if classes else {},
+        )
+        for name, (part, rows) in split_files(source, files, options).items()
+    }
+
+
+def _chunks(path: str, groups: Sequence[int], row_bytes: int) -> Iterator[Groups]:
+    starts = np.cumsum([0, *groups]).tolist()
+    for run in grouped(range(len(groups)), lambda group: groups[group] * row_bytes, CHUNK_BYTES):
+        yield Groups(path, run[0], run[-1] + 1, starts[run[0]])
+
+
+def _held(
+    files: Files, where: str, schema: pa.Schema, names: Sequence[str], options: PackOptions
+) -> tuple[tuple[Held, ...], list[str]]:
+    """Return how each column is read, and the classes if the label's column holds strings."""
+    held, classes = [], []
+    batch = next(iter(_batches(where, None, names, SAMPLED)))
+    for name in names:
+        field = schema.field(name)
+        if name == options.label and _is_text(field.type):
+            classes = class_names(_labels(files, name), name)
+            dtype = class_dtype(len(classes))
+            held.append(Held(Column(name=name, dtype=dtype, shape=(), num_values=len(classes)), "classes"))
+        else:
+            held.append(_described(where, field, batch.column(name), options.image_size))
+    return tuple(held), classes
+
+
+def _described(where: str, field: pa.Field, values: pa.Array, image_size: int | None) -> Held:
+    if _is_image(field.type):
+        field = pa.field(field.name, pa.binary())
+        values = _encoded(values, field.name, where)
+    elif pa.types.is_struct(field.type) or _is_text(field.type):
+        raise no_numbers(where, field.name, str(field.type))
+    try:
+        column = describe_values(field, pa.chunked_array([values]), where=where)
+    except DataError:
+        if pa.types.is_list(field.type) or pa.types.is_large_list(field.type):
+            raise
+        raise no_numbers(where, field.name, str(field.type)) from None
+    if column.dtype != "image":
+        return Held(replace(column, dtype="uint8", num_values=2) if column.dtype == "bool" else column)
+    images = [decode_image(v.as_py(), None, image_size, f"{where}: column {field.name!r}") for v in values]
+    grey = all(image.ndim == 2 for image in images)
+    shape = images[0].shape[:2] if grey else (*images[0].shape[:2], 3)
+    return Held(Column(name=field.name, dtype="uint8", shape=shape), "images")
+
+
+def _encoded(values: pa.Array, name: str, where: str) -> pa.Array:
+    """Return encoded images, also those that Hugging Face's datasets keep as {bytes, path}."""
+    if pa.types.is_struct(values.type):
+        values = values.field("bytes")
+    if values.null_count:
+        raise DataError(f"{where}: column {name!r} has {values.null_count} rows without an image; drop them first")
+    return values
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _labels(files: Files, label: str) -> Iterator[tuple[str, pa.Array]]:
+    for file in files.files:
+        for batch in _batches(files.url(file), None, [label], 65536):
+            yield files.url(file), batch.column(0).cast(pa.string())
+
+
+def _batches(url: str, groups: range | None, names: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
+    with attempt(url, storage.open_arrow) as source:
+        try:
+            file = pq.ParquetFile(source, page_checksum_verification=True)
+            kept = list(range(file.num_row_groups) if groups is None else groups)
+            yield from file.iter_batches(rows, row_groups=kept, columns=list(names), use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{url}: cannot be read ({first_line(error)}); restore it, or leave it out") from error
+
+
+def _same(first: pa.Schema, other: pa.Schema, first_url: str, url: str) -> None:
+    held, given = _kinds(first), _kinds(other)
+    for name in {**held, **given}:
+        if held.get(name) != given.get(name):
+            raise DataError(
+                f"{url}: column {name!r} is {given.get(name, 'missing')}, but {held.get(name, 'missing')} in "
+                f"{first_url}; a dataset has one schema: rewrite or leave out the file"
+            )
+
+
+def _kinds(schema: pa.Schema) -> Mapping[str, str]:
+    known = {field.name: describe(field) for field in schema}
+    return {
+        field.name: f"{field.type}"
+        + (f" of {column.dtype} {list(column.shape)}" if (column := known[field.name]) else "")
+        for field in schema
+    }

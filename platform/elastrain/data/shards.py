@@ -1,0 +1,258 @@
+"""Rows in, proven Parquet shards out: exact row groups and shards, whatever pieces the rows come in.
+
+A shard is written beside its place, read back with page checksums verified, hashed, and then appears at once. Proving
+one shard overlaps with writing the next, so that at most two shards are under way. No Ray here.
+"""
+
+import contextlib
+import errno
+import hashlib
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from elastrain import storage
+from elastrain.data.chunks import Arrays, PackOptions, first_line
+from elastrain.data.columns import Array, Column, encode, from_table
+from elastrain.data.dataset import Shard, read_footer
+from elastrain.errors import DataError, StorageError
+
+PAGE_BYTES = 1 << 20
+EXACT = 1 << 63
+
+
+class Sums:
+    """Mean, deviation and range over all elements of a column: exact for integers, in row-group order for floats."""
+
+    def __init__(self, column: Column) -> None:
+        self.column = column
+        self.count = 0
+        self.total = self.squares = 0
+        self.low = self.high = 0
+        self.mean = self.spread = 0.0
+
+    def add(self, values: Array) -> None:
+        """Take the values of one row group into account."""
+        if not values.size:
+            return
+        if np.issubdtype(values.dtype, np.integer):
+            self._add_integers(values.reshape(-1))
+        else:
+            self._add_floats(values.reshape(-1).astype(np.float64))
+        self.count += values.size
+
+    def _add_integers(self, values: Array) -> None:
+        low, high = int(values.min()), int(values.max())
+        self.low, self.high = (min(self.low, low), max(self.high, high)) if self.count else (low, high)
+        if max(abs(low), abs(high)) ** 2 * values.size < EXACT:
+            wide = values.astype(np.int64)
+            self.total += int(wide.sum())
+            self.squares += int(np.dot(wide, wide))
+        else:
+            numbers = values.tolist()
+            self.total += sum(numbers)
+            self.squares += sum(number * number for number in numbers)
+
+    def _add_floats(self, values: Array) -> None:
+        # Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983: no cancellation.
+        with np.errstate(invalid="ignore", over="ignore"):
+            mean = float(values.mean())
+            spread = float(np.square(values - mean).sum())
+        shift, total = mean - self.mean, self.count + values.size
+        self.mean += shift * values.size / total
+        self.spread += spread + shift * shift * self.count * values.size / total
+
+    def result(self) -> Column:
+        """Return the column with its statistics; those that are no finite numbers are None."""
+        mean, deviation = self.mean, math.sqrt(self.spread / max(self.count, 1)) if self.spread >= 0 else math.nan
+        values = self.column.num_values
+        if np.issubdtype(np.dtype(self.column.dtype), np.integer) and self.count:
+            mean = self.total / self.count
+            deviation = math.sqrt(Fraction(self.count * self.squares - self.total**2, self.count**2))
+            values = self.high + 1 if values is None and self.low >= 0 else values
+        finite = math.isfinite(mean) and math.isfinite(deviation)
+        return replace(
+            self.column, num_values=values, mean=mean if finite else None, std=deviation if finite else None
+        )
+
+
+@dataclass
+class OpenShard:
+    """A shard that is being written: where it will appear, where it is now, and the rows of its row groups."""
+
+    path: str
+    url: str
+    temporary: Path
+    writer: Any
+    stack: contextlib.ExitStack
+    groups: list[int] = field(default_factory=list)
+
+
+class ShardWriter:
+    """Cuts rows into row groups and shards below `url`; use it in a `with` block and call `finish` at its end."""
+
+    def __init__(self, url: str, columns: Sequence[Column], options: PackOptions) -> None:
+        self.url, self.columns, self.options = url, tuple(columns), options
+        row_bytes = sum(column.row_bytes for column in columns)
+        self.group_rows = max(1, options.row_group_bytes // row_bytes)
+        self.shard_groups = max(1, options.shard_bytes // (self.group_rows * row_bytes))
+        self.schema = pa.schema([encode(np.empty((0, *c.shape), c.dtype), c)[0] for c in columns])
+        self.rows = 0
+        self._pieces: deque[Arrays] = deque()
+        self._waiting = 0
+        self._open: OpenShard | None = None
+        self._count = 0
+        self._sums = [Sums(column) for column in columns]
+        self._shards: list[Shard] = []
+        self._proof: Future[Shard] | None = None
+        self._prover = ThreadPoolExecutor(1, thread_name_prefix="prove")
+
+    def write(self, arrays: Arrays) -> None:
+        """Take rows; raises DataError if they are not of the columns promised, StorageError if writing fails."""
+        for column in self.columns:
+            array = arrays[column.name]
+            if array.dtype != column.dtype or array.shape[1:] != column.shape:
+                given = f"{array.dtype} {list(array.shape[1:])}"
+                raise DataError(
+                    f"{self.url}: column {column.name!r} gives {given} where {column.dtype} {list(column.shape)} "
+                    f"began; a column has one type and shape"
+                )
+        rows = len(arrays[self.columns[0].name])
+        if rows:
+            self._pieces.append(arrays)
+        self.rows += rows
+        self._waiting += rows
+        while self._waiting >= self.group_rows:
+            self._write_group(self.group_rows)
+
+    def finish(self) -> tuple[tuple[Shard, ...], tuple[Column, ...]]:
+        """Write what is left; return all shards and the columns with their statistics. Raises StorageError."""
+        if self._waiting:
+            self._write_group(self._waiting)
+        self._end_shard()
+        self._settle()
+        return tuple(self._shards), tuple(sums.result() for sums in self._sums)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._prover.shutdown(wait=True)
+        if self._open is not None:
+            with contextlib.suppress(OSError, pa.ArrowException):
+                self._open.writer.close()
+            # An error inside the stack is what makes `staged` remove the file instead of showing it.
+            with contextlib.suppress(_Abandoned), self._open.stack:
+                raise _Abandoned
+
+    def _write_group(self, rows: int) -> None:
+        arrays = self._take(rows)
+        encoded = [encode(arrays[column.name], column)[1] for column in self.columns]
+        shard = self._open or self._new_shard()
+        with named_write(shard.url):
+            shard.writer.write_table(pa.table(encoded, schema=self.schema), row_group_size=rows)
+        shard.groups.append(rows)
+        if len(shard.groups) == self.shard_groups:
+            self._end_shard()
+
+    def _take(self, rows: int) -> Arrays:
+        taken: list[Arrays] = []
+        self._waiting -= rows
+        while rows:
+            piece = self._pieces.popleft()
+            held = len(piece[self.columns[0].name])
+            if held > rows:
+                self._pieces.appendleft({name: array[rows:] for name, array in piece.items()})
+                piece = {name: array[:rows] for name, array in piece.items()}
+            taken.append(piece)
+            rows -= min(held, rows)
+        return {c.name: np.concatenate([piece[c.name] for piece in taken]) for c in self.columns}
+
+    def _new_shard(self) -> OpenShard:
+        path = f"part-{self._count:05}.parquet"
+        self._count += 1
+        url = storage.join(self.url, path)
+        stack = contextlib.ExitStack()
+        temporary = stack.enter_context(storage.staged(url))
+        with named_write(url):
+            writer = pq.ParquetWriter(
+                temporary,
+                self.schema,
+                compression=self.options.codec,
+                use_dictionary=False,
+                write_statistics=[c.name for c in self.columns if not c.shape],
+                write_page_checksum=True,
+                data_page_size=PAGE_BYTES,
+                store_schema=True,
+            )
+        self._open = OpenShard(path, url, temporary, writer, stack)
+        return self._open
+
+    def _end_shard(self) -> None:
+        if self._open is None:
+            return
+        self._settle()
+        with named_write(self._open.url):
+            self._open.writer.close()
+        self._proof = self._prover.submit(prove, self._open, self._sums)
+        self._open = None
+
+    def _settle(self) -> None:
+        if self._proof is not None:
+            self._shards.append(self._proof.result())
+            self._proof = None
+
+
+def prove(shard: OpenShard, sums: Sequence[Sums]) -> Shard:
+    """Read a written shard back with its page checksums, add up its statistics, hash it, and let it appear.
+
+    Raises StorageError if what was written cannot be read back; then nothing appears.
+    """
+    with shard.stack:
+        try:
+            for arrays in read_back(shard.temporary):
+                for column in sums:
+                    column.add(arrays[column.column.name])
+            with shard.temporary.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            size = shard.temporary.stat().st_size
+        except (OSError, pa.ArrowException) as error:
+            raise StorageError(
+                f"{shard.url}: what was just written cannot be read back ({first_line(error)}); check the disk"
+            ) from error
+    _, footer = read_footer(shard.url, size)
+    return Shard(path=shard.path, size_bytes=size, row_groups=tuple(shard.groups), footer=footer, sha256=content)
+
+
+def read_back(path: Path) -> Iterator[Arrays]:
+    """Yield the row groups of a packed shard with page checksums verified; raises OSError where one is wrong."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        for group in range(file.num_row_groups):
+            yield from_table(file.read_row_group(group, use_threads=False), where=str(path))
+
+
+@contextlib.contextmanager
+def named_write(url: str) -> Iterator[None]:
+    """Turn an error of the Parquet writer into a sentence that names the shard and the remedy."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        why = "the disk is full: free space or choose another place" if full else first_line(error)
+        raise StorageError(f"cannot write {url}: {why}") from error
+
+
+class _Abandoned(Exception):  # noqa: N818 -- an event, not a fault
+    """The pack ended before the open shard was whole."""

@@ -1,0 +1,55 @@
+"""Where rows come from: digits, idx:DIR, csv:PATH, parquet:PATH, text:GLOB and images:DIR as splits.
+
+Adding a kind of source: write a function `(rest of the name, options) -> {name: Split}` and enter it in `KINDS`.
+"""
+
+from collections.abc import Callable
+
+from elastrain import storage
+from elastrain.data.chunks import Arrays, PackOptions, Reader, Split, find, signature
+from elastrain.data.csv_files import open_csv
+from elastrain.data.idx import open_digits, open_idx
+from elastrain.data.images import open_images
+from elastrain.data.parquet_files import open_parquet
+from elastrain.data.tokens import open_text
+from elastrain.errors import SpecError
+
+__all__ = ["KINDS", "Arrays", "PackOptions", "Reader", "Split", "identity", "open_source"]
+
+KINDS: dict[str, Callable[[str, PackOptions], dict[str, Split]]] = {
+    "digits": lambda _, options: open_digits(options),
+    "idx": open_idx,
+    "csv": open_csv,
+    "parquet": open_parquet,
+    "text": open_text,
+    "images": open_images,
+}
+
+
+def open_source(source: str, options: PackOptions) -> dict[str, Split]:
+    """Return the splits of a source, `train` first; reads headers and whatever types and classes depend on.
+
+    Raises SpecError if there is no such kind of source, DataError naming the file if it is missing or broken,
+    StorageError if storage does not answer.
+    """
+    kind, rest = _parts(source)
+    return KINDS[kind](rest, options)
+
+
+def identity(source: str) -> dict[str, str]:
+    """Return what tells a source from others: its kind, its place, and a hash over its files.
+
+    Raises as `open_source` does.
+    """
+    kind, rest = _parts(source)
+    if kind == "digits":
+        return {"source": "digits", "files": ""}
+    return {"source": f"{kind}:{storage.absolute(rest)}", "files": signature(find(rest))}
+
+
+def _parts(source: str) -> tuple[str, str]:
+    kind, _, rest = source.partition(":")
+    if kind not in KINDS or (not rest) != (kind == "digits"):
+        forms = "digits, idx:DIR, csv:PATH, parquet:PATH, text:GLOB or images:DIR"
+        raise SpecError(f"source {source!r} is none of {forms}; for example text:book.txt")
+    return kind, rest

@@ -1,0 +1,55 @@
+"""A cell: one Ray Train worker group of fixed size, run from an actor of its own.
+
+`fit()` installs a signal handler on a main thread and exits 0 on SIGINT, and pins its controller to the caller's node:
+an actor on the driver's node keeps both away from the user's process.
+"""
+
+import logging
+import os
+import tempfile
+from typing import Any
+
+import ray
+
+POLL_S = "0.2"
+
+
+class Cell:
+    """Runs one `fit()`; returns when its workers have returned."""
+
+    def __init__(self) -> None:
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_S)
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
+
+    def run(self, config: Any, *, name: str, size: int, cpus: float, gpus: float) -> str:
+        """Start `size` workers and wait for them; return "" or, if the group broke, what Ray said."""
+        from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: PLC0415 -- 2 s, in this process only
+        from ray.train.backend import BackendConfig  # noqa: PLC0415
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # noqa: PLC0415
+
+        resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+        with tempfile.TemporaryDirectory(prefix="elastrain-cell-") as scratch:
+            trainer = DataParallelTrainer(
+                _work,
+                train_loop_config={"config": config},
+                backend_config=BackendConfig(),
+                scaling_config=ScalingConfig(num_workers=size, resources_per_worker=resources, use_gpu=bool(gpus)),
+                run_config=RunConfig(name=name, storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
+            )
+            try:
+                trainer.fit()
+            except Exception as error:  # noqa: BLE001 -- Ray's own errors: the run decides what to do about them
+                return str(error)[:2000] or type(error).__name__
+        return ""
+
+
+def _work(config: dict[str, Any]) -> None:
+    from elastrain.elastic.worker import work  # noqa: PLC0415 -- torch, in workers only
+
+    work(config["config"])
+
+
+def start_cell(config: Any, *, name: str, size: int, cpus: float, gpus: float) -> tuple[Any, Any]:
+    """Start a cell; return its actor and the reference that becomes ready when it ended."""
+    actor = ray.remote(num_cpus=0)(Cell).remote()
+    return actor, actor.run.remote(config, name=name, size=size, cpus=cpus, gpus=gpus)

@@ -1,0 +1,88 @@
+"""What a run directory already holds: is this the same run, and from where does it go on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from elastrain import storage
+from elastrain.data.dataset import Dataset
+from elastrain.data.plan import Plan
+from elastrain.errors import ConflictError, StorageError
+from elastrain.spec.document import changed, dump, parse_train
+from elastrain.spec.train import TrainSpec
+from elastrain.training.manifests import newest_whole, read_manifests
+
+SPEC, PLAN = "spec.yaml", "plan.json"
+PARTS = ("checkpoints", "metrics", "audit", "ledger", "report.html", PLAN, SPEC)
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """The newest whole checkpoint: its step, and whether it is the end of a run."""
+
+    step: int
+    complete: bool
+
+
+def resumable(run: str, *, warn: Callable[[str], None]) -> Resume | None:
+    """Return where the run goes on, None for its beginning; broken checkpoints are passed over with a warning."""
+    step = newest_whole(run, warn=warn)
+    return None if step is None else Resume(step, bool(read_manifests(run)[step]["info"].get("complete")))
+
+
+def prepare(spec: TrainSpec, dataset: Dataset, run: str, *, fresh: bool) -> tuple[TrainSpec, Plan]:
+    """Return spec and plan with what the run had fixed before; store both if it is new.
+
+    Raises ConflictError, saying what changed, if the directory holds a run that is another one.
+    """
+    if fresh:
+        for part in PARTS:
+            storage.remove(storage.join(run, part))
+    stored = _stored(run)
+    if stored is None:
+        spec = _with_slots(spec, spec.num_slots)
+        plan = _plan(spec, dataset)
+        storage.put(storage.join(run, SPEC), dump(spec).encode())
+        storage.put_json(storage.join(run, PLAN), plan.identity())
+        return spec, plan
+    old, identity = stored
+    if spec.data.slots is None:
+        spec = _with_slots(spec, int(identity["slots"]))
+    plan = _plan(spec, dataset)
+    _compare(run, changed(old, spec), identity, plan.identity())
+    storage.put(storage.join(run, SPEC), dump(spec).encode())
+    return spec, plan
+
+
+def _compare(run: str, differences: list[str], old: dict[str, Any], new: dict[str, Any]) -> None:
+    found = list(differences)
+    if old["fingerprint"] != new["fingerprint"]:
+        found.insert(0, f"the training data ({old['fingerprint'][:12]} -> {new['fingerprint'][:12]})")
+    for key in ("seed", "global_batch", "slots", "block_steps"):
+        if old[key] != new[key] and not any(f".{key}:" in text for text in found):
+            found.append(f"data.{key}: {old[key]} -> {new[key]}")
+    if found:
+        raise ConflictError(
+            f"{run} holds a run that would come out differently: {'; '.join(found)}. Undo that, give this run another "
+            f"name, or start over with --fresh"
+        )
+
+
+def _stored(run: str) -> tuple[TrainSpec, dict[str, Any]] | None:
+    """Return spec and plan identity of the run, None where neither was stored whole."""
+    try:
+        identity = storage.read_json(storage.join(run, PLAN))
+        text = storage.read_bytes(storage.join(run, SPEC)).decode()
+    except FileNotFoundError:
+        if read_manifests(run):
+            raise StorageError(f"{run}: checkpoints without {PLAN} and {SPEC}; restore them or use --fresh") from None
+        return None
+    return parse_train(text, name=storage.join(run, SPEC)), identity
+
+
+def _with_slots(spec: TrainSpec, slots: int) -> TrainSpec:
+    return spec.model_copy(update={"data": spec.data.model_copy(update={"slots": slots})})
+
+
+def _plan(spec: TrainSpec, dataset: Dataset) -> Plan:
+    return Plan.of(dataset, seed=spec.data.seed, global_batch=spec.data.global_batch, slots=spec.num_slots)

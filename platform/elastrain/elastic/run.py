@@ -1,0 +1,315 @@
+"""A run from its spec to its result: lock, resume, start the actors, watch them, and say what it came to."""
+
+import contextlib
+import platform
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from elastrain import storage
+from elastrain.data.dataset import Dataset
+from elastrain.data.feed import FeederLogic, FeedSpec
+from elastrain.data.plan import Plan
+from elastrain.data.transforms import check_transforms
+from elastrain.elastic.cells import start_cell
+from elastrain.elastic.history import prepare, resumable
+from elastrain.elastic.host import Host
+from elastrain.elastic.lock import locked
+from elastrain.elastic.session import embedded_cpus, place_workers, ray_session, reading_resources
+from elastrain.elastic.config import WORKER_LOST, WorkerConfig
+from elastrain.errors import Interrupted, ResourceError, SpecError, error_named
+from elastrain.observe.ledger import Ledger
+from elastrain.observe.progress import LiveLine, Status
+from elastrain.observe.report import read_report, write_html
+from elastrain.spec.train import TrainSpec
+from elastrain.training.manifests import folder
+
+POLL_S = 0.2
+END_S = 15.0
+MAX_RESTARTS_WITHOUT_PROGRESS = 3
+KEYS = ("run", "step", "resumed_from", "samples", "metrics", "weights_sha256", "wall_s", "goodput", "workers", "restarts", "resizes")
+
+
+class WorkerLost(ResourceError):  # noqa: N818 -- an event: the run starts again from its last checkpoint
+    """A worker or its cell is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run: `result` holds what `elastrain train --json` prints."""
+
+    url: str
+    result: Mapping[str, Any]
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The last evaluation: `val_loss` and what the task names."""
+        found: Mapping[str, float] = self.result["metrics"]
+        return found
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.result["step"])
+
+    @property
+    def weights_sha256(self) -> str:
+        """Digest of the weights: equal for equal runs."""
+        return str(self.result["weights_sha256"])
+
+    def report(self) -> dict[str, Any]:
+        """Return what `elastrain report --json` prints."""
+        return read_report(self.url)
+
+
+@dataclass(kw_only=True)
+class Job:
+    """What all attempts of one command share."""
+
+    spec: TrainSpec
+    run_url: str
+    plan: Plan
+    train: Dataset
+    evaluation: Dataset | None
+    num_steps: int
+    line: LiveLine
+    started: float = field(default_factory=time.time)
+    stop: threading.Event = field(default_factory=threading.Event)
+    lost: tuple[float, int] | None = None  # when a worker was lost, and the step that had been reached
+
+    def warn(self, message: str) -> None:
+        """Show a message above the live line."""
+        self.line.show(Status(phase="starting", message=message))
+
+
+def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False) -> Run:
+    """Train as the spec says, going on from the newest whole checkpoint of the run unless `fresh`.
+
+    `address` is a Ray to use; without it `RAY_ADDRESS` is honoured, and without either a local Ray starts and ends here.
+    Raises SpecError, ConflictError, DataError, StorageError, ResourceError, DivergedError; Interrupted after a commit if
+    the user stopped it (SIGINT or SIGTERM).
+    """
+    if spec.consistency == "bitwise":
+        raise SpecError("consistency: bitwise is not available yet; sample gives the same samples and order at any W")
+    run_url = storage.absolute(storage.join(spec.storage, spec.name))
+    train_data = Dataset.open(spec.data.train).select(spec.data.columns)
+    evaluation = Dataset.open(spec.data.eval).select(spec.data.columns) if spec.data.eval else None
+    check_transforms(spec.data.transforms, train_data.columns)
+    with locked(run_url), LiveLine() as line:
+        spec, plan = prepare(spec, train_data, run_url, fresh=fresh)
+        steps = spec.budget.steps or (spec.budget.epochs or 0) * plan.steps_per_epoch
+        job = Job(
+            spec=spec, run_url=run_url, plan=plan, train=train_data, evaluation=evaluation, num_steps=steps, line=line
+        )
+        resume = resumable(run_url, warn=job.warn)
+        if resume is not None and resume.complete and resume.step >= steps:
+            return _finished(job, resume.step)
+        with _stopping(job), ray_session(address, cpus=embedded_cpus(spec.workers)):
+            return _attempts(job)
+
+
+def _attempts(job: Job) -> Run:
+    """Try until the run ends; a lost worker costs a restart from the last checkpoint, a bounded number of times."""
+    idle, before = 0, -1
+    while True:
+        resume = resumable(job.run_url, warn=job.warn)
+        step = resume.step if resume else 0
+        idle, before = (idle + 1, before) if step <= before else (0, step)
+        try:
+            result = _attempt(job, resume.step if resume else None)
+        except WorkerLost as error:
+            if idle + 1 >= MAX_RESTARTS_WITHOUT_PROGRESS:
+                raise ResourceError(f"{error}; {idle + 1} tries from step {step} came to nothing") from error
+            job.warn(f"{error}; starting again from the last checkpoint")
+            continue
+        if result["stopped"]:
+            raise Interrupted(f"stopped at step {result['step']} after a commit; the same command goes on from there")
+        return _finished(job, resume.step if resume else 0)
+
+
+def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
+    """Start feeder, host and cell, watch them to the end, and close the attempt's ledger whatever happens."""
+    spec, begin = job.spec, resume or 0
+    size = _placed(job)
+    feed = FeedSpec(
+        plan=job.plan,
+        train=job.train,
+        evaluation=job.evaluation,
+        transforms=spec.data.transforms,
+        begin=begin,
+        end=job.num_steps,
+        reading=reading_resources(spec.workers, size),
+    )
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    attempt = Ledger.next_attempt(job.run_url)
+    common: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
+    feeder = ray.remote(**common, max_concurrency=2 * size + 8)(FeederLogic).remote(feed)
+    host = ray.remote(**common, max_concurrency=2 * size + 8)(Host).remote(job.run_url, attempt, size, begin)
+    config = WorkerConfig(
+        host=host,
+        feeder=feeder,
+        spec=spec,
+        feed=feed,
+        num_steps=job.num_steps,
+        run_url=job.run_url,
+        resume=resume,
+        info={"plan": job.plan.identity(), "versions": versions(), "threads": max(1, int(spec.workers.cpus))},
+    )
+    host.event.remote(
+        "start", {"step": begin, "workers": size, "host": socket.gethostname(), "versions": versions()}
+    )
+    cell, ended = start_cell(config, name=spec.name, size=size, cpus=spec.workers.cpus, gpus=spec.workers.gpus)
+    outcome: dict[str, Any] = {"outcome": "failed", "error": "the driver broke off"}
+    try:
+        result = _watch(job, host, ended, size)
+        outcome = {"outcome": "interrupted" if result["stopped"] else "done", "result": result}
+        ray.wait([ended], timeout=END_S)
+    except BaseException as error:
+        outcome = {"outcome": "failed", "error": str(error)}
+        raise
+    finally:
+        _close(host, [feeder, cell], outcome)
+    return result
+
+
+def _close(host: Any, others: list[Any], outcome: dict[str, Any]) -> None:
+    """Write the last records and end the actors; what fails here must not hide why the attempt ended."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.get(host.close.remote(outcome.pop("outcome"), outcome), timeout=END_S)
+    for actor in [*others, host]:
+        ray.kill(actor)
+
+
+def _watch(job: Job, host: Any, ended: Any, size: int) -> dict[str, Any]:
+    """Show how it goes until there is a result; raises what ended the run, WorkerLost if a worker is gone."""
+    asked, gone = False, 0.0
+    rate = _Rate()
+    while True:
+        done, _ = ray.wait([ended], timeout=POLL_S)
+        now = ray.get(host.poll.remote())
+        _note_recovery(job, host, now)
+        job.line.show(_status(job, now, size, rate))
+        if job.stop.is_set() and not asked:
+            asked = True
+            host.ask_stop.remote()
+        if now["outcome"]:
+            found: dict[str, Any] = now["outcome"]
+            return found
+        if now["failure"]:
+            name, message = now["failure"]
+            if name == WORKER_LOST:
+                job.lost = (time.time(), now["step"])
+                raise WorkerLost(message)
+            raise error_named(name, message)
+        gone = gone + POLL_S if done else 0.0
+        if gone > 1.0:  # the workers' last words had time to arrive
+            job.lost = (time.time(), now["step"])
+            said = ray.get(ended).strip().splitlines()
+            raise WorkerLost("a worker was lost" + (f" ({said[-1][:300]})" if said else ""))
+
+
+def _note_recovery(job: Job, host: Any, now: Mapping[str, Any]) -> None:
+    if job.lost is not None and now["step"] > job.lost[1] and now["last"]:
+        when, step = job.lost
+        resumed = now["resume_step"]
+        host.event.remote(
+            "restart", {"step": resumed, "recovery_s": time.time() - when, "steps_redone": step - resumed}
+        )
+        job.lost = None
+
+
+class _Rate:
+    """Samples a second and the share of waiting for data since the last look."""
+
+    def __init__(self) -> None:
+        self._moment, self._samples = time.monotonic(), 0.0
+
+    def since(self, samples: float) -> float | None:
+        """Return samples a second, None until a second has passed."""
+        now = time.monotonic()
+        if not self._samples or now - self._moment < 1.0:
+            self._samples = self._samples or samples
+            return None
+        value = (samples - self._samples) / (now - self._moment)
+        return value
+
+
+def _status(job: Job, now: Mapping[str, Any], size: int, rate: _Rate) -> Status:
+    plan, step, last = job.plan, now["step"], now["last"]
+    done = step // plan.steps_per_epoch * plan.num_rows + step % plan.steps_per_epoch * plan.global_batch
+    running = [s for s in now["spent"].values()]
+    waited = sum(s["data"] for s in running)
+    worked = sum(sum(s.values()) - s["start"] for s in running)
+    return Status(
+        phase="training" if last else "starting workers",
+        epoch=step / plan.steps_per_epoch,
+        epochs=job.num_steps / plan.steps_per_epoch,
+        step=step,
+        steps=job.num_steps,
+        loss=last.get("loss"),
+        samples_per_s=rate.since(float(done)) if last else None,
+        data_share=waited / worked if worked else None,
+        workers=now["members"] or size,
+        last_checkpoint=now["checkpoint"],
+    )
+
+
+def _placed(job: Job) -> int:
+    workers = job.spec.workers
+    if workers.max > job.plan.slots:
+        job.warn(f"the run has {job.plan.slots} slots: no more than that many of {workers.max} workers can be used")
+        most = job.plan.slots
+        workers = replace_workers(workers, most)
+    try:
+        return place_workers(workers, say=job.warn, stop=job.stop.is_set, pause=lambda: time.sleep(1.0))
+    except InterruptedError as error:
+        raise Interrupted("stopped while waiting for room; nothing was started") from error
+
+
+def replace_workers(workers: Any, most: int) -> Any:
+    """Return the workers' spec with at most `most` workers."""
+    return workers.model_copy(update={"max": most, "min": min(workers.min, most)})
+
+
+def _finished(job: Job, resumed_from: int) -> Run:
+    """Return the run with its result, and write report.html."""
+    report = read_report(job.run_url)
+    result = {key: report.get(key) for key in KEYS}
+    result["resumed_from"] = resumed_from
+    write_html(job.run_url, report)
+    return Run(job.run_url, result)
+
+
+@contextlib.contextmanager
+def _stopping(job: Job) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into a wish to stop; the second one ends the process as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: Any) -> None:
+        del frame
+        job.stop.set()
+        signal.signal(number, previous[signal.Signals(number)])
+
+    for number in previous:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide bits: Python, torch, numpy, pyarrow, ray."""
+    return {"python": platform.python_version()} | {n: version(n) for n in ("torch", "numpy", "pyarrow", "ray")}

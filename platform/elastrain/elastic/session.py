@@ -1,0 +1,102 @@
+"""The Ray that a command runs on: the one at an address, or a local one that starts and ends with the command."""
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from elastrain.errors import ResourceError
+from elastrain.spec.train import WorkersSpec
+
+READERS = 2
+NO_GPU_MESSAGE = "; this machine has no GPU that Ray can see: set workers.gpus: 0"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """A Ray that is ours to use: whether it was started by us, and its nodes as (free, total) resources."""
+
+    embedded: bool
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None, *, cpus: float) -> Iterator[Session]:
+    """Connect to `address`, else `RAY_ADDRESS`, else start a local Ray with at least `cpus` logical CPUs.
+
+    An open connection of this process is used as it is. Raises ResourceError if no Ray answers at the address.
+    """
+    if ray.is_initialized():
+        yield Session(embedded=False)
+        return
+    target = address or os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray will do anyway; unset it warns
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if target and target != "local":
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            ray.init(address=target, **quiet)
+        else:
+            ray.init(address="local", num_cpus=math.ceil(cpus), include_dashboard=False, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = f"no Ray answers at {target}" if target else "a local Ray did not start"
+        raise ResourceError(f"{where}: {error}") from error
+    try:
+        yield Session(embedded=not target or target == "local")
+    finally:
+        ray.shutdown()
+
+
+def embedded_cpus(workers: WorkersSpec) -> float:
+    """Return the logical CPUs of an embedded Ray: all workers, and reading."""
+    return workers.max * workers.cpus + READERS
+
+
+def place_workers(workers: WorkersSpec, *, say: Callable[[str], None], stop: Callable[[], bool], pause: Callable[[], None]) -> int:
+    """Return how many workers fit, from min to max; below min wait, saying so.
+
+    Raises ResourceError if the cluster can never hold min, InterruptedError if `stop` says so while waiting.
+    """
+    told = False
+    while True:
+        free = _fitting(workers, "free")
+        if free >= workers.min:
+            return min(free, workers.max)
+        most = _fitting(workers, "total")
+        if most < workers.min:
+            need = f"{workers.cpus:g} CPUs" + (f" and {workers.gpus:g} GPUs" if workers.gpus else "")
+            hint = NO_GPU_MESSAGE if workers.gpus and not ray.cluster_resources().get("GPU") else ""
+            raise ResourceError(
+                f"workers.min {workers.min} of {need} each: the cluster can hold {most}; lower workers.min, "
+                f"workers.cpus or workers.gpus, or add nodes{hint}"
+            )
+        if not told:
+            say(f"waiting for room: {free} of at least {workers.min} workers fit now")
+            told = True
+        if stop():
+            raise InterruptedError
+        pause()
+
+
+def reading_resources(workers: WorkersSpec, size: int) -> tuple[float, int]:
+    """Return (CPUs a read task, read tasks at once): what is free beside the workers; 0 CPUs where nothing is."""
+    spare = int(ray.available_resources().get("CPU", 0.0) - size * workers.cpus)
+    return (1.0, max(1, min(spare, max(READERS, size)))) if spare >= 1 else (0.0, READERS)
+
+
+def _fitting(workers: WorkersSpec, kind: str) -> int:
+    """Count the workers that fit node by node (a worker does not span nodes)."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    per_node = ray._private.state.available_resources_per_node() if kind == "free" else {}  # noqa: SLF001
+    count = 0
+    for node in nodes:
+        held = per_node.get(node["NodeID"], {}) if kind == "free" else node["Resources"]
+        fits = held.get("CPU", 0.0) / workers.cpus
+        if workers.gpus:
+            fits = min(fits, held.get("GPU", 0.0) / workers.gpus)
+        count += math.floor(fits + 1e-9)
+    return count

@@ -1,0 +1,228 @@
+"""One way to read, list, put and remove files: local paths directly, every other URL through fsspec.
+
+A put is atomic: a reader sees the old bytes or the new ones. Nothing here knows what the files mean.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from elastrain.errors import StorageError
+
+T = TypeVar("T")
+ATTEMPTS = 4
+FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileInfo:
+    """A file below a folder: its path relative to the folder, with forward slashes, and its size."""
+
+    path: str
+    size_bytes: int
+
+
+def is_local(url: str) -> bool:
+    """Say whether `url` names a file of this machine (a plain path or `file://`)."""
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    """Return the plain path of a local URL."""
+    return Path(url.removeprefix("file://"))
+
+
+def join(url: str, *parts: str) -> str:
+    """Join path parts to a URL or path with single slashes."""
+    return "/".join([url.rstrip("/") if url != "/" else "", *parts])
+
+
+def absolute(url: str) -> str:
+    """Return a local URL as an absolute plain path, any other URL as it is."""
+    return str(local_path(url).absolute()) if is_local(url) else url
+
+
+def read_bytes(url: str) -> bytes:
+    """Return the bytes of a file; raises FileNotFoundError where there is none, else StorageError."""
+    if is_local(url):
+        return _tried("read", url, local_path(url).read_bytes)
+    return bytes(_tried("read", url, lambda: _remote(url)[0].cat_file(_remote(url)[1])))
+
+
+def read_json(url: str) -> Any:
+    """Return the JSON document at `url`; raises FileNotFoundError, or StorageError if it is not JSON."""
+    try:
+        return json.loads(read_bytes(url))
+    except ValueError as error:
+        raise StorageError(f"{url}: not a JSON document ({error})") from error
+
+
+def put(url: str, data: bytes) -> None:
+    """Write a file whole or not at all; raises StorageError (a full disk included)."""
+    if not is_local(url):
+        _tried("write", url, lambda: _remote(url)[0].pipe_file(_remote(url)[1], data))
+        return
+    with staged(url) as temporary, _named("write", url):
+        temporary.write_bytes(data)
+
+
+def put_json(url: str, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all; raises StorageError."""
+    put(url, (json.dumps(value, indent=1) + "\n").encode())
+
+
+@contextlib.contextmanager
+def staged(url: str) -> Iterator[Path]:
+    """Yield a local path to write to; on a clean exit it is flushed and appears at `url` at once.
+
+    Raises StorageError if it cannot be written there; after any error nothing is left behind.
+    """
+    local = is_local(url)
+    target = local_path(url) if local else Path(_scratch()) / url.rsplit("/", 1)[-1]
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+    try:
+        with _named("write", url):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with _named("write", url):
+            if local:
+                _flush(temporary)
+                temporary.replace(target)
+            else:
+                _tried("write", url, lambda: _remote(url)[0].put_file(str(temporary), _remote(url)[1]))
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def exists(url: str) -> bool:
+    """Say whether a file or folder is there; raises StorageError if storage does not answer."""
+    if is_local(url):
+        return local_path(url).exists()
+    return bool(_tried("look up", url, lambda: _remote(url)[0].exists(_remote(url)[1])))
+
+
+def list_files(url: str, *, suffix: str = "") -> list[FileInfo]:
+    """List the files below a folder (any depth) in path order; hidden names are left out.
+
+    Raises FileNotFoundError if the folder does not exist, StorageError if it cannot be read.
+    """
+    found = _local_files(local_path(url)) if is_local(url) else _remote_files(url)
+    kept = (file for file in found if file.path.endswith(suffix) and not _hidden(file.path))
+    return sorted(kept, key=lambda file: file.path)
+
+
+def list_folders(url: str) -> list[str]:
+    """List the names of the folders directly inside `url`, sorted; empty where it does not exist."""
+    if is_local(url):
+        root = local_path(url)
+        return sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+    names = {file.path.split("/", 1)[0] for file in _remote_files(url) if "/" in file.path} if exists(url) else set()
+    return sorted(names)
+
+
+def remove(url: str) -> None:
+    """Remove a file or a folder with all that is in it; nothing happens where there is none."""
+    if not exists(url):
+        return
+    if not is_local(url):
+        _tried("remove", url, lambda: _remote(url)[0].rm(_remote(url)[1], recursive=True))
+        return
+    path = local_path(url)
+    with _named("remove", url):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def open_arrow(url: str) -> Any:
+    """Open a file for random reads by pyarrow; raises FileNotFoundError or StorageError."""
+    import pyarrow as pa  # noqa: PLC0415 -- 0.3 s that a plan or report of nothing need not pay
+    import pyarrow.fs  # noqa: PLC0415
+
+    if is_local(url):
+        return _tried("open", url, lambda: pa.OSFile(str(local_path(url)), "rb"))
+    filesystem, path = _remote(url)
+    return _tried("open", url, lambda: pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)).open_input_file(path))
+
+
+def _flush(path: Path) -> None:
+    """Bring a finished file to the disk, so that a rename never shows an empty one after a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith((".", "_")) for part in path.split("/"))
+
+
+def _local_files(root: Path) -> Iterator[FileInfo]:
+    if not root.exists():
+        raise FileNotFoundError(str(root))
+    with _named("list", str(root)):
+        for folder, _, names in os.walk(root):
+            for name in names:
+                path = Path(folder) / name
+                yield FileInfo(path=path.relative_to(root).as_posix(), size_bytes=path.stat().st_size)
+
+
+def _remote_files(url: str) -> Iterator[FileInfo]:
+    filesystem, root = _remote(url)
+    found: dict[str, Any] = _tried("list", url, lambda: filesystem.find(root, detail=True))
+    if not found:
+        raise FileNotFoundError(url)
+    for path, info in found.items():
+        yield FileInfo(path=path[len(root.rstrip("/")) + 1 :], size_bytes=int(info["size"]))
+
+
+def _remote(url: str) -> tuple[Any, str]:
+    import fsspec  # noqa: PLC0415 -- 0.2 s that local runs need not pay
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise StorageError(f"{url}: no file system for this kind of URL ({error})") from error
+    return filesystem, str(path)
+
+
+def _scratch() -> str:
+    import tempfile  # noqa: PLC0415
+
+    return tempfile.gettempdir()
+
+
+@contextlib.contextmanager
+def _named(operation: str, url: str) -> Iterator[None]:
+    """Turn an operating system error into a sentence that names operation, place and remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = {
+            errno.ENOSPC: "the disk is full: free space or choose another storage",
+            errno.EACCES: "permission denied: check the owner and mode",
+            errno.EROFS: "the file system is read-only: choose another storage",
+            errno.ENOTDIR: "a part of the path is a file: choose another storage",
+        }.get(error.errno or 0, str(error))
+        raise StorageError(f"cannot {operation} {url}: {remedy}") from error
+
+
+def _tried(operation: str, url: str, action: Callable[[], T]) -> T:
+    """Run `action`, again after a pause if a remote store failed in a way that may pass."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if is_local(url) or isinstance(error, FINAL_ERRORS) or attempt == ATTEMPTS - 1:
+                with _named(operation, url):
+                    raise
+            time.sleep(0.2 * 4**attempt)
+    raise AssertionError("unreachable")

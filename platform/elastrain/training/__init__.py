@@ -1,0 +1,1 @@
+"""Training: tasks, updates, evaluation and checkpoints. torch, never Ray."""

@@ -1,0 +1,189 @@
+"""Checkpoints: written beside the training, whole or not at all, verified when read.
+
+```
+<run>/checkpoints/step-00000100/model.safetensors   weights and buffers
+                                optimizer.safetensors, average.safetensors, state.json
+                                manifest.json       sizes and hashes of the others; written last
+```
+A checkpoint exists if and only if its manifest does. Nothing in it is code: safetensors and JSON only.
+"""
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from elastrain import storage
+from elastrain.errors import DivergedError, ElastrainError, StorageError
+from elastrain.spec.train import CheckpointSpec
+from elastrain.training.manifests import MANIFEST, folder, read_manifests, read_verified, retain
+
+FILES = {"model": "model.safetensors", "optim": "optimizer.safetensors", "ema": "average.safetensors"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A checkpoint that is whole: every file has the size and hash that its manifest says."""
+
+    url: str
+    step: int
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, Any]
+    info: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What a commit cost: bytes, seconds that training stood still, seconds of writing beside it."""
+
+    step: int
+    size_bytes: int
+    stall_s: float
+    write_s: float
+
+
+def load(run: str, step: int) -> Checkpoint:
+    """Return the checkpoint of a step after comparing every file with its manifest; raises StorageError."""
+    url, manifest = folder(run, step), read_manifests(run).get(step)
+    if manifest is None:
+        raise StorageError(f"{folder(run, step)}: no checkpoint (its manifest cannot be read)")
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for name in manifest["files"]:
+        data = read_verified(url, manifest, name)
+        if name.endswith(".json"):
+            numbers = json.loads(data)
+        else:
+            prefix = next(key for key, file in FILES.items() if file == name)
+            tensors |= {f"{prefix}/{key}": tensor for key, tensor in _tensors(data, storage.join(url, name)).items()}
+    return Checkpoint(url=url, step=step, tensors=tensors, numbers=numbers, info=manifest["info"])
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a local safetensors file; raises StorageError if it cannot be read."""
+    try:
+        return load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def write_weights(path: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as one safetensors file, whole or not at all; raises StorageError."""
+    with storage.staged(path) as temporary:
+        _save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary, path)
+
+
+class Writer:
+    """Commits checkpoints of one run in a thread; one is being written at a time, the next waits for it."""
+
+    def __init__(self, run: str, spec: CheckpointSpec) -> None:
+        self._run, self._spec = run, spec
+        self._buffers: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: ElastrainError | None = None
+        self.written: list[Written] = []
+
+    def commit(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+        """Copy the state and write it in the background; waits for the commit before. `numbers` holds the step.
+
+        Raises what the commit before raised: StorageError, or DivergedError if its state was not finite.
+        """
+        start = time.perf_counter()
+        self.wait()
+        copies = self._copied(tensors)
+        stall_s = time.perf_counter() - start
+        arguments = (copies, json.dumps(numbers), dict(info), int(numbers["step"]), stall_s)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written; raises what the write raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy into buffers that are kept between commits: fresh memory would cost its page faults each time."""
+        for name, tensor in tensors.items():
+            held = self._buffers.get(name)
+            if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+                held = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+                self._buffers[name] = held
+            held.copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        return {name: self._buffers[name] for name in tensors}
+
+    def _write(
+        self, tensors: dict[str, Tensor], numbers: str, info: dict[str, Any], step: int, stall_s: float
+    ) -> None:
+        start = time.perf_counter()
+        try:
+            broken = next((n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())), None)
+            if broken is not None:
+                raise DivergedError(f"step {step}: {broken} is not finite any more; the checkpoint before is kept")
+            size = self._put(tensors, numbers, info, step)
+            self.written.append(
+                Written(step=step, size_bytes=size, stall_s=stall_s, write_s=time.perf_counter() - start)
+            )
+            retain(self._run, self._spec)
+        except ElastrainError as error:
+            self._error = error
+        except Exception as error:  # noqa: BLE001 -- a thread's error must reach the training, whatever it is
+            self._error = StorageError(f"cannot write the checkpoint of step {step}: {error!r}")
+
+    def _put(self, tensors: dict[str, Tensor], numbers: str, info: dict[str, Any], step: int) -> int:
+        url = folder(self._run, step)
+        storage.remove(storage.join(url, MANIFEST))
+        files = {"state.json": _placed(storage.join(url, "state.json"), lambda path: _text(path, numbers))}
+        for prefix, name in FILES.items():
+            own = {key[len(prefix) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f"{prefix}/")}
+            if own:
+                target = storage.join(url, name)
+                files[name] = _placed(target, lambda path, own=own, target=target: _save(own, path, target))  # type: ignore[misc]
+        storage.put_json(storage.join(url, MANIFEST), {"step": step, "files": files, "info": info})
+        return sum(file["bytes"] for file in files.values())
+
+
+def _placed(url: str, write: Callable[[Path], None]) -> dict[str, Any]:
+    """Write a file through a temporary one; return its size and the hash of what lies on the disk."""
+    with storage.staged(url) as temporary:
+        write(temporary)
+        with temporary.open("rb") as file:
+            value = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": temporary.stat().st_size, "sha256": value}
+
+
+def _text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise StorageError(f"cannot write {path.parent}: {os.strerror(error.errno or 0)}") from error
+
+
+def _save(tensors: dict[str, Tensor], path: Path, target: str) -> None:
+    try:
+        save_file(tensors, str(path))
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot write {target}: {error}; free space or choose another storage") from error
+
+
+def _tensors(data: bytes, path: str) -> dict[str, Tensor]:
+    try:
+        return load_bytes(data)
+    except SafetensorError as error:
+        raise StorageError(f"{path}: not a readable safetensors file ({error})") from error

@@ -1,0 +1,168 @@
+"""The state of a run: weights, optimizers, averages, loss scale and position, as named tensors and plain numbers."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from elastrain.data.plan import hash64
+from elastrain.spec.train import TrainSpec
+from elastrain.training.norm import BatchNorms
+from elastrain.training.optim import for_phase, make_optimizer
+from elastrain.training.precision import LossScale
+from elastrain.training.reduce import FlatGradients, Group
+from elastrain.training.task import Task, calling, phase_parameters
+
+INIT, STEP, EVALUATE = 101, 102, 103  # domains of seeds
+STATS = 2  # loss sum and weight, first of the numbers that a slot adds to a step's sum
+
+
+@dataclass(slots=True)
+class Phase:
+    """One phase of a step: its name, optimizer, gradients, and the settings that the schedule scales."""
+
+    name: str
+    optimizer: Optimizer
+    gradients: FlatGradients
+    base_lr: float
+
+
+class TrainState:
+    """Everything that a step changes. `model` is the plain module, `forward` the one to call (compiled where asked)."""
+
+    def __init__(self, spec: TrainSpec, task: Task, device: torch.device) -> None:
+        self.spec, self.task, self.device = spec, task, device
+        dtype = torch.float64 if spec.precision == "fp64" else torch.float32
+        torch.set_default_dtype(dtype)
+        seed_all(hash64(spec.data.seed, INIT), device)
+        with calling(spec.task, "build()"):
+            self.model = task.build().to(device=device, dtype=dtype)
+        self.norms = BatchNorms(self.model)
+        self.forward: nn.Module = torch.compile(self.model) if spec.compile else self.model  # type: ignore[assignment]
+        self.phases = [self._phase(name) for name in task.phases]
+        self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()} if spec.ema else {}
+        self.scale = LossScale.of(spec.precision)
+        self.step = 0
+        self.samples = 0
+
+    def _phase(self, name: str) -> Phase:
+        settings = for_phase(self.spec.optimizer, name)
+        parameters = [parameter for _, parameter in phase_parameters(self.task, self.model, name)]
+        gradients = FlatGradients(parameters, slots=self.spec.num_slots, width=STATS + self.norms.width)
+        return Phase(name, make_optimizer(settings, parameters), gradients, settings.lr)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor of the state by name (`model/…`, `ema/…`, `optim/<phase>/<parameter>/<key>`), no copies."""
+        named = {f"model/{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
+        named |= {f"ema/{name}": tensor for name, tensor in self.ema.items()}
+        for phase in self.phases:
+            flat = _flattened(phase.optimizer.state_dict()["state"], f"optim/{phase.name}")
+            named |= {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+        return named
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the rest of the state as a JSON object: position, loss scale, and what optimizers keep as numbers."""
+        kept: dict[str, Any] = {}
+        for phase in self.phases:
+            flat = _flattened(phase.optimizer.state_dict()["state"], f"optim/{phase.name}")
+            kept |= {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
+        return {
+            "step": self.step,
+            "samples": self.samples,
+            "loss_scale": [self.scale.value, self.scale.good_steps],
+            "optim": kept,
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take over a state; raises RuntimeError if it is one of another model."""
+        self.model.load_state_dict(_under(tensors, "model/"))
+        for name, average in _under(tensors, "ema/").items():
+            self.ema[name].copy_(average)
+        values = {**{n: t for n, t in tensors.items() if n.startswith("optim/")}, **numbers["optim"]}
+        for phase in self.phases:
+            own = _nested(_under(values, f"optim/{phase.name}/"))
+            state = {int(index): entry for index, entry in own.items()}
+            groups = phase.optimizer.state_dict()["param_groups"]
+            phase.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.step, self.samples = numbers["step"], numbers["samples"]
+        self.scale = LossScale(*numbers["loss_scale"])
+
+    def share(self, group: Group, source: int) -> None:
+        """Make every member's state that of rank `source`: what a newcomer starts from."""
+        header = {"numbers": self.numbers(), "tensors": {n: [str(t.dtype), list(t.shape)] for n, t in self.tensors().items()}}
+        header = broadcast_object(group, header, source, self.device)
+        own = self.tensors()
+        received: dict[str, Tensor] = {}
+        for name, (dtype, shape) in header["tensors"].items():
+            mine = own.get(name)
+            tensor = mine.clone() if group.rank == source and mine is not None else _empty(dtype, shape)
+            moved = tensor.to(self.device)
+            group.broadcast(moved, source)
+            received[name] = moved
+        if group.rank != source:
+            self.load(received, header["numbers"])
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over a model's state in name order: name, dtype, shape, little-endian bytes."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        total.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{list(tensor.shape)}\0".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def seed_all(seed: int, device: torch.device) -> None:
+    """Seed the generators that forwards draw from: torch's default ones; microseconds, where manual_seed takes 120."""
+    torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+
+
+def broadcast_object(group: Group, value: Any, source: int, device: torch.device) -> Any:
+    """Return the JSON value of rank `source` on every member."""
+    if group.size == 1:
+        return value
+    data = json.dumps(value).encode()
+    length = torch.tensor([len(data)], dtype=torch.int64, device=device)
+    group.broadcast(length, source)
+    buffer = torch.zeros(int(length), dtype=torch.uint8, device=device)
+    if group.rank == source:
+        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    group.broadcast(buffer, source)
+    return json.loads(bytes(buffer.cpu().numpy()))
+
+
+def _empty(dtype: str, shape: list[int]) -> Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+
+
+def _flattened(value: Any, prefix: str) -> dict[str, Any]:
+    """Return nested dicts as one, keys joined by slashes; an integer key is written as it is."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, entry in value.items():
+        flat |= _flattened(entry, f"{prefix}/{key}")
+    return flat
+
+
+def _under(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name[len(prefix) :]: value for name, value in flat.items() if name.startswith(prefix)}
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split("/")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return nested
