@@ -32,7 +32,11 @@ class DigitsMLP(Task):
         smoothing = float(self.args.get("label_smoothing", 0.0))
         logits = model(self.inputs(batch))
         labels = batch["label"].long()
-        return {"loss": Loss(functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing), len(labels))}
+        return {
+            "loss": Loss(
+                functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing), len(labels)
+            )
+        }
 
     def metrics(self, model: nn.Module, batch: Batch) -> Mapping[str, Ratio]:
         """Share of samples whose largest logit is the label's."""

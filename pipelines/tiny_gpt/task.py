@@ -1,4 +1,4 @@
-"""A small GPT on tokens: learned positions, pre-norm blocks, causal attention, weights of the output tied to the input.
+"""A small GPT on tokens: learned positions, pre-norm blocks, causal attention, output weights tied to the input.
 
 Shapes: B rows, T tokens, D width, V vocabulary. Architecture and initialisation as in GPT-2 (Radford et al. 2019).
 """
@@ -27,12 +27,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend to earlier tokens, then transform each by itself."""
         x = x + self.dropout(self.project(self._attend(self.norm_attention(x))))
-        return x + self.dropout(self.narrow(functional.gelu(self.widen(self.norm_mlp(x)))))
+        change: Tensor = self.dropout(self.narrow(functional.gelu(self.widen(self.norm_mlp(x)))))
+        return x + change
 
     def _attend(self, x: Tensor) -> Tensor:
         rows, length, width = x.shape
         # (B, T, 3D) -> three of (B, heads, T, D / heads)
-        q, k, v = (part.view(rows, length, self.heads, -1).transpose(1, 2) for part in self.attention(x).split(width, 2))
+        q, k, v = (
+            part.view(rows, length, self.heads, -1).transpose(1, 2) for part in self.attention(x).split(width, 2)
+        )
         rate = self.rate if self.training else 0.0
         y = functional.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True)
         return y.transpose(1, 2).reshape(rows, length, width)
@@ -61,7 +64,8 @@ class GPT(nn.Module):
         x = self.dropout(self.tokens(tokens) + self.positions(places))
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
 
 class TinyGPT(Task):

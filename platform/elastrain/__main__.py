@@ -19,13 +19,15 @@ app = typer.Typer(
 )
 
 SpecPath = Annotated[str, typer.Argument(metavar="SPEC", help="YAML file of a run")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="change a field of the spec (repeatable)")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="change a field of the spec (repeatable)")
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
 Address = Annotated[str | None, typer.Option(help="a running Ray (auto, HOST:PORT); a local one is started without")]
 
 
 @app.command()
-def pack(  # noqa: PLR0913 -- the options of a command line
+def pack(
     source: Annotated[str, typer.Argument(help="digits, idx:DIR, csv:PATH, parquet:PATH, text:GLOB or images:DIR")],
     out: Annotated[str, typer.Argument(help="folder or URL; gets train/ and, where there is a split, test/")],
     context: Annotated[int, typer.Option(help="text: tokens a row, and one more as the last target")] = 64,
@@ -87,8 +89,7 @@ def check(spec: SpecPath, sets: Sets = None, address: Address = None, as_json: J
     """Prove before anything is spent: spec, data, one real step, memory, placement, storage."""
 
     def run() -> tuple[dict[str, Any], str]:
-        from elastrain.elastic.check import as_text
-        from elastrain.elastic.check import check as check_run
+        from elastrain.elastic.check import as_text, check_run
         from elastrain.spec.document import read_train
 
         found = check_run(read_train(spec, sets or []), address=address)
@@ -121,7 +122,9 @@ def train(
 
 
 @app.command()
-def report(run_path: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder or URL")], as_json: Json = False) -> None:
+def report(
+    run_path: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder or URL")], as_json: Json = False
+) -> None:
     """Print what a run came to and where its time went; writes report.html into the run."""
 
     def run() -> tuple[dict[str, Any], str]:

@@ -147,7 +147,9 @@ def open_arrow(url: str) -> Any:
     if is_local(url):
         return _tried("open", url, lambda: pa.OSFile(str(local_path(url)), "rb"))
     filesystem, path = _remote(url)
-    return _tried("open", url, lambda: pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)).open_input_file(path))
+    return _tried(
+        "open", url, lambda: pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)).open_input_file(path)
+    )
 
 
 def _flush(path: Path) -> None:

@@ -32,9 +32,9 @@ WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 class PackOptions:
     """How to pack; raises SpecError if a value makes no sense.
 
-    `test_fraction` None is the source's default (digits 0.2, text 0.1, others none). `context` and `tokenizer` are for
-    text, `image_size` is for images, `label` and `columns` (others are left out) for csv and parquet.
-    `row_group_bytes` and `shard_bytes` are decoded bytes.
+    `test_fraction` None is the source's default (digits 0.2, text 0.1, others none). Text has `context`, `tokenizer`;
+    images have `image_size`; csv and parquet have `label`, `columns` (others are left out). `row_group_bytes` and
+    `shard_bytes` are decoded bytes.
     """
 
     context: int = 64

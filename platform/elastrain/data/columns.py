@@ -92,9 +92,7 @@ def decode(values: pa.ChunkedArray, column: Column, *, where: str) -> Array:
 
     Raises DataError, naming `where`, on nulls, on lists of unequal length and on bytes that are no image.
     """
-    array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], values.type)
+    array = _joined(values)
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
     if array.null_count:
@@ -144,6 +142,15 @@ def from_table(table: pa.Table, *, where: str) -> dict[str, Array]:
             raise DataError(f"{where}: column {field.name!r} carries no dtype")
         arrays[field.name] = decode(table.column(field.name), column, where=where)
     return arrays
+
+
+def _joined(values: "pa.ChunkedArray | pa.Array") -> pa.Array:
+    """Return chunks as one array; a single chunk as it is, which `combine_chunks` would copy."""
+    if not isinstance(values, pa.ChunkedArray):
+        return values
+    if values.num_chunks == 1:
+        return values.chunk(0)
+    return pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
 
 
 def _element(kind: pa.DataType) -> pa.DataType:

@@ -77,8 +77,10 @@ class Dataset:
             if storage.exists(storage.join(url, MANIFEST)):
                 raise
         if storage.exists(storage.join(url, PACKING)):
-            raise DataError(f"{url}: a pack of this dataset was cut off; run the same `elastrain pack` again to finish it")
-        return _from_footers(cls, url)
+            raise DataError(
+                f"{url}: a pack of this dataset was cut off; run the same `elastrain pack` again to finish it"
+            )
+        return cls(**_from_footers(url))
 
     @classmethod
     def from_manifest(cls, url: str, manifest: Mapping[str, Any]) -> Self:
@@ -98,7 +100,9 @@ class Dataset:
                 info=manifest.get("info", {}),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{url}/{MANIFEST}: not a manifest of Elastrain ({error!r}); pack the data again") from error
+            raise DataError(
+                f"{url}/{MANIFEST}: not a manifest of Elastrain ({error!r}); pack the data again"
+            ) from error
 
     def manifest(self) -> dict[str, Any]:
         """Return the JSON document that `from_manifest` reads."""
@@ -187,13 +191,17 @@ def read_footer(url: str, size_bytes: int) -> tuple["pq.FileMetaData", str]:
     except FileNotFoundError as error:
         raise DataError(f"{url}: the file is gone; restore it, or pack the data again") from error
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{url}: not a readable Parquet file ({_first_line(error)}); restore it, or leave it out") from error
+        raise DataError(
+            f"{url}: not a readable Parquet file ({_first_line(error)}); restore it, or leave it out"
+        ) from error
 
 
 def _tail(file: Any, size_bytes: int, url: str) -> bytes:
     """Return the footer with its length and closing mark."""
     if file.size() != size_bytes:
-        raise DataError(f"{url}: {file.size()} bytes where {size_bytes} are expected: truncated or replaced; restore it")
+        raise DataError(
+            f"{url}: {file.size()} bytes where {size_bytes} are expected: truncated or replaced; restore it"
+        )
     guess = min(size_bytes, 65536)
     data: bytes = file.read_at(guess, size_bytes - guess)
     if size_bytes < 12 or data[-4:] != b"PAR1":
@@ -204,7 +212,8 @@ def _tail(file: Any, size_bytes: int, url: str) -> bytes:
     return data[-length:] if length <= guess else bytes(file.read_at(length, size_bytes - length))
 
 
-def _from_footers(cls: type[Dataset], url: str) -> Dataset:
+def _from_footers(url: str) -> dict[str, Any]:
+    """Return the fields of a dataset of plain Parquet files, read from their footers."""
     root, files = _parquet_files(url)
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
         footers = list(pool.map(lambda f: read_footer(storage.join(root, f.path), f.size_bytes), files))
@@ -223,14 +232,14 @@ def _from_footers(cls: type[Dataset], url: str) -> Dataset:
     columns, unusable = _describe(root, files, schema, [metadata for metadata, _ in footers])
     if sum(sum(shard.row_groups) for shard in shards) == 0:
         raise DataError(f"{url}: the Parquet files hold no rows")
-    return cls(
-        url=root,
-        columns=columns,
-        shards=shards,
-        fingerprint=fingerprint(columns, shards),
-        packed=False,
-        unusable=unusable,
-    )
+    return {
+        "url": root,
+        "columns": columns,
+        "shards": shards,
+        "fingerprint": fingerprint(columns, shards),
+        "packed": False,
+        "unusable": unusable,
+    }
 
 
 def _parquet_files(url: str) -> tuple[str, list[storage.FileInfo]]:
@@ -241,7 +250,9 @@ def _parquet_files(url: str) -> tuple[str, list[storage.FileInfo]]:
     try:
         files = [file for file in storage.list_files(url) if file.path.endswith((".parquet", ".pq"))]
     except FileNotFoundError as error:
-        raise DataError(f"{url}: no such dataset; check the path, or make it with `elastrain pack SOURCE OUT`") from error
+        raise DataError(
+            f"{url}: no such dataset; check the path, or make it with `elastrain pack SOURCE OUT`"
+        ) from error
     except StorageError as error:
         raise DataError(f"{url}: not a folder of Parquet files ({error})") from error
     if not files:
@@ -277,7 +288,9 @@ def _describe(
         for item in schema:
             try:
                 column = describe_values(item, _sample(file, item.name, where), where=where)
-                columns.append(replace(column, num_values=column.num_values or _num_values(item.name, column.dtype, footers)))
+                columns.append(
+                    replace(column, num_values=column.num_values or _num_values(item.name, column.dtype, footers))
+                )
             except DataError as error:
                 unusable[item.name] = str(error)
     return tuple(columns), unusable
@@ -303,7 +316,9 @@ def _num_values(name: str, dtype: str, footers: list["pq.FileMetaData"]) -> int 
     if index is None:
         return None
     chunks = (footer.row_group(g).column(index) for footer in footers for g in range(footer.num_row_groups))
-    limits = [(c.statistics.min, c.statistics.max) if c.statistics and c.statistics.has_min_max else None for c in chunks]
+    limits = [
+        (c.statistics.min, c.statistics.max) if c.statistics and c.statistics.has_min_max else None for c in chunks
+    ]
     known = [limit for limit in limits if limit is not None]
     if len(known) < len(limits) or not known or not isinstance(known[0][0], int) or min(low for low, _ in known) < 0:
         return None

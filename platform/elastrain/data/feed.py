@@ -379,4 +379,6 @@ class WorkerFeed:
                 and bool((slots == slot).all())
             )
         if not good:
-            raise DataError(f"block {address} does not hold the samples that the plan names: the feed is broken, report it")
+            raise DataError(
+                f"block {address} does not hold the samples that the plan names: the feed is broken, report it"
+            )

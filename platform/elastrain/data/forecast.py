@@ -40,12 +40,13 @@ def forecast(spec: TrainSpec) -> dict[str, Any]:
         "tail": plan.tail,
         "steps": steps,
         "epochs": steps / plan.steps_per_epoch,
-        "samples": steps // plan.steps_per_epoch * plan.num_rows
-        + steps % plan.steps_per_epoch * plan.global_batch,
+        "samples": steps // plan.steps_per_epoch * plan.num_rows + steps % plan.steps_per_epoch * plan.global_batch,
         "block_steps": plan.block_steps,
         "blocks": columns * plan.slots,
         "block_bytes": block_bytes,
-        "units_per_block": round(len(plan.units[0]) / max(1.0, plan.slots * plan.steps_per_epoch / plan.block_steps), 1),
+        "units_per_block": round(
+            len(plan.units[0]) / max(1.0, plan.slots * plan.steps_per_epoch / plan.block_steps), 1
+        ),
         "read_amplification": decoded / used,
         "bytes_per_step": plan.global_batch * data.row_bytes,
         "bytes_read_per_epoch": int(data.size_bytes * decoded / used),
@@ -98,9 +99,15 @@ def as_text(found: dict[str, Any]) -> str:
         ("batch", f"{found['global_batch']:,} samples over {found['slots']} slots of {rows}{tail}"),
         ("steps", f"{found['steps']:,} ({found['epochs']:.2f} epochs of {found['steps_per_epoch']:,} steps)"),
         ("samples", f"{found['samples']:,}, each of an epoch exactly once"),
-        ("blocks", f"{found['blocks']:,} of up to {found['block_steps']:,} steps, {_size(found['block_bytes'])} each"),
+        (
+            "blocks",
+            f"{found['blocks']:,} of up to {found['block_steps']:,} steps, {_size(found['block_bytes'])} each",
+        ),
         ("shuffle", f"a block mixes rows from about {found['units_per_block']:,} places of the data"),
-        ("reads", f"{found['read_amplification']:.2f} rows decoded for one used; {_size(found['bytes_read_per_epoch'])} an epoch"),
+        (
+            "reads",
+            f"{found['read_amplification']:.2f} decoded rows a used one, {_size(found['bytes_read_per_epoch'])} an epoch",
+        ),
         ("bandwidth", f"{_size(per_step)} a step: {_size(10 * per_step)}/s at 10 steps a second"),
         ("memory", f"{_size(found['feed_bytes'])} of object store, {_size(found['worker_block_bytes'])} in a worker"),
     ]

@@ -207,9 +207,9 @@ def _same(first: pa.Schema, other: pa.Schema, first_url: str, url: str) -> None:
 
 
 def _kinds(schema: pa.Schema) -> Mapping[str, str]:
-    known = {field.name: describe(field) for field in schema}
-    return {
-        field.name: f"{field.type}"
-        + (f" of {column.dtype} {list(column.shape)}" if (column := known[field.name]) else "")
-        for field in schema
-    }
+    """Return what each column holds, in words that differ whenever columns do not fit together."""
+    found = {}
+    for field in schema:
+        column = describe(field)
+        found[field.name] = f"{column.dtype} {list(column.shape)}" if column and column.shape else str(field.type)
+    return found

@@ -94,8 +94,8 @@ class Order:
         first = int(np.searchsorted(self.place, start, side="right")) - 1
         last = int(np.searchsorted(self.place, stop, side="left"))
         rows, sizes, places = self.row[first:last], self.size[first:last], self.place[first:last]
-        low = np.maximum(places, start)
-        high = np.minimum(places + sizes, stop)
+        low: Ints = np.maximum(places, start)
+        high: Ints = np.minimum(places + sizes, stop)
         return rows + (low - places), high - low
 
 
@@ -152,7 +152,9 @@ class Block:
             return Rows(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int64))
         order = permutation(part.stop - part.start, self.seed, _BLOCK, part.epoch, self.slot, self.block)[low:high]
         place = np.arange(low, high, dtype=np.int64)
-        local = np.full(high - low, part.first, np.int64) if not self.step_rows else part.first + place // self.step_rows
+        local = (
+            np.full(high - low, part.first, np.int64) if not self.step_rows else part.first + place // self.step_rows
+        )
         if part.last > self.full_steps:
             local[max((self.full_steps - part.first) * self.step_rows - low, 0) :] = self.full_steps
         return Rows(
@@ -184,7 +186,9 @@ class Plan:
         """
         batch = dataset.num_rows if global_batch == "all" else int(global_batch)
         if slots > batch:
-            raise SpecError(f"data.slots {slots} is more than data.global_batch {batch}: a slot would never have a sample")
+            raise SpecError(
+                f"data.slots {slots} is more than data.global_batch {batch}: a slot would never have a sample"
+            )
         row_bytes = dataset.row_bytes + INDEX_BYTES
         low, high = BLOCK_BYTES
         target = min(high, max(low, COLUMN_BYTES // slots))

@@ -97,7 +97,9 @@ def read_group(columns: Sequence[Column], source: Source) -> dict[str, Array]:
 def _opened(url: str, size_bytes: int, footer: str) -> pq.ParquetFile:
     metadata, found = read_footer(url, size_bytes)
     if found != footer:
-        raise DataError(f"{url}: the footer is not the one that the manifest names: changed or corrupted; restore the file")
+        raise DataError(
+            f"{url}: the footer is not the one that the manifest names: changed or corrupted; restore the file"
+        )
     return pq.ParquetFile(storage.open_arrow(url), metadata=metadata, page_checksum_verification=True, pre_buffer=False)
 
 

@@ -81,9 +81,7 @@ class Sums:
             deviation = math.sqrt(Fraction(self.count * self.squares - self.total**2, self.count**2))
             values = self.high + 1 if values is None and self.low >= 0 else values
         finite = math.isfinite(mean) and math.isfinite(deviation)
-        return replace(
-            self.column, num_values=values, mean=mean if finite else None, std=deviation if finite else None
-        )
+        return replace(self.column, num_values=values, mean=mean if finite else None, std=deviation if finite else None)
 
 
 @dataclass

@@ -74,9 +74,7 @@ def class_names(values: Iterable[tuple[str, pa.Array]], label: str) -> list[str]
     for where, chunk in values:
         names = set(pc.unique(chunk).to_pylist())
         if not names.isdisjoint({None, ""}):
-            raise DataError(
-                f"{where}: label column {label!r} has a row without a class; fill or drop such rows first"
-            )
+            raise DataError(f"{where}: label column {label!r} has a row without a class; fill or drop such rows first")
         found |= names
         if len(found) > CLASSES_MOST:
             raise DataError(f"{where}: label column {label!r} has over {CLASSES_MOST} different strings: not classes")

@@ -191,9 +191,7 @@ def _text(span: Span) -> str:
         return read_range(span.url, span.start, span.stop).decode()
     except UnicodeDecodeError as error:
         place = span.start + error.start
-        raise DataError(
-            f"{span.url}: byte {place} is no UTF-8; convert the file, or use --tokenizer bytes"
-        ) from error
+        raise DataError(f"{span.url}: byte {place} is no UTF-8; convert the file, or use --tokenizer bytes") from error
 
 
 def _text_cut(files: Files, fraction: float) -> int:

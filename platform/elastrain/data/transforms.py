@@ -116,12 +116,17 @@ def _shifted(images: Array, seeds: Seeds, pixels: int) -> Array:
     padding = [(0, 0), (pixels, pixels), (pixels, pixels), *[(0, 0)] * (images.ndim - 3)]
     padded = np.pad(images, padding)
     rows = np.arange(len(images))[:, None, None]
-    return padded[rows, down[:, None, None] + np.arange(height)[:, None], right[:, None, None] + np.arange(width)]
+    moved: Array = padded[
+        rows, down[:, None, None] + np.arange(height)[:, None], right[:, None, None] + np.arange(width)
+    ]
+    return moved
 
 
 def _custom(name: str, arrays: dict[str, Array], seeds: Seeds) -> dict[str, Array]:
     rows = len(seeds)
     result = load_object(name, where="data.transforms")(arrays, seeds)
     if not isinstance(result, dict) or any(len(array) != rows for array in result.values()):
-        raise SpecError(f"data.transforms: {name} must return a dict of arrays with {rows} rows, as many as it was given")
+        raise SpecError(
+            f"data.transforms: {name} must return a dict of arrays with {rows} rows, as many as it was given"
+        )
     return {key: np.asarray(value) for key, value in result.items()}

@@ -51,5 +51,5 @@ def _work(config: dict[str, Any]) -> None:
 
 def start_cell(config: Any, *, name: str, size: int, cpus: float, gpus: float) -> tuple[Any, Any]:
     """Start a cell; return its actor and the reference that becomes ready when it ended."""
-    actor = ray.remote(num_cpus=0)(Cell).remote()
+    actor: Any = ray.remote(num_cpus=0)(Cell).remote()
     return actor, actor.run.remote(config, name=name, size=size, cpus=cpus, gpus=gpus)

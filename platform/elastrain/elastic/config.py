@@ -22,3 +22,4 @@ class WorkerConfig:
     run_url: str
     resume: int | None
     info: Mapping[str, Any]
+    launched: float  # Unix time at which the workers were asked for: they are paid from then on

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined] # made in C++
 
 from elastrain.training.reduce import Group, GroupLost, Solo
 
@@ -43,7 +43,9 @@ class Door:
         mine = generation.store == self.address
         try:
             store = self._store if mine else TCPStore(host, port, is_master=False, timeout=TIMEOUT)
-            return TorchGroup(PrefixStore(f"generation-{generation.number}", store), rank, size, generation.number, device)
+            return TorchGroup(
+                PrefixStore(f"generation-{generation.number}", store), rank, size, generation.number, device
+            )
         except RuntimeError as error:
             raise GroupLost(f"generation {generation.number} did not form: {error}") from error
 
@@ -56,7 +58,9 @@ class TorchGroup:
         if device.type == "cuda":
             from torch.distributed.distributed_c10d import ProcessGroupNCCL  # noqa: PLC0415 -- absent in CPU builds
 
-            self._group: Any = ProcessGroupNCCL(store, rank, size, TIMEOUT)
+            options = ProcessGroupNCCL.Options()
+            options._timeout = TIMEOUT  # noqa: SLF001 -- its only way in
+            self._group: Any = ProcessGroupNCCL(store, rank, size, options)
         else:
             from torch.distributed.distributed_c10d import ProcessGroupGloo  # noqa: PLC0415
 

@@ -21,7 +21,7 @@ FLUSH_S = 1.0
 AUDIT = pa.schema([(name, pa.int64()) for name in ("epoch", "step", "slot", "row")])
 METRICS = pa.schema(
     [(name, pa.int64()) for name in ("step", "epoch", "samples")]
-    + [(name, pa.float64()) for name in ("loss", "lr", "grad_norm", "time_s")]
+    + [(name, pa.float64()) for name in ("loss", "lr", "grad_norm", "time_s", "ended")]
 )
 
 
@@ -35,6 +35,7 @@ class Host:
         self._metrics = StepLog(storage.join(run, "metrics"), METRICS, resume_step=resume_step)
         self._step, self._resume_step = resume_step, resume_step
         self._last: dict[str, Any] = {}
+        self._ended: float | None = None  # when the step before ended; a step after a start has time_s 0
         self._last_checkpoint: int | None = None
         self._spent: dict[str, dict[str, float]] = {}
         self._lock = threading.Lock()
@@ -76,12 +77,13 @@ class Host:
             if not status["lead"]:
                 return
             self._step = max(self._step, status["step"])
-            names = ("step", "epoch", "samples", "loss", "lr", "grad_norm", "time_s")
-            for line in status["lines"]:
-                types = (np.int64,) * 3 + (np.float64,) * 4
-                columns = {n: np.array([value], kind) for n, value, kind in zip(names, line, types, strict=True)}
-                self._metrics.add(int(line[0]), 0, columns)
-                self._last = dict(zip(names, line, strict=True))
+            for step, epoch, samples, loss, lr, grad_norm, ended in status["lines"]:
+                taken = ended - (self._ended or ended)
+                self._ended = ended
+                counts, values = (step, epoch, samples), (loss, lr, grad_norm, taken, ended)
+                numbers = [np.array([v], np.int64) for v in counts] + [np.array([v], np.float64) for v in values]
+                self._metrics.add(int(step), 0, dict(zip(METRICS.names, numbers, strict=True)))
+                self._last = {"step": step, "loss": loss}
 
     def event(self, kind: str, fields: Mapping[str, Any]) -> None:
         """Take over something for the ledger."""

@@ -6,8 +6,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -20,22 +20,34 @@ from elastrain.data.feed import FeederLogic, FeedSpec
 from elastrain.data.plan import Plan
 from elastrain.data.transforms import check_transforms
 from elastrain.elastic.cells import start_cell
+from elastrain.elastic.config import WORKER_LOST, WorkerConfig
 from elastrain.elastic.history import prepare, resumable
 from elastrain.elastic.host import Host
 from elastrain.elastic.lock import locked
-from elastrain.elastic.session import embedded_cpus, place_workers, ray_session, reading_resources
-from elastrain.elastic.config import WORKER_LOST, WorkerConfig
+from elastrain.elastic.session import embedded_cpus, fitting, place_workers, ray_session, reading_resources
 from elastrain.errors import Interrupted, ResourceError, SpecError, error_named
 from elastrain.observe.ledger import Ledger
 from elastrain.observe.progress import LiveLine, Status
 from elastrain.observe.report import read_report, write_html
 from elastrain.spec.train import TrainSpec
-from elastrain.training.manifests import folder
 
 POLL_S = 0.2
 END_S = 15.0
 MAX_RESTARTS_WITHOUT_PROGRESS = 3
-KEYS = ("run", "step", "resumed_from", "samples", "metrics", "weights_sha256", "wall_s", "goodput", "workers", "restarts", "resizes")
+RELEASE_S = 10.0
+KEYS = (
+    "run",
+    "step",
+    "resumed_from",
+    "samples",
+    "metrics",
+    "weights_sha256",
+    "wall_s",
+    "goodput",
+    "workers",
+    "restarts",
+    "resizes",
+)
 
 
 class WorkerLost(ResourceError):  # noqa: N818 -- an event: the run starts again from its last checkpoint
@@ -84,6 +96,7 @@ class Job:
     started: float = field(default_factory=time.time)
     stop: threading.Event = field(default_factory=threading.Event)
     lost: tuple[float, int] | None = None  # when a worker was lost, and the step that had been reached
+    size: int = 0  # workers of the attempt before
 
     def warn(self, message: str) -> None:
         """Show a message above the live line."""
@@ -93,9 +106,9 @@ class Job:
 def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False) -> Run:
     """Train as the spec says, going on from the newest whole checkpoint of the run unless `fresh`.
 
-    `address` is a Ray to use; without it `RAY_ADDRESS` is honoured, and without either a local Ray starts and ends here.
-    Raises SpecError, ConflictError, DataError, StorageError, ResourceError, DivergedError; Interrupted after a commit if
-    the user stopped it (SIGINT or SIGTERM).
+    `address` is a Ray to use; without it `RAY_ADDRESS` is honoured, and without either a local Ray starts and ends
+    with the call. Raises SpecError, ConflictError, DataError, StorageError, ResourceError, DivergedError; Interrupted
+    after a commit if the user stopped it (SIGINT or SIGTERM).
     """
     if spec.consistency == "bitwise":
         raise SpecError("consistency: bitwise is not available yet; sample gives the same samples and order at any W")
@@ -112,7 +125,8 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False) -
         resume = resumable(run_url, warn=job.warn)
         if resume is not None and resume.complete and resume.step >= steps:
             return _finished(job, resume.step)
-        with _stopping(job), ray_session(address, cpus=embedded_cpus(spec.workers)):
+        # Ray takes SIGTERM for itself when it starts, so ours comes after it
+        with ray_session(address, cpus=embedded_cpus(spec.workers)), _stopping(job):
             return _attempts(job)
 
 
@@ -125,10 +139,11 @@ def _attempts(job: Job) -> Run:
         idle, before = (idle + 1, before) if step <= before else (0, step)
         try:
             result = _attempt(job, resume.step if resume else None)
-        except WorkerLost as error:
+        except (WorkerLost, ray.exceptions.RayError) as error:
             if idle + 1 >= MAX_RESTARTS_WITHOUT_PROGRESS:
                 raise ResourceError(f"{error}; {idle + 1} tries from step {step} came to nothing") from error
-            job.warn(f"{error}; starting again from the last checkpoint")
+            job.lost = job.lost or (time.time(), step)
+            job.warn(f"{error}; starting again from step {step}")
             continue
         if result["stopped"]:
             raise Interrupted(f"stopped at step {result['step']} after a commit; the same command goes on from there")
@@ -148,11 +163,8 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
         end=job.num_steps,
         reading=reading_resources(spec.workers, size),
     )
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    attempt = Ledger.next_attempt(job.run_url)
-    common: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
-    feeder = ray.remote(**common, max_concurrency=2 * size + 8)(FeederLogic).remote(feed)
-    host = ray.remote(**common, max_concurrency=2 * size + 8)(Host).remote(job.run_url, attempt, size, begin)
+    feeder = _actor(FeederLogic, size, feed)
+    host = _actor(Host, size, job.run_url, Ledger.next_attempt(job.run_url), size, begin)
     config = WorkerConfig(
         host=host,
         feeder=feeder,
@@ -162,10 +174,9 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
         run_url=job.run_url,
         resume=resume,
         info={"plan": job.plan.identity(), "versions": versions(), "threads": max(1, int(spec.workers.cpus))},
+        launched=time.time(),
     )
-    host.event.remote(
-        "start", {"step": begin, "workers": size, "host": socket.gethostname(), "versions": versions()}
-    )
+    host.event.remote("start", {"step": begin, "workers": size, "host": socket.gethostname(), "versions": versions()})
     cell, ended = start_cell(config, name=spec.name, size=size, cpus=spec.workers.cpus, gpus=spec.workers.gpus)
     outcome: dict[str, Any] = {"outcome": "failed", "error": "the driver broke off"}
     try:
@@ -178,6 +189,13 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
     finally:
         _close(host, [feeder, cell], outcome)
     return result
+
+
+def _actor(kind: type, size: int, *arguments: Any) -> Any:
+    """Start an actor beside the driver, with a thread for each worker that may wait in it, and some more."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    made: Any = ray.remote(kind)
+    return made.options(num_cpus=0, max_concurrency=2 * size + 8, scheduling_strategy=here).remote(*arguments)
 
 
 def _close(host: Any, others: list[Any], outcome: dict[str, Any]) -> None:
@@ -227,25 +245,23 @@ def _note_recovery(job: Job, host: Any, now: Mapping[str, Any]) -> None:
 
 
 class _Rate:
-    """Samples a second and the share of waiting for data since the last look."""
+    """Samples a second since the first look."""
 
     def __init__(self) -> None:
-        self._moment, self._samples = time.monotonic(), 0.0
+        self._first: tuple[float, float] | None = None
 
-    def since(self, samples: float) -> float | None:
+    def of(self, samples: float) -> float | None:
         """Return samples a second, None until a second has passed."""
         now = time.monotonic()
-        if not self._samples or now - self._moment < 1.0:
-            self._samples = self._samples or samples
-            return None
-        value = (samples - self._samples) / (now - self._moment)
-        return value
+        self._first = self._first or (now, samples)
+        moment, before = self._first
+        return (samples - before) / (now - moment) if now - moment >= 1.0 else None
 
 
 def _status(job: Job, now: Mapping[str, Any], size: int, rate: _Rate) -> Status:
     plan, step, last = job.plan, now["step"], now["last"]
     done = step // plan.steps_per_epoch * plan.num_rows + step % plan.steps_per_epoch * plan.global_batch
-    running = [s for s in now["spent"].values()]
+    running = list(now["spent"].values())
     waited = sum(s["data"] for s in running)
     worked = sum(sum(s.values()) - s["start"] for s in running)
     return Status(
@@ -255,7 +271,7 @@ def _status(job: Job, now: Mapping[str, Any], size: int, rate: _Rate) -> Status:
         step=step,
         steps=job.num_steps,
         loss=last.get("loss"),
-        samples_per_s=rate.since(float(done)) if last else None,
+        samples_per_s=rate.of(float(done)) if last else None,
         data_share=waited / worked if worked else None,
         workers=now["members"] or size,
         last_checkpoint=now["checkpoint"],
@@ -263,20 +279,20 @@ def _status(job: Job, now: Mapping[str, Any], size: int, rate: _Rate) -> Status:
 
 
 def _placed(job: Job) -> int:
-    workers = job.spec.workers
-    if workers.max > job.plan.slots:
-        job.warn(f"the run has {job.plan.slots} slots: no more than that many of {workers.max} workers can be used")
-        most = job.plan.slots
-        workers = replace_workers(workers, most)
+    """Return how many workers to start; after a loss, what the lost ones held is given time to come free."""
+    workers, slots = job.spec.workers, job.plan.slots
+    if workers.max > slots:
+        job.warn(f"the run has {slots} slots, so {slots} of workers.max {workers.max} workers can be used")
+        workers = workers.model_copy(update={"max": slots, "min": min(workers.min, slots)})
+    if job.size:
+        deadline = time.monotonic() + RELEASE_S
+        while fitting(workers, "free") < job.size and time.monotonic() < deadline:
+            time.sleep(POLL_S)
     try:
-        return place_workers(workers, say=job.warn, stop=job.stop.is_set, pause=lambda: time.sleep(1.0))
+        job.size = place_workers(workers, say=job.warn, stop=job.stop.is_set, pause=lambda: time.sleep(1.0))
     except InterruptedError as error:
         raise Interrupted("stopped while waiting for room; nothing was started") from error
-
-
-def replace_workers(workers: Any, most: int) -> Any:
-    """Return the workers' spec with at most `most` workers."""
-    return workers.model_copy(update={"max": most, "min": min(workers.min, most)})
+    return job.size
 
 
 def _finished(job: Job, resumed_from: int) -> Run:

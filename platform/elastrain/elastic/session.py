@@ -4,17 +4,19 @@ import contextlib
 import logging
 import math
 import os
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from elastrain.errors import ResourceError
 from elastrain.spec.train import WorkersSpec
 
 READERS = 2
-NO_GPU_MESSAGE = "; this machine has no GPU that Ray can see: set workers.gpus: 0"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,10 +40,11 @@ def ray_session(address: str | None, *, cpus: float) -> Iterator[Session]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if target and target != "local":
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            # `ray start` turns token authentication on where a token is found; a client of an address does not
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             ray.init(address=target, **quiet)
         else:
-            ray.init(address="local", num_cpus=math.ceil(cpus), include_dashboard=False, **quiet)
+            ray.init(address="local", num_cpus=math.ceil(cpus), include_dashboard=False, **_quoted(), **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"no Ray answers at {target}" if target else "a local Ray did not start"
         raise ResourceError(f"{where}: {error}") from error
@@ -51,35 +54,45 @@ def ray_session(address: str | None, *, cpus: float) -> Iterator[Session]:
         ray.shutdown()
 
 
+def _quoted() -> dict[str, Any]:
+    """Quote the interpreter where its path has a space: Ray starts workers through a shell."""
+    quoted = shlex.quote(sys.executable)
+    return {} if quoted == sys.executable else {"runtime_env": {"py_executable": quoted}}
+
+
 def embedded_cpus(workers: WorkersSpec) -> float:
     """Return the logical CPUs of an embedded Ray: all workers, and reading."""
     return workers.max * workers.cpus + READERS
 
 
-def place_workers(workers: WorkersSpec, *, say: Callable[[str], None], stop: Callable[[], bool], pause: Callable[[], None]) -> int:
+def place_workers(
+    workers: WorkersSpec, *, say: Callable[[str], None], stop: Callable[[], bool], pause: Callable[[], None]
+) -> int:
     """Return how many workers fit, from min to max; below min wait, saying so.
 
     Raises ResourceError if the cluster can never hold min, InterruptedError if `stop` says so while waiting.
     """
     told = False
-    while True:
-        free = _fitting(workers, "free")
-        if free >= workers.min:
-            return min(free, workers.max)
-        most = _fitting(workers, "total")
-        if most < workers.min:
-            need = f"{workers.cpus:g} CPUs" + (f" and {workers.gpus:g} GPUs" if workers.gpus else "")
-            hint = NO_GPU_MESSAGE if workers.gpus and not ray.cluster_resources().get("GPU") else ""
-            raise ResourceError(
-                f"workers.min {workers.min} of {need} each: the cluster can hold {most}; lower workers.min, "
-                f"workers.cpus or workers.gpus, or add nodes{hint}"
-            )
+    while (free := fitting(workers, "free")) < workers.min:
+        if fitting(workers, "total") < workers.min:
+            raise ResourceError(_never(workers))
         if not told:
             say(f"waiting for room: {free} of at least {workers.min} workers fit now")
             told = True
         if stop():
             raise InterruptedError
         pause()
+    return min(free, workers.max)
+
+
+def _never(workers: WorkersSpec) -> str:
+    need = f"{workers.cpus:g} CPUs" + (f" and {workers.gpus:g} GPUs" if workers.gpus else "")
+    no_gpu = bool(workers.gpus) and not ray.cluster_resources().get("GPU")
+    hint = "; Ray sees no GPU here: set workers.gpus: 0" if no_gpu else ""
+    return (
+        f"workers.min {workers.min} of {need} each: the cluster can hold {fitting(workers, 'total')}; lower "
+        f"workers.min, workers.cpus or workers.gpus, or add nodes{hint}"
+    )
 
 
 def reading_resources(workers: WorkersSpec, size: int) -> tuple[float, int]:
@@ -88,8 +101,8 @@ def reading_resources(workers: WorkersSpec, size: int) -> tuple[float, int]:
     return (1.0, max(1, min(spare, max(READERS, size)))) if spare >= 1 else (0.0, READERS)
 
 
-def _fitting(workers: WorkersSpec, kind: str) -> int:
-    """Count the workers that fit node by node (a worker does not span nodes)."""
+def fitting(workers: WorkersSpec, kind: str) -> int:
+    """Count the workers that fit into the `free` or `total` resources, node by node: a worker does not span nodes."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     per_node = ray._private.state.available_resources_per_node() if kind == "free" else {}  # noqa: SLF001
     count = 0

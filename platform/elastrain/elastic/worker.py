@@ -6,6 +6,7 @@ It always returns normally; what went wrong is told to the host, which knows wha
 import os
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Mapping
 from typing import Any
@@ -53,7 +54,9 @@ class HostSeat:
             number, workers = formed
             members = ranked([(w.name, w.node, w.place) for w in workers])
             first = next(w for w in workers if w.name == members[0])
-            self._group = self._door.join(Generation(number=number, members=members, store=first.store), self._name, self._device)
+            self._group = self._door.join(
+                Generation(number=number, members=members, store=first.store), self._name, self._device
+            )
         return self._group
 
     def wishes_stop(self) -> bool:
@@ -104,7 +107,9 @@ def work(config: WorkerConfig) -> None:
     except GroupLost as error:
         ray.get(config.host.fail.remote(WORKER_LOST, f"a worker was lost ({str(error).splitlines()[0][:200]})"))
     except torch.OutOfMemoryError as error:
-        message = f"a worker ran out of GPU memory: lower micro_batch or data.global_batch, or raise data.slots ({error})"
+        message = (
+            f"a worker ran out of GPU memory: lower micro_batch or data.global_batch, or raise data.slots ({error})"
+        )
         ray.get(config.host.fail.remote(ResourceError.__name__, message))
     except Exception as error:  # noqa: BLE001 -- the border of the worker: nothing may get lost here
         known = ours(error)
@@ -113,8 +118,8 @@ def work(config: WorkerConfig) -> None:
 
 
 def _train(config: WorkerConfig, name: str) -> dict[str, Any]:
-    clock, spec = Clock(), config.spec
-    clock.switch("start")
+    spec = config.spec
+    clock = Clock(before_s=max(0.0, time.time() - config.launched))
     fix_threads(spec.workers.cpus)
     device = choose_device(spec.workers.gpus)
     feed = WorkerFeed(config.feeder, config.feed, begin=config.feed.begin)

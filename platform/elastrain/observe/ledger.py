@@ -36,7 +36,8 @@ SECRET = re.compile(r"(://)[^/@\s\"']+@")
 
 
 class Clock:
-    """Books each second of one worker once; made at the worker's first moment, it runs under "start".
+    """Books each second of one worker once; made at the worker's first moment, it runs under "start",
+    to which `before_s` is added: the seconds that the worker was paid for before it could make one.
 
     Time is counted in whole ticks of 2**-30 s, which floats hold and add without rounding (up to 97 days): so the
     categories sum to the elapsed time exactly. For one thread.
@@ -44,9 +45,10 @@ class Clock:
 
     __slots__ = ("_now", "_running", "_since", "_ticks")
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter, *, before_s: float = 0.0) -> None:
         self._now = now
         self._ticks = dict.fromkeys(CATEGORIES, 0)
+        self._ticks["start"] = int(before_s * TICKS_PER_S)
         self._running = "start"
         self._since = int(now() * TICKS_PER_S)
 
@@ -95,7 +97,10 @@ class Ledger:
         self._events.append(_line({"t": self._now(), "kind": kind, **fields}))
 
     def spent(self, worker: str, seconds: Mapping[str, float]) -> None:
-        """Note what `worker` has spent since its start (`Clock.spent`); replaces what was noted of it before."""
+        """Note what `worker` has spent since its start (`Clock.spent`); replaces what was noted of it before.
+
+        Each process needs a name of its own: one that stands in for a dead worker would replace the dead one's seconds.
+        """
         record = {"t": self._now(), "kind": "seconds", "worker": worker, "seconds": dict(seconds)}
         self._seconds[worker] = _line(record)
 

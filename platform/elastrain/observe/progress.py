@@ -230,9 +230,7 @@ def pack_progress(
         yield show
 
 
-def _plain_progress(
-    stream: TextIO, every_s: float, now: Callable[[], float]
-) -> Callable[[str, int, int | None], None]:
+def _plain_progress(stream: TextIO, every_s: float, now: Callable[[], float]) -> Callable[[str, int, int | None], None]:
     written: dict[str, tuple[float, int]] = {}
 
     def show(label: str, done: int, total: int | None) -> None:

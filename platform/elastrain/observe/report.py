@@ -25,7 +25,6 @@ USEFUL = ("compute", "reduce")
 EVENT = ("kind", "step", "recovery_s", "steps_redone")
 NOT_EVENTS = ("start", "checkpoint", "eval", "seconds", "end")
 MAX_POINTS, MEANS = 2000, 200
-
 Points = Sequence[tuple[float, float]]
 
 
@@ -56,9 +55,7 @@ def read_report(run: str) -> dict[str, Any]:
         **outcome,
         "wall_s": wall,
         "goodput": sum(seconds[category] for category in USEFUL) / paid if paid else 0.0,
-        "workers": max(
-            (record["workers"] for record in records if isinstance(record.get("workers"), int)), default=0
-        ),
+        "workers": max((record["workers"] for record in records if isinstance(record.get("workers"), int)), default=0),
         "restarts": sum(event["kind"] == "restart" for event in events),
         "resizes": sum(event["kind"] == "resize" for event in events),
         "events": events,
@@ -81,8 +78,8 @@ def _outcome(run: str, records: list[Record]) -> dict[str, Any]:
     end = next((record for record in reversed(last) if record["kind"] == "end"), Record())
     saved = next(iter(reversed(_standing(records, "checkpoint"))), start)
     evaluated = next(iter(reversed(_standing(records, "eval"))), Record())
-    result = end.get("result") or {}
-    step: int = result.get("step", end.get("step", saved.get("step", 0)))
+    result: Record = end.get("result") or {}
+    step = result.get("step", end.get("step", saved.get("step", 0)))
     samples = result.get("samples", saved.get("samples"))
     return {
         "run": storage.absolute(run),
@@ -113,7 +110,7 @@ def _wall_s(records: Iterable[Record], attempt: int) -> float:
     return float(max(moments) - min(moments)) if moments else 0.0
 
 
-def _count_samples(run: str, step: int) -> int:
+def _count_samples(run: str, step: Any) -> int:
     """The samples of the committed steps of a run that nobody could close."""
     steps = _steps(run)
     return sum(count for at, count in zip(steps["step"], steps["samples"], strict=True) if at < step) if steps else 0
@@ -212,9 +209,10 @@ section { background: var(--card); border: 1px solid var(--rule); border-radius:
 .scroll { overflow-x: auto; }
 svg { display: block; width: 100%; min-width: 400px; height: auto; font-size: 12px; fill: var(--soft); }
 polyline { fill: none; stroke: var(--curve); stroke-width: 2; stroke-linejoin: round; } circle { fill: var(--curve); }
-.raw { stroke-width: 1; opacity: .3; } path { stroke: var(--rule); }
+.wide svg { min-width: 640px; } .raw { stroke-width: 1; opacity: .3; } path { stroke: var(--rule); }
 path.mark { stroke: var(--mark); stroke-dasharray: 3 3; }
-table { border-collapse: collapse; } td, th { text-align: left; padding: 3px 24px 3px 0; font-weight: 400; }
+table { border-collapse: collapse; } td:first-child { white-space: nowrap; overflow-wrap: normal; }
+td, th { text-align: left; padding: 3px 24px 3px 0; font-weight: 400; }
 pre { margin: 12px 0 0; overflow-x: auto; font: 13px/1.5 ui-monospace, monospace; overflow-wrap: normal; }
 summary { cursor: pointer; font-weight: 600; }
 """
@@ -394,6 +392,6 @@ def _spec(run: str) -> Iterator[str]:
 
 
 def _foot(report: dict[str, Any]) -> str:
-    facts = [report["run"], *(f"{name} {version}" for name, version in report["versions"].items())]
+    facts = [report["run"], " · ".join(f"{name} {version}" for name, version in report["versions"].items())]
     facts += [f"weights sha256 {report['weights_sha256']}"] if report["weights_sha256"] else []
     return f"<footer><small>{'<br>'.join(escape(str(fact)) for fact in facts)}</small></footer>"

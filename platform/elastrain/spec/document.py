@@ -103,7 +103,7 @@ def dump(spec: TrainSpec) -> str:
     yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment] # ruamel types it as None only
-    # Long text would be folded over lines.
+    # One line a text, for diff and grep; ruamel would fold long ones.
     yaml.width = 1 << 30
     stream = io.StringIO()
     yaml.dump(_plain(spec.model_dump(), nowhere), stream)

@@ -72,11 +72,11 @@ class Batches:
         self._feed.prefetch(slots, block + 1)
 
     def batch(self, slot: int) -> Batch | None:
-        """Return the slot's rows in this step, None if it has none; the tensors are this worker's to change."""
+        """Return the slot's rows in this step, None if it has none; each call gives tensors of its own."""
         held, span = self._span(slot)
         if held is None or span.start == span.stop:
             return None
-        return Batch({name: tensor[span] for name, tensor in held.columns.items()})
+        return Batch({name: tensor[span] for name, tensor in held.columns.items()}).clone()
 
     def rows(self, slot: int) -> Array:
         """Return the dataset rows of the slot in this step, in training order."""

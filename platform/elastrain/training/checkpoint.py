@@ -128,12 +128,12 @@ class Writer:
             torch.cuda.synchronize()
         return {name: self._buffers[name] for name in tensors}
 
-    def _write(
-        self, tensors: dict[str, Tensor], numbers: str, info: dict[str, Any], step: int, stall_s: float
-    ) -> None:
+    def _write(self, tensors: dict[str, Tensor], numbers: str, info: dict[str, Any], step: int, stall_s: float) -> None:
         start = time.perf_counter()
         try:
-            broken = next((n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())), None)
+            broken = next(
+                (n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())), None
+            )
             if broken is not None:
                 raise DivergedError(f"step {step}: {broken} is not finite any more; the checkpoint before is kept")
             size = self._put(tensors, numbers, info, step)

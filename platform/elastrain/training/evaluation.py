@@ -69,11 +69,11 @@ def _sums(state: TrainState, batch: Batch) -> dict[str, tuple[float, float]]:
     with torch.no_grad(), forward_context(state.spec.precision, state.device):
         for phase in task.phases:
             with calling(state.spec.task, "losses() in evaluation"):
-                loss = phase_loss(task, state.model, batch, phase)
+                loss = phase_loss(task, state.model, batch.clone(), phase)
             name = "val_loss" if len(task.phases) == 1 else f"val_loss_{phase}"
             found[name] = (float(loss.sum), float(loss.weight))
         with calling(state.spec.task, "metrics()"):
-            metrics = task.metrics(state.model, batch)
+            metrics = task.metrics(state.model, batch.clone())
         for name, ratio in metrics.items():
             if name in found:
                 raise SpecError(f"task {state.spec.task}: metric {name!r} is the loss's own name; choose another")

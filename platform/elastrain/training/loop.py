@@ -77,11 +77,18 @@ class Loop:
     def run(self) -> dict[str, Any]:
         """Train; return step, samples, metrics, weights_sha256 and whether the run was stopped before its end.
 
-        Raises DivergedError, DataError, SpecError, StorageError; GroupLost if a member of the group is gone.
+        Raises DivergedError, DataError, SpecError, StorageError; GroupLost if a member of the group is gone. A commit
+        that is under way is finished in any case, so that nobody who takes over writes the same checkpoint.
         """
+        writer = Writer(self.run_url, self.spec.checkpoint)
+        try:
+            return self._run(writer)
+        finally:
+            writer.join()
+
+    def _run(self, writer: Writer) -> dict[str, Any]:
         state = self.state
         batches = Batches(self.feed, self.plan, state.device)
-        writer = Writer(self.run_url, self.spec.checkpoint)
         metrics: dict[str, float] = {}
         stop, last_report, group = False, 0.0, self.seat.group(state.step)
         state.model.train()
@@ -114,11 +121,11 @@ class Loop:
         slots = slots_of(group.rank, group.size, self.plan.slots)
         batches.move_to(step, slots, self.clock)
         if self.spec.audit:
+            # Before the step counts: whoever dies after the sum has left its lines, and a step done again replaces them.
             self._audit(batches, step, slots)
+            self.recorder.audited()
         flag = float(group.rank == 0 and self.seat.wishes_stop())
         result = run_step(state, batches, group, slots, clock=self.clock, flag=flag, num_steps=self.num_steps)
-        if self.spec.audit:
-            self.recorder.audited()
         self._pending.append((step, result))
         if group.rank == 0 and step % self.plan.block_steps == 0:
             self.feed.release_before(self.plan.block_of(step))
@@ -134,12 +141,11 @@ class Loop:
 
     def _read(self, *, force: bool) -> bool:
         """Read the losses of finished steps; return whether a stop was asked for. Raises DivergedError."""
-        if self.state.device.type == "cuda" and not force and len(self._pending) < CUDA_READ_STEPS:
-            return False
+        if self.state.device.type == "cuda" and not force and self.state.step % CUDA_READ_STEPS:
+            return False  # by the step, not by what is pending: all workers stop at the same one, newcomers included
         stop = False
         for step, result in self._pending:
-            loss_sum, weight = result.totals.tolist()
-            loss = loss_sum / weight if weight else 0.0
+            loss = sum(loss_sum / weight if weight else loss_sum for loss_sum, weight in result.totals.tolist())
             if not math.isfinite(loss) and (self.spec.precision != "fp16" or self.state.scale.value <= 1.0):
                 raise DivergedError(
                     f"step {step}: the loss is {loss}; lower optimizer.lr (now {result.lr:g}), warm up longer or set "
@@ -173,7 +179,7 @@ class Loop:
                 info = {**self.info, "metrics": metrics, "complete": last}
                 if last:
                     info["weights_sha256"] = digest(self.state.model.state_dict())
-                writer.commit(self.state.tensors(), self.state.numbers(), info)
+                writer.commit(self.state.tensors(), self.state.numbers(), info, buffers=self.state.buffer_names())
                 self._written(writer)
         return metrics
 

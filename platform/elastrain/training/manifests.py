@@ -1,6 +1,10 @@
 """Which checkpoints a run has, from their manifests alone: no torch here, so that a driver need not load it."""
 
+import contextlib
 import hashlib
+import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +13,8 @@ from elastrain.errors import StorageError
 from elastrain.spec.train import CheckpointSpec
 
 MANIFEST = "manifest.json"
+FOLDER = re.compile(r"step-(\d{8,})")
+SEAL = ',\n "sha256": "'
 
 
 def folder(run: str, step: int) -> str:
@@ -16,24 +22,43 @@ def folder(run: str, step: int) -> str:
     return storage.join(run, "checkpoints", f"step-{step:08d}")
 
 
+def write_manifest(run: str, step: int, files: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+    """Write the manifest of a checkpoint: from now on it exists. The last entry is the hash of all before it."""
+    text = json.dumps({"step": step, "files": files, "info": info}, indent=1).removesuffix("\n}")
+    storage.put(storage.join(folder(run, step), MANIFEST), f'{text}{SEAL}{_hash(text)}"\n}}\n'.encode())
+
+
+def read_manifest(run: str, step: int) -> dict[str, Any]:
+    """Return the manifest of a checkpoint; raises FileNotFoundError if it has none, StorageError if it is broken."""
+    url = storage.join(folder(run, step), MANIFEST)
+    data = storage.read_bytes(url)
+    text, seal, _ = data.decode(errors="replace").rpartition(SEAL)
+    if not seal or data != f'{text}{SEAL}{_hash(text)}"\n}}\n'.encode():
+        raise StorageError(f"{url}: corrupted (not the bytes that were written)")
+    manifest: dict[str, Any] = json.loads(data)
+    if manifest["step"] != step:
+        raise StorageError(f"{url}: the manifest of step {manifest['step']}; checkpoints are not to be renamed")
+    return manifest
+
+
 def read_manifests(run: str) -> dict[int, dict[str, Any]]:
-    """Return the manifests of all checkpoints of a run by step, oldest first."""
+    """Return the manifests of all checkpoints of a run by step, oldest first; a broken one is left out."""
     found = {}
-    for name in storage.list_folders(storage.join(run, "checkpoints")):
-        try:
-            manifest = storage.read_json(storage.join(run, "checkpoints", name, MANIFEST))
-            found[int(manifest["step"])] = manifest
-        except (FileNotFoundError, StorageError, KeyError, TypeError, ValueError):
-            continue  # no manifest that can be read: no checkpoint
-    return dict(sorted(found.items()))
+    for step in _steps(run):
+        with contextlib.suppress(FileNotFoundError, StorageError):  # no manifest that can be read: no checkpoint
+            found[step] = read_manifest(run, step)
+    return found
 
 
 def newest_whole(run: str, *, warn: Callable[[str], None]) -> int | None:
     """Return the step of the newest checkpoint that is whole, None if there is none; broken ones go to `warn`."""
-    for step, manifest in sorted(read_manifests(run).items(), reverse=True):
+    for step in reversed(_steps(run)):
         try:
+            manifest = read_manifest(run, step)
             for name in manifest["files"]:
                 read_verified(folder(run, step), manifest, name)
+        except FileNotFoundError:
+            continue  # cut off while it was written
         except StorageError as error:
             warn(f"{error}; going back to the checkpoint before it")
         else:
@@ -53,16 +78,32 @@ def read_verified(url: str, manifest: Mapping[str, Any], name: str) -> bytes:
     return data
 
 
-def retain(run: str, spec: CheckpointSpec) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one by `best`; the manifest goes first."""
-    held = read_manifests(run)
+def retain(run: str, spec: CheckpointSpec, *, newest: int) -> None:
+    """Remove all but the newest `keep` checkpoints up to step `newest` and the best one by `best`; the manifest goes first.
+
+    What lies past `newest` was broken, or the run would have gone on from there. Folders without a manifest go once they
+    are older than everything kept: until then they may be in the making.
+    """
+    found = read_manifests(run)
+    held = {step: manifest for step, manifest in found.items() if step <= newest}
     kept = set(sorted(held)[-spec.keep :])
+    oldest = min(kept, default=0)
     scored = {step: m["info"].get("metrics", {}).get(spec.best) for step, m in held.items()}
-    known = {step: value for step, value in scored.items() if value is not None}
+    known = {step: value for step, value in scored.items() if value is not None and math.isfinite(value)}
     if known:
         sign = 1.0 if spec.goal == "min" else -1.0
         kept.add(min(known, key=lambda step: (sign * known[step], -step)))
-    for step in held:
-        if step not in kept:
+    for step in _steps(run):
+        if step not in kept and (step in found or step < oldest):
             storage.remove(storage.join(folder(run, step), MANIFEST))
             storage.remove(folder(run, step))
+
+
+def _steps(run: str) -> list[int]:
+    """Return the steps of a run's checkpoint folders in order, whole or not."""
+    names = storage.list_folders(storage.join(run, "checkpoints"))
+    return sorted(int(match[1]) for match in map(FOLDER.fullmatch, names) if match)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

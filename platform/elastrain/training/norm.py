@@ -50,7 +50,7 @@ class BatchNorms:
 
     def end(self, rows: Tensor | None) -> None:
         """Put the running statistics back, moved by `rows` (slots, width) of all slots; None moves nothing."""
-        offset = 0
+        offset, self._sums = 0, []
         for norm, momentum, (mean, var) in zip(self._norms, self._momentum, self._kept, strict=True):
             size = norm.num_features
             norm.momentum = momentum
@@ -65,12 +65,13 @@ class BatchNorms:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         assert norm.num_batches_tracked is not None
-        size = norm.num_features
-        norm.num_batches_tracked.fill_(int(norm.num_batches_tracked) + 1)
-        factor = norm.momentum if norm.momentum is not None else 1.0 / int(norm.num_batches_tracked)
+        size, called = norm.num_features, total[0] > 0
+        norm.num_batches_tracked.add_(called)
+        factor = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.clamp_min(1)
         statistics = (total[1:] / total[0].clamp_min(1.0)).to(norm.running_mean.dtype)
-        norm.running_mean.lerp_(statistics[:size], factor)
-        norm.running_var.lerp_(statistics[size:], factor)
+        weight = (called * factor).to(norm.running_mean.dtype)  # a norm that no slot called stays as it is
+        norm.running_mean.lerp_(statistics[:size], weight)
+        norm.running_var.lerp_(statistics[size:], weight)
 
     def _collect(self, index: int, norm: nn.Module, args: tuple[Any, ...]) -> None:
         if not norm.training or not self._sums:

@@ -46,16 +46,17 @@ def make_optimizer(spec: OptimizerSpec, parameters: Sequence[nn.Parameter]) -> O
 
 def _custom(spec: OptimizerSpec, parameters: Sequence[nn.Parameter]) -> Optimizer:
     kind = load_object(spec.name, where="optimizer.name")
-    known = inspect.signature(kind).parameters
+    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+        raise SpecError(f"optimizer {spec.name}: not a class derived from torch.optim.Optimizer")
     given = {"lr": spec.lr, **spec.args}
-    if "weight_decay" in known:
+    if "weight_decay" in inspect.signature(kind).parameters:
         given.setdefault("weight_decay", spec.weight_decay)
     try:
         optimizer = kind(parameters, **given)
-    except (TypeError, ValueError) as error:
-        raise SpecError(f"optimizer {spec.name}: {error}; check lr and optimizer.args") from error
-    if not isinstance(optimizer, Optimizer):
-        raise SpecError(f"optimizer {spec.name}: not a torch.optim.Optimizer")
+        inspect.signature(optimizer.step).bind()
+    except (TypeError, ValueError, RuntimeError) as error:
+        why = "its step() needs a closure" if "closure" in str(error) else error
+        raise SpecError(f"optimizer {spec.name}: {why}; check lr and optimizer.args, or choose another") from error
     return optimizer
 
 

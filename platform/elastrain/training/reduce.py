@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from elastrain.errors import SpecError
+
 
 class GroupLost(Exception):  # noqa: N818 -- an event: the membership decides what follows
     """A member of the group is gone; whatever was being summed is not to be used."""
@@ -78,7 +80,7 @@ class FlatGradients:
         self._views = []
         offset = 0
         for parameter in parameters:
-            self._views.append(self.buffer[offset : offset + parameter.numel()].view_as(parameter))
+            self._views.append(_like(self.buffer[offset : offset + parameter.numel()], parameter))
             offset += parameter.numel()
 
     def attach(self) -> None:
@@ -89,10 +91,17 @@ class FlatGradients:
                 parameter.grad = view
 
     def check_attached(self) -> None:
-        """Raise RuntimeError if a backward put a gradient elsewhere (a sparse one, say)."""
+        """Raise SpecError if the task replaced a gradient: it would be missing from the sum."""
         for parameter, view in zip(self.parameters, self._views, strict=True):
             if parameter.grad is not view:
-                raise RuntimeError("a gradient left the flat buffer: sparse gradients are not supported")
+                raise SpecError(
+                    "the task replaced or cleared the gradients of its model; leave `.grad` and zero_grad() alone"
+                )
+
+
+def _like(flat: Tensor, parameter: Tensor) -> Tensor:
+    """Return a view of `flat` with a parameter's shape and memory layout: fused optimizers walk both side by side."""
+    return flat.as_strided(parameter.shape, torch.empty_like(parameter, device="meta").stride(), flat.storage_offset())
 
 
 def sum_in_order(rows: Tensor) -> Tensor:

@@ -2,21 +2,25 @@
 
 import hashlib
 import json
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elastrain.data.plan import hash64
+from elastrain.errors import ConflictError
 from elastrain.spec.train import TrainSpec
+from elastrain.training.buffers import MovingBuffers
 from elastrain.training.norm import BatchNorms
 from elastrain.training.optim import for_phase, make_optimizer
 from elastrain.training.precision import LossScale
 from elastrain.training.reduce import FlatGradients, Group
-from elastrain.training.task import Task, calling, phase_parameters
+from elastrain.training.task import Task, calling, check_phases, phase_parameters
 
 INIT, STEP, EVALUATE = 101, 102, 103  # domains of seeds
 STATS = 2  # loss sum and weight, first of the numbers that a slot adds to a step's sum
@@ -24,16 +28,24 @@ STATS = 2  # loss sum and weight, first of the numbers that a slot adds to a ste
 
 @dataclass(slots=True)
 class Phase:
-    """One phase of a step: its name, optimizer, gradients, and the settings that the schedule scales."""
+    """One phase of a step: its name, what it trains, and the setting that the schedule scales.
+
+    `moves` says whether its forwards change buffers other than batch norm's; None until its first step.
+    """
 
     name: str
+    parameters: tuple[str, ...]
     optimizer: Optimizer
     gradients: FlatGradients
     base_lr: float
+    moves: bool | None = None
 
 
 class TrainState:
-    """Everything that a step changes. `model` is the plain module, `forward` the one to call (compiled where asked)."""
+    """Everything that a step changes. `model` is the plain module, `forward` the one to call (compiled where asked).
+
+    The position is (`step`, `phase`): phases before `phase` are done, and `done` holds their loss sums and weights.
+    """
 
     def __init__(self, spec: TrainSpec, task: Task, device: torch.device) -> None:
         self.spec, self.task, self.device = spec, task, device
@@ -43,18 +55,33 @@ class TrainState:
         with calling(spec.task, "build()"):
             self.model = task.build().to(device=device, dtype=dtype)
         self.norms = BatchNorms(self.model)
-        self.forward: nn.Module = torch.compile(self.model) if spec.compile else self.model  # type: ignore[assignment]
+        self.buffers = MovingBuffers(self.model)
+        check_phases(task, self.model)
+        self.forward = self._compiled() if spec.compile else self.model
         self.phases = [self._phase(name) for name in task.phases]
-        self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()} if spec.ema else {}
+        self.ema = self._averages() if spec.ema else {}
         self.scale = LossScale.of(spec.precision)
-        self.step = 0
-        self.samples = 0
+        self.step, self.phase, self.samples = 0, 0, 0
+        self.done: list[Tensor] = []
+
+    def _compiled(self) -> nn.Module:
+        """Compile the model; where there are phases, their children, which are what a task then calls."""
+        if len(self.task.phases) == 1:
+            return torch.compile(self.model)  # type: ignore[return-value]
+        for name in self.task.phases:
+            self.model.get_submodule(name).compile()
+        return self.model
+
+    def _averages(self) -> dict[str, Tensor]:
+        """Return the parameters' averages at the start, under each name of a tied one."""
+        averages = {id(parameter): parameter.detach().clone() for parameter in self.model.parameters()}
+        return {name: averages[id(p)] for name, p in self.model.named_parameters(remove_duplicate=False)}
 
     def _phase(self, name: str) -> Phase:
         settings = for_phase(self.spec.optimizer, name)
-        parameters = [parameter for _, parameter in phase_parameters(self.task, self.model, name)]
+        names, parameters = zip(*phase_parameters(self.task, self.model, name), strict=True)
         gradients = FlatGradients(parameters, slots=self.spec.num_slots, width=STATS + self.norms.width)
-        return Phase(name, make_optimizer(settings, parameters), gradients, settings.lr)
+        return Phase(name, names, make_optimizer(settings, parameters), gradients, settings.lr)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor of the state by name (`model/…`, `ema/…`, `optim/<phase>/<parameter>/<key>`), no copies."""
@@ -65,6 +92,10 @@ class TrainState:
             named |= {name: value for name, value in flat.items() if isinstance(value, Tensor)}
         return named
 
+    def buffer_names(self) -> frozenset[str]:
+        """Return which of `tensors` are buffers: constants, such as a mask, may be infinite."""
+        return frozenset(f"model/{name}" for name, _ in self.model.named_buffers(remove_duplicate=False))
+
     def numbers(self) -> dict[str, Any]:
         """Return the rest of the state as a JSON object: position, loss scale, and what optimizers keep as numbers."""
         kept: dict[str, Any] = {}
@@ -73,35 +104,45 @@ class TrainState:
             kept |= {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
         return {
             "step": self.step,
+            "phase": self.phase,
             "samples": self.samples,
+            "moves": [phase.moves for phase in self.phases],
             "loss_scale": [self.scale.value, self.scale.good_steps],
             "optim": kept,
         }
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Take over a state; raises RuntimeError if it is one of another model."""
-        self.model.load_state_dict(_under(tensors, "model/"))
+        """Take over a copy of a state; raises ConflictError if it is one of another model."""
+        try:
+            self.model.load_state_dict(_under(tensors, "model/"))
+        except RuntimeError as error:
+            raise ConflictError(
+                f"task {self.spec.task}: its model is not the one whose weights were stored; undo the change, give the run "
+                f"another name, or start over with --fresh ({' '.join(str(error).split())[:300]})"
+            ) from error
         for name, average in _under(tensors, "ema/").items():
             self.ema[name].copy_(average)
         values = {**{n: t for n, t in tensors.items() if n.startswith("optim/")}, **numbers["optim"]}
-        for phase in self.phases:
+        for phase, moves in zip(self.phases, numbers["moves"], strict=True):
             own = _nested(_under(values, f"optim/{phase.name}/"))
-            state = {int(index): entry for index, entry in own.items()}
-            groups = phase.optimizer.state_dict()["param_groups"]
-            phase.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.step, self.samples = numbers["step"], numbers["samples"]
-        self.scale = LossScale(*numbers["loss_scale"])
+            _load_optimizer(phase, {int(index): entry for index, entry in own.items()})
+            phase.moves = moves
+        self.step, self.phase, self.samples = numbers["step"], numbers["phase"], numbers["samples"]
+        self.scale, self.done = LossScale(*numbers["loss_scale"]), []
 
     def share(self, group: Group, source: int) -> None:
         """Make every member's state that of rank `source`: what a newcomer starts from."""
-        header = {"numbers": self.numbers(), "tensors": {n: [str(t.dtype), list(t.shape)] for n, t in self.tensors().items()}}
+        header = {
+            "numbers": self.numbers(),
+            "tensors": {n: [str(t.dtype), list(t.shape)] for n, t in self.tensors().items()},
+        }
         header = broadcast_object(group, header, source, self.device)
         own = self.tensors()
         received: dict[str, Tensor] = {}
         for name, (dtype, shape) in header["tensors"].items():
             mine = own.get(name)
             tensor = mine.clone() if group.rank == source and mine is not None else _empty(dtype, shape)
-            moved = tensor.to(self.device)
+            moved = tensor.to(self.device).contiguous()
             group.broadcast(moved, source)
             received[name] = moved
         if group.rank != source:
@@ -119,7 +160,9 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def seed_all(seed: int, device: torch.device) -> None:
-    """Seed the generators that forwards draw from: torch's default ones; microseconds, where manual_seed takes 120."""
+    """Seed what forwards draw from: the default generators of torch, numpy and Python. 7 µs; torch.manual_seed takes 120."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002 -- the one that users' code shares
     torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
@@ -137,6 +180,18 @@ def broadcast_object(group: Group, value: Any, source: int, device: torch.device
         buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     group.broadcast(buffer, source)
     return json.loads(bytes(buffer.cpu().numpy()))
+
+
+def _load_optimizer(phase: Phase, state: dict[int, dict[str, Any]]) -> None:
+    """Load an optimizer's state to the bit: torch would give each tensor its parameter's type, but not its layout."""
+    phase.optimizer.load_state_dict({"state": state, "param_groups": phase.optimizer.state_dict()["param_groups"]})
+    for index, entry in state.items():
+        parameter = phase.gradients.parameters[index]
+        held = phase.optimizer.state[parameter]
+        for key, value in entry.items():
+            if isinstance(value, Tensor):
+                layout = parameter if value.shape == parameter.shape else value
+                held[key] = torch.empty_like(layout, dtype=value.dtype, device=held[key].device).copy_(value)
 
 
 def _empty(dtype: str, shape: list[int]) -> Tensor:

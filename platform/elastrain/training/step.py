@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from elastrain.data.plan import hash64
+from elastrain.errors import SpecError
 from elastrain.observe.ledger import Clock
 from elastrain.training.batches import Batches
 from elastrain.training.optim import learning_factor
@@ -21,7 +22,10 @@ from elastrain.training.task import Batch, calling, phase_loss
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step reports: summed loss and weight as a device tensor (2,), learning rate, gradient norm, flags (2,)."""
+    """What a step reports: loss sums and weights as a device tensor (phases, 2), and flags: the stop flag comes first.
+
+    Learning rate and gradient norm are those of the first phase.
+    """
 
     totals: Tensor
     lr: float
@@ -30,57 +34,87 @@ class StepResult:
 
 
 def run_step(
-    state: TrainState, batches: Batches, group: Group, slots: Sequence[int], *, clock: Clock, flag: float, num_steps: int
-) -> StepResult:
-    """Do step `state.step` on the slots that this worker holds and move `state` past it.
-
-    `flag` is summed over all workers along with the gradients (a wish to stop). Raises GroupLost with `state` between
-    two phases if a member is gone, SpecError if the task fails, DataError if a block cannot be had.
-    """
-    factor = learning_factor(state.spec.schedule, state.step, num_steps)
-    batches.move_to(state.step, slots, clock)
-    result = None
-    for index, phase in enumerate(state.phases):
-        _only_trains(state, phase)
-        done = _run_phase(state, phase, index, batches, group, slots, clock, flag, factor)
-        result = result or done
-    assert result is not None
-    state.samples += batches.plan.batch_rows(state.step)
-    state.step += 1
-    return result
-
-
-def _run_phase(  # noqa: PLR0913 -- one call site; a bundle of these would have no meaning of its own
     state: TrainState,
-    phase: Phase,
-    index: int,
     batches: Batches,
     group: Group,
     slots: Sequence[int],
+    *,
     clock: Clock,
     flag: float,
-    factor: float,
+    num_steps: int,
 ) -> StepResult:
+    """Do step `state.step` on the slots that this worker holds and move `state` past it.
+
+    `flag` is summed over all workers along with the gradients (a wish to stop). Raises GroupLost if a member is gone,
+    SpecError if the task fails, DataError if a block cannot be had: `state` then stands at the phase that was not done,
+    and the next call goes on from there.
+    """
+    factor = learning_factor(state.spec.schedule, state.step, num_steps)
+    batches.move_to(state.step, slots, clock)
+    first: tuple[float, Tensor | None] | None = None
+    flags = torch.zeros(0)
+    while state.phase < len(state.phases):
+        phase = state.phases[state.phase]
+        _only_trains(state, phase)
+        state.norms.begin()
+        state.buffers.begin()
+        try:
+            totals, flags = _reduced(state, phase, batches, group, slots, clock=clock, flag=flag)
+        except BaseException:
+            state.norms.end(None)
+            state.buffers.put_back()
+            raise
+        lr = phase.base_lr * factor
+        norm = _update(state, phase, lr)
+        first = first or (lr, norm)
+        state.done.append(totals)
+        state.phase += 1
+    assert first is not None
+    state.samples += batches.plan.batch_rows(state.step)
+    result = StepResult(torch.stack(state.done), *first, flags)
+    state.step, state.phase, state.done = state.step + 1, 0, []
+    return result
+
+
+def _reduced(
+    state: TrainState, phase: Phase, batches: Batches, group: Group, slots: Sequence[int], *, clock: Clock, flag: float
+) -> tuple[Tensor, Tensor]:
+    """Leave the gradient of the step's mean loss in the phase's buffer; return loss sum and weight, and the flags."""
     clock.switch("compute")
     gradients, rows = phase.gradients, batches.plan.batch_rows(state.step)
     gradients.attach()
-    gradients.tail[-1, 0] = flag
-    state.norms.begin()
     for slot in slots:
         batch = batches.batch(slot)
         if batch is not None:
-            seed_all(hash64(state.spec.data.seed, STEP, state.step, slot, index), state.device)
+            seed_all(hash64(state.spec.data.seed, STEP, state.step, slot, state.phase), state.device)
             _backward(state, phase, batch, gradients.tail[slot], rows)
+            state.buffers.end_slot(batches.plan.slot_rows(state.step, slot) / rows)
+    gradients.check_attached()
+    flags = gradients.tail[-1]
+    flags[0], flags[1] = flag, float(bool(state.buffers.changed))
     clock.switch("reduce")
     group.all_reduce(gradients.buffer)
+    _move_buffers(state, phase, group, flags)
     clock.switch("compute")
     slot_rows = gradients.tail[:-1]
     totals = sum_in_order(slot_rows[:, :STATS])
     state.norms.end(slot_rows[:, STATS:])
-    gradients.values.mul_(rows / state.scale.value / totals[1].clamp_min(torch.finfo(totals.dtype).tiny))
-    lr = phase.base_lr * factor
-    norm = _update(state, phase, lr)
-    return StepResult(totals.clone(), lr, norm, gradients.tail[-1].clone())
+    # Without any weight there is nothing to learn from: the gradients are zero then, not 0 / 0.
+    gradients.values.mul_(torch.where(totals[1] > 0, rows / state.scale.value / totals[1], 0.0))
+    return totals.clone(), flags.clone()
+
+
+def _move_buffers(state: TrainState, phase: Phase, group: Group, flags: Tensor) -> None:
+    """Agree with all workers on the buffers that forwards changed; the first step of a phase tells whether any do."""
+    if phase.moves is None:
+        phase.moves = bool(state.buffers) and bool(flags[1] > 0)
+    if phase.moves:
+        state.buffers.end(group)
+    elif state.buffers.changed:
+        raise SpecError(
+            f"task {state.spec.task}: buffer {state.buffers.changed[0]} changes in forward from step {state.step} on and not "
+            f"from the first; change it in every step, or register it with persistent=False"
+        )
 
 
 def _backward(state: TrainState, phase: Phase, batch: Batch, row: Tensor, rows: int) -> None:
@@ -89,7 +123,8 @@ def _backward(state: TrainState, phase: Phase, batch: Batch, row: Tensor, rows: 
     for micro in split(batch, state.spec.micro_batch):
         with calling(state.spec.task, "losses()"), forward_context(state.spec.precision, state.device):
             loss = phase_loss(state.task, state.forward, micro, phase.name)
-        (loss.sum * (state.scale.value / rows)).backward()
+        with calling(state.spec.task, "the backward pass of its loss"):
+            (loss.sum * (state.scale.value / rows)).backward()
         row[0] += loss.sum.detach()
         row[1] += loss.weight
     state.norms.end_slot(row[STATS:])
@@ -99,13 +134,13 @@ def _update(state: TrainState, phase: Phase, lr: float) -> Tensor | None:
     """Penalty, clipping, optimizer and averages from the reduced gradients; return the gradients' norm if it was needed."""
     spec, gradients, norm = state.spec, phase.gradients.values, None
     overflow = False
+    if spec.l1:
+        for parameter in phase.gradients.parameters:
+            parameter.grad.add_(parameter.detach().sign(), alpha=spec.l1)  # type: ignore[union-attr]
     if spec.clip_norm is not None or spec.precision == "fp16":
         norm = torch.linalg.vector_norm(gradients)
         overflow = spec.precision == "fp16" and not bool(torch.isfinite(norm))
     if not overflow:
-        if spec.l1:
-            for parameter in phase.gradients.parameters:
-                parameter.grad.add_(parameter.detach().sign(), alpha=spec.l1)  # type: ignore[union-attr]
         if spec.clip_norm is not None and norm is not None:
             gradients.mul_((spec.clip_norm / (norm + 1e-6)).clamp_max(1.0))
         for group in phase.optimizer.param_groups:
@@ -118,12 +153,10 @@ def _update(state: TrainState, phase: Phase, lr: float) -> Tensor | None:
 
 
 def _average(state: TrainState, phase: Phase) -> None:
-    decay = state.spec.ema
-    if decay is None:
-        return
-    trained = {id(parameter) for parameter in phase.gradients.parameters}
-    named = [(n, p) for n, p in state.model.named_parameters() if id(p) in trained]
-    torch._foreach_lerp_([state.ema[n] for n, _ in named], [p.detach() for _, p in named], 1.0 - decay)  # noqa: SLF001
+    if state.spec.ema is not None:
+        averages = [state.ema[name] for name in phase.parameters]
+        parameters = [parameter.detach() for parameter in phase.gradients.parameters]
+        torch._foreach_lerp_(averages, parameters, 1.0 - state.spec.ema)  # noqa: SLF001 -- torch's optimizers use it, too
 
 
 def _only_trains(state: TrainState, phase: Phase) -> None:

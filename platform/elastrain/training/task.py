@@ -46,6 +46,10 @@ class Batch(dict[str, Tensor]):
         there = ", ".join(sorted(self))
         raise DataError(f"the task asks for column {name!r}, which the data lack; the columns read are {there}")
 
+    def clone(self) -> "Batch":
+        """Return the batch with tensors of its own: a task may change in place what it is given."""
+        return Batch({name: tensor.clone() for name, tensor in self.items()})
+
 
 Losses = Mapping[str, "Loss | Callable[[], Loss]"]
 
@@ -98,7 +102,9 @@ class DataInfo:
         """Return how many values an integer column takes (classes, vocabulary); raises DataError if unknown."""
         known = self.columns[column].num_values
         if known is None:
-            raise DataError(f"column {column!r}: the number of its values is unknown; pack the data, or set it in task_args")
+            raise DataError(
+                f"column {column!r}: the number of its values is unknown; pack the data, or set it in task_args"
+            )
         return known
 
 
@@ -149,6 +155,18 @@ def phase_parameters(task: Task, model: nn.Module, phase: str) -> list[tuple[str
     return named
 
 
+def check_phases(task: Task, model: nn.Module) -> None:
+    """Raise SpecError if a parameter would be trained by no phase."""
+    if len(task.phases) == 1:
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not name.startswith(tuple(f"{phase}." for phase in task.phases)):
+            raise SpecError(
+                f"the task's parameter {name} belongs to none of the phases {', '.join(task.phases)}: nothing would train it; "
+                f"move it into the child of a phase, or freeze it with requires_grad_(False)"
+            )
+
+
 @contextmanager
 def calling(name: str, what: str) -> "Iterator[None]":
     """Turn an error inside the user's code into a SpecError that carries the user's own traceback."""
@@ -157,6 +175,8 @@ def calling(name: str, what: str) -> "Iterator[None]":
     except (ElastrainError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "elastrain/training" not in frame.filename]
+        frames = [
+            frame for frame in traceback.extract_tb(error.__traceback__) if "elastrain/training" not in frame.filename
+        ]
         lines = "".join(traceback.format_list(frames[-6:]))
         raise SpecError(f"task {name}: {what} raised {type(error).__name__}: {error}\n{lines}".rstrip()) from error

@@ -1,0 +1,95 @@
+"""Ours: the feeder, each worker's feed and its batches, as the training loop uses them; shuffled by the plan."""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import ray
+import torch
+
+from benchmarks.ingest.data import BATCH, Meter
+from benchmarks.ingest.result import combined
+from benchmarks.script import finish, options
+from elastrain.data.columns import Array
+from elastrain.data.dataset import Dataset
+from elastrain.data.feed import FeederLogic, FeedSpec, WorkerFeed, train_tasks
+from elastrain.data.plan import Plan
+from elastrain.elastic.group import Door, Generation
+from elastrain.elastic.session import READERS, ray_session
+from elastrain.observe.ledger import Clock
+from elastrain.training.batches import Batches
+from elastrain.training.reduce import slots_of
+
+
+class Counted(WorkerFeed):
+    """The worker's feed, counting what comes out of the object store."""
+
+    blocks = object_bytes = 0
+
+    def take(self, slot: int, block: int) -> dict[str, Array] | None:
+        """Return the block as it is."""
+        arrays = super().take(slot, block)
+        if arrays is not None:
+            self.blocks += 1
+            self.object_bytes += sum(array.nbytes for array in arrays.values())
+        return arrays
+
+
+class Consumer:
+    """A worker without a model: takes the batches of its slots, in step with the others at each new block."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        self._door = Door("127.0.0.1")
+
+    def address(self) -> tuple[str, int]:
+        """Return the address of this consumer's store."""
+        return self._door.address
+
+    def run(self, feeder: Any, spec: FeedSpec, rank: int, store: tuple[str, int], given: dict[str, Any]) -> dict[str, Any]:
+        """Take every batch of the plan; return what the meter measured."""
+        size, plan = given["consumers"], spec.plan
+        generation = Generation(number=1, members=tuple(str(r) for r in range(size)), store=store)
+        group = self._door.join(generation, str(rank), torch.device("cpu"))
+        feed = Counted(feeder, spec, begin=0)
+        batches, clock, slots = Batches(feed, plan, torch.device("cpu")), Clock(), slots_of(rank, size, plan.slots)
+        meter = Meter(rows=plan.num_rows // size, epochs=given["epochs"], root=given["root"])
+        for step in range(spec.end):
+            batches.move_to(step, slots, clock)
+            if step % plan.block_steps == 0:
+                group.all_reduce(torch.zeros(1))
+                if rank == 0:
+                    feed.release_before(plan.block_of(step))
+            for slot in slots:
+                batch = batches.batch(slot)
+                if batch is not None:
+                    meter.take(batch["image"], batch["label"])
+        feed.close()
+        spent = clock.spent()
+        counters = {"blocks": feed.blocks, "object_store_bytes": feed.object_bytes, "rows": meter.rows}
+        return {"measures": {**meter.measures(), "waited_s": spent["data"]}, "counters": counters, "digest": meter.digest}
+
+
+def main() -> None:
+    """Run feeder and consumers on a local Ray, sized as `elastrain train` sizes its own."""
+    given = {**options(), "root": os.getpid()}
+    size = given["consumers"]
+    with ray_session(None, cpus=size + READERS):
+        dataset = Dataset.open(given["url"])
+        plan = Plan.of(dataset, seed=0, global_batch=BATCH * size, slots=size)
+        steps = plan.steps_per_epoch * (given["epochs"] + 2)
+        reading = (1.0, READERS)
+        spec = FeedSpec(
+            plan=plan, train=dataset, evaluation=None, transforms=(), begin=0, end=steps, reading=reading
+        )
+        consumers = [ray.remote(num_cpus=1)(Consumer).remote() for _ in range(size)]
+        store = ray.get([consumer.address.remote() for consumer in consumers])[0]
+        feeder = ray.remote(num_cpus=0, max_concurrency=2 * size + 8)(FeederLogic).remote(spec)
+        results = ray.get([c.run.remote(feeder, spec, rank, store, given) for rank, c in enumerate(consumers)])
+    read = sum(len(make().sources) for _, make in train_tasks(replace(spec, end=steps)))
+    measures, counters, digest = combined(results)
+    finish(measures, {**counters, "row_groups_read": read}, digest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What the scripts of the sides share: options in, one JSON object out, and the processor time of a process tree."""
+
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
+
+
+def options() -> dict[str, Any]:
+    """Return the options that the harness gave as the only argument."""
+    given: dict[str, Any] = json.loads(sys.argv[1])
+    return given
+
+
+def finish(measures: Mapping[str, float], counters: Mapping[str, int], digest: str | None = None) -> None:
+    """Print the result as the last line."""
+    print(json.dumps({"measures": dict(measures), "counters": dict(counters), "digest": digest}), flush=True)
+
+
+def tree_cpu_s(root: int) -> float:
+    """Return the processor seconds of a process and all below it, ended children that were waited for included."""
+    parents: dict[int, int] = {}
+    spent: dict[int, float] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # ended meanwhile
+        parents[int(entry.name)] = int(fields[1])
+        spent[int(entry.name)] = sum(int(value) for value in fields[11:15]) * TICK_S
+    return sum(seconds for pid, seconds in spent.items() if _is_below(pid, root, parents))
+
+
+def _is_below(pid: int, root: int, parents: Mapping[int, int]) -> bool:
+    while pid and pid != root:
+        pid = parents.get(pid, 0)
+    return pid == root
+
+
+def in_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call `function(rank, *arguments)` in `size` processes, rank 0 in this one; return the results by rank."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    others = [context.Process(target=_call, args=(queue, function, rank, arguments)) for rank in range(1, size)]
+    for process in others:
+        process.start()
+    results = {0: function(0, *arguments)}
+    for _ in others:
+        rank, value = queue.get()
+        results[rank] = value
+    for process in others:
+        process.join()
+    return [results[rank] for rank in range(size)]
+
+
+def _call(queue: Any, function: Callable[..., Any], rank: int, arguments: tuple[Any, ...]) -> None:
+    queue.put((rank, function(rank, *arguments)))

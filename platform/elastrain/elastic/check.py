@@ -1,0 +1,175 @@
+"""Prove before anything is spent: data, one real step, memory, placement and storage, each tried and not guessed.
+
+The first thing that fails is raised as the error that the run itself would have met, only sooner.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from elastrain import storage
+from elastrain.data.columns import Array, from_table
+from elastrain.data.dataset import Dataset
+from elastrain.data.feed import EVALUATION, FeedSpec, ReadBlock, block_size, eval_block_rows, eval_tasks, train_tasks
+from elastrain.data.forecast import forecast
+from elastrain.data.plan import Plan
+from elastrain.data.transforms import check_transforms
+from elastrain.elastic.session import embedded_cpus, place_workers, ray_session
+from elastrain.errors import ResourceError, SpecError, StorageError
+from elastrain.observe.ledger import Clock
+from elastrain.spec.train import TrainSpec
+from elastrain.training.batches import Batches
+from elastrain.training.evaluation import evaluate
+from elastrain.training.loop import choose_device, fix_threads
+from elastrain.training.reduce import Solo
+from elastrain.training.state import TrainState
+from elastrain.training.step import run_step
+from elastrain.training.task import make_task
+
+GIB = 1 << 30
+
+
+def check_run(spec: TrainSpec, *, address: str | None = None) -> dict[str, Any]:
+    """Return what was tried and what it showed; raises the error of the first thing that would stop the run."""
+    found = [("spec", f"{spec.name}: every field is known and in range")]
+    run_url = storage.absolute(storage.join(spec.storage, spec.name))
+    found.append(("storage", _storage(run_url)))
+    feed = _feed(spec)
+    found.append(("data", f"{feed.plan.num_rows:,} rows; columns {', '.join(c.name for c in feed.train.columns)}"))
+    detail, state_bytes = _one_step(spec, feed)
+    found.append(("step", detail))
+    found.append(("memory", _memory(spec, state_bytes)))
+    with ray_session(address, cpus=embedded_cpus(spec.workers)):
+        size = place_workers(spec.workers, say=lambda _: None, stop=lambda: True, pause=lambda: None)
+        found.append(("workers", f"{size} of {spec.workers.min} to {spec.workers.max} workers fit"))
+    return {"ok": True, "run": run_url, "checks": [{"name": name, "found": text} for name, text in found]}
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """Return the findings as lines for people."""
+    lines = [f"ok  {entry['name']:<8} {entry['found']}" for entry in found["checks"]]
+    return "\n".join([*lines, "ready: elastrain train will start"])
+
+
+def _storage(run_url: str) -> str:
+    """Write, read back and remove a file where the run will write."""
+    probe, data = storage.join(run_url, f".probe-{os.getpid()}"), os.urandom(4096)
+    start = time.perf_counter()
+    storage.put(probe, data)
+    if storage.read_bytes(probe) != data:
+        raise StorageError(f"{run_url}: a file read back is not the one written; choose another storage")
+    storage.remove(probe)
+    return f"{run_url} written and read in {1000 * (time.perf_counter() - start):.0f} ms"
+
+
+def _feed(spec: TrainSpec) -> FeedSpec:
+    train = Dataset.open(spec.data.train).select(spec.data.columns)
+    evaluation = Dataset.open(spec.data.eval).select(spec.data.columns) if spec.data.eval else None
+    check_transforms(spec.data.transforms, train.columns)
+    plan = Plan.of(train, seed=spec.data.seed, global_batch=spec.data.global_batch, slots=spec.num_slots)
+    return FeedSpec(
+        plan=plan,
+        train=train,
+        evaluation=evaluation,
+        transforms=spec.data.transforms,
+        begin=0,
+        end=1,
+        reading=(1.0, 1),
+    )
+
+
+class DirectFeed:
+    """The blocks of a FeedSpec, read here and now: what a worker gets, without Ray."""
+
+    def __init__(self, spec: FeedSpec, *, eval_rows: int) -> None:
+        self._spec, self._eval_rows = spec, eval_rows
+
+    def prefetch(self, slots: Sequence[int], block: int) -> None:
+        """Nothing: blocks are read when they are taken."""
+
+    def take(self, slot: int, block: int) -> dict[str, Array] | None:
+        """Read a block; None if the slot has no rows in it."""
+        if not block_size(self._spec.plan, slot, block, self._spec.begin, self._spec.end):
+            return None
+        return _read(next(make for address, make in train_tasks(self._spec) if address == (slot, block))())
+
+    def ready(self, slot: int, block: int) -> bool:
+        """Say that `take` waits for nothing but the disk."""
+        del slot, block
+        return True
+
+    def release_before(self, block: int) -> None:
+        """Nothing is held."""
+
+    def evaluation(self, blocks: Sequence[int], evaluation: int) -> Iterator[tuple[int, dict[str, Array]]]:
+        """Yield the first rows of the first evaluation block."""
+        del blocks, evaluation
+        arrays = _read(next(make for address, make in eval_tasks(self._spec) if address == (EVALUATION, 0))())
+        yield 0, {name: array[: self._eval_rows] for name, array in arrays.items()}
+
+
+def _read(task: ReadBlock) -> dict[str, Array]:
+    return {name: np.array(array) for name, array in from_table(next(task()), where="the first block").items()}
+
+
+def _one_step(spec: TrainSpec, feed: FeedSpec) -> tuple[str, int]:
+    """Do the run's first step on its first samples with all slots in this process, and evaluate one batch."""
+    fix_threads(spec.workers.cpus)
+    device = choose_device(spec.workers.gpus)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        device = torch.device("cpu")  # the driver's machine need not be one of the workers'
+    state = TrainState(spec, make_task(spec, feed.train), device)
+    before = {name: tensor.clone() for name, tensor in state.model.named_buffers()}
+    direct = DirectFeed(feed, eval_rows=feed.plan.global_batch)
+    start = time.perf_counter()
+    result = run_step(
+        state,
+        Batches(direct, feed.plan, device),
+        Solo(),
+        range(feed.plan.slots),
+        clock=Clock(),
+        flag=0.0,
+        num_steps=max(1, spec.budget.steps or feed.plan.steps_per_epoch),
+    )
+    seconds = time.perf_counter() - start
+    _check_buffers(state, before)
+    loss = float(result.totals[0] / result.totals[1])
+    if not np.isfinite(loss):
+        raise SpecError(f"the first step's loss is {loss}; check the task's losses and the data's range")
+    text = f"loss {loss:.4f} on {feed.plan.batch_rows(0)} samples in {1000 * seconds:.0f} ms"
+    if feed.evaluation is not None:
+        rows = eval_block_rows(feed.evaluation)
+        metrics = evaluate(state, direct, feed.plan, feed.evaluation, Solo(), block_rows=rows, number=0)
+        text += f"; evaluation gives {', '.join(metrics)}"
+    return text, sum(t.numel() * t.element_size() for t in state.tensors().values())
+
+
+def _check_buffers(state: TrainState, before: dict[str, torch.Tensor]) -> None:
+    """Refuse buffers that a forward changes, batch norm's aside: which worker's change would count?"""
+    norms = [name for name, module in state.model.named_modules() if isinstance(module, _BatchNorm)]
+    for name, tensor in state.model.named_buffers():
+        if name.rpartition(".")[0] not in norms and not torch.equal(tensor, before[name]):
+            raise SpecError(
+                f"task {state.spec.task}: the model's forward changes its buffer {name!r}; workers would disagree on "
+                f"it: make it a parameter, or compute it from the weights"
+            )
+
+
+def _memory(spec: TrainSpec, state_bytes: int) -> str:
+    """Compare what the run will hold on this machine with what is free here."""
+    planned = forecast(spec)
+    workers = spec.workers.max
+    need = planned["feed_bytes"] + workers * (3 * state_bytes + planned["worker_block_bytes"])
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > total:
+        raise ResourceError(
+            f"the run needs about {need / GIB:.1f} GiB for {workers} workers, this machine has {total / GIB:.1f}: use "
+            f"fewer workers, a smaller model or a smaller data.global_batch"
+        )
+    return f"about {need / GIB:.2f} GiB for {workers} workers, activations aside; {free / GIB:.1f} GiB are free here"

@@ -1,0 +1,430 @@
+"""Packing as a Ray job: the same bytes whatever happens, proof of what was written, and errors in one sentence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from elastrain import storage
+from elastrain.data.chunks import Split
+from elastrain.data.columns import Array, Column, from_table
+from elastrain.data.dataset import MANIFEST, PACKING, Dataset, read_footer
+from elastrain.data.pack import _Order, _pieces, pack
+from elastrain.data.shards import ShardWriter, Sums, read_back
+from elastrain.data.sources import PackOptions, open_source
+from elastrain.data.tokens import Windows
+from elastrain.errors import ConflictError, DataError, ElastrainError, StorageError
+
+WATCHED = """
+import json, sys, time
+import ray
+from elastrain.data.pack import pack
+from elastrain.data.sources import PackOptions
+cpus, source, out, options, hold = json.loads(sys.argv[1])
+
+def progress(name, rows, total):
+    if hold is not None and rows > hold:
+        print("held", flush=True)
+        time.sleep(600)
+
+ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+print(json.dumps(pack(source, out, PackOptions(**options), progress=progress)), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Three CSV files of 20 000 rows."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        columns = {"x": rng.random(20_000), "n": rng.integers(0, 50, 20_000), "kind": rng.choice(["a", "b"], 20_000)}
+        pyarrow.csv.write_csv(pa.table(columns), folder / f"{i}.csv")
+    return folder
+
+
+SMALL: dict[str, Any] = {"row_group_bytes": 20_000, "shard_bytes": 200_000, "label": "kind", "test_fraction": 0.2}
+
+
+def other_process(
+    cpus: int, source: str, out: Path, options: dict[str, Any], *, hold: int | None = None
+) -> "subprocess.Popen[str]":
+    """Start a pack in a process and a Ray of its own, which prints its result; or stands still after `hold` rows."""
+    arguments = json.dumps([cpus, source, str(out), options, hold])
+    environment = {**os.environ, "PYTHONPATH": str(Path(storage.__file__).parents[1])}
+    command = [sys.executable, "-c", WATCHED, arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder, hidden ones included."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# --- without Ray: the writer
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int64", "uint64", "float32", "float64"])
+def test_statistics_are_exact_whatever_the_groups(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    values: Array = (rng.random((300, 7)) * 100 - (0 if dtype.startswith("u") else 50)).astype(dtype)
+    if dtype == "int64":
+        values[5] = [2**62, -(2**62), 3, 2**61, 5, 2**33, -1]
+    column = Column(name="x", dtype=dtype, shape=(7,))
+    sums = Sums(column)
+    for low in range(0, 300, 17):
+        sums.add(values[low : low + 17])
+    found = sums.result()
+    wide = values.astype(np.float64)
+    assert found.mean == pytest.approx(wide.mean(), rel=1e-12, abs=1e-12)
+    assert found.std == pytest.approx(wide.std(), rel=1e-9)
+    assert found.num_values == (int(values.max()) + 1 if dtype.startswith("u") else None)
+
+
+def test_values_that_are_no_numbers_have_no_statistics() -> None:
+    sums = Sums(Column(name="x", dtype="float32", shape=()))
+    sums.add(np.array([1, np.nan], np.float32))
+    assert (sums.result().mean, sums.result().std) == (None, None)
+
+
+def test_row_groups_and_shards_do_not_depend_on_the_pieces(tmp_path: Path) -> None:
+    rows = np.arange(1000, dtype=np.int32).reshape(250, 4)
+    column = Column(name="x", dtype="int32", shape=(4,))
+    found = []
+    for size in (1, 7, 250):
+        folder = tmp_path / str(size)
+        with ShardWriter(str(folder), [column], PackOptions(row_group_bytes=16 * 30, shard_bytes=16 * 100)) as writer:
+            for low in range(0, 250, size):
+                writer.write({"x": rows[low : low + size]})
+            shards, _ = writer.finish()
+        found.append(files_of(folder))
+        assert [shard.row_groups for shard in shards] == [(30, 30, 30), (30, 30, 30), (30, 30, 10)]
+    assert found[0] == found[1] == found[2]
+    read = np.concatenate([arrays["x"] for path in sorted(folder.iterdir()) for arrays in read_back(path)])
+    assert np.array_equal(read, rows)
+
+
+def write_numbers(folder: Path, *pieces: Array) -> None:
+    """Write a column of int32 in row groups of 10 000 rows."""
+    column = Column(name="x", dtype="int32", shape=())
+    with ShardWriter(str(folder), [column], PackOptions(row_group_bytes=40_000, codec="none")) as writer:
+        for piece in pieces:
+            writer.write({"x": piece})
+        writer.finish()
+
+
+def test_a_writer_that_is_left_by_an_error_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'x' gives float64 \[\] where int32"):
+        write_numbers(tmp_path, np.arange(15_000, dtype=np.int32), np.zeros(3))
+    assert files_of(tmp_path) == {}
+
+
+def test_a_full_disk_is_named_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    with pytest.raises(StorageError, match=r"part-00000.parquet: the disk is full"):
+        write_numbers(tmp_path, np.arange(100, dtype=np.int32))
+    assert files_of(tmp_path) == {}
+
+
+def test_a_shard_that_cannot_be_read_back_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    close = pq.ParquetWriter.close
+
+    def damaging(writer: Any) -> None:
+        close(writer)
+        path = next(tmp_path.glob(".*.tmp"))
+        data = bytearray(path.read_bytes())
+        data[1000] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr(pq.ParquetWriter, "close", damaging)
+    with pytest.raises(StorageError, match=r"part-00000.parquet: what was just written cannot be read back"):
+        write_numbers(tmp_path, np.arange(10_000, dtype=np.int32))
+    assert files_of(tmp_path) == {}
+
+
+def test_every_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    columns = [Column(name="x", dtype="uint8", shape=(8, 8)), Column(name="y", dtype="uint8", shape=())]
+    rows = {"x": rng.integers(0, 17, (2000, 8, 8), dtype=np.uint8), "y": rng.integers(0, 10, 2000, dtype=np.uint8)}
+    with ShardWriter(str(tmp_path), columns, PackOptions(row_group_bytes=32 << 10)) as writer:
+        writer.write(rows)
+        (shard,), _ = writer.finish()
+    path = tmp_path / shard.path
+    good = path.read_bytes()
+    silent = unverified = 0
+    for place in rng.choice(len(good) * 8, 400, replace=False).tolist():
+        data = bytearray(good)
+        data[place // 8] ^= 1 << place % 8
+        path.write_bytes(data)
+        silent += _reads_wrong(path, rows, footer=shard.footer)
+        unverified += _reads_wrong(path, rows, footer=None)
+    assert silent == 0
+    assert unverified > 100, "without verification the same flips give wrong rows: the test can see them"
+
+
+def _reads_wrong(path: Path, rows: dict[str, Array], *, footer: str | None) -> bool:
+    """Say whether reading gives other rows than were written, without any error."""
+    try:
+        if footer is not None:
+            if read_footer(str(path), path.stat().st_size)[1] != footer:
+                return False
+            read = list(read_back(path))
+        else:
+            with pq.ParquetFile(path) as file:
+                read = [from_table(file.read_row_group(g), where="") for g in range(file.num_row_groups)]
+        return not all(np.array_equal(np.concatenate([r[name] for r in read]), rows[name]) for name in rows)
+    except (OSError, pa.ArrowException, DataError, KeyError, ValueError, UnicodeDecodeError):
+        return False
+
+
+def test_pieces_out_of_order_are_noticed() -> None:
+    order = _Order()
+    assert order.expect(0, 0, end=False)
+    with pytest.raises(RuntimeError, match="was due"):
+        order.expect(1, 0, end=False)
+    with pytest.raises(RuntimeError, match="ended before"):
+        order.complete(1)
+
+
+# --- with Ray
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_digits_pack_is_what_the_source_gives(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int | None]] = []
+    out = tmp_path / "digits"
+    result = pack("digits", str(out), PackOptions(), progress=lambda *step: seen.append(step))
+    assert not result["already"]
+    assert result["dataset"] == str(out)
+    assert seen == [("train", 1442, 1442), ("test", 355, 355)]
+    for name, split in open_source("digits", PackOptions()).items():
+        dataset = Dataset.open(str(out / name))
+        expected = next(split.pieces())
+        frame = pq.read_table(out / name / "part-00000.parquet").to_pandas()
+        assert frame["label"].tolist() == expected["label"].tolist()
+        assert frame["image"][7] == expected["image"][7].tobytes()
+        assert result["splits"][name] == {
+            "rows": len(frame),
+            "bytes": dataset.size_bytes,
+            "shards": 1,
+            "fingerprint": dataset.fingerprint,
+        }
+        image, label = dataset.columns
+        assert (label.num_values, image.shape, image.num_values) == (10, (8, 8), 17)
+        assert image.mean == pytest.approx(expected["image"].mean(), rel=1e-12)
+        assert image.std == pytest.approx(expected["image"].std(), rel=1e-12)
+        plain = out / name
+        (plain / MANIFEST).unlink()
+        rebuilt = Dataset.open(str(plain))
+        assert {(c.name, c.dtype, c.shape) for c in rebuilt.columns} == {
+            (c.name, c.dtype, c.shape) for c in dataset.columns
+        }
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_packing_again_conflicts_and_overwriting(tmp_path: Path) -> None:
+    out, source = tmp_path / "out", tmp_path / "a.txt"
+    source.write_text("some text to learn from\n" * 100)
+    first = pack(f"text:{source}", str(out), PackOptions(context=8, tokenizer="bpe:260"))
+    before = files_of(out)
+    assert set(before) == {"tokenizer.json"} | {
+        f"{split}/{name}" for split in ("train", "test") for name in (MANIFEST, "part-00000.parquet")
+    }
+    again = pack(f"text:{source}", str(out), PackOptions(context=8, tokenizer="bpe:260"))
+    assert again["already"]
+    assert again["splits"] == first["splits"]
+    assert files_of(out) == before
+    with pytest.raises(ConflictError, match="was packed with context 8; choose another folder"):
+        pack(f"text:{source}", str(out), PackOptions(context=9, tokenizer="bpe:260"))
+    with pytest.raises(ConflictError, match=r"holds a pack of text:"):
+        pack("digits", str(out), PackOptions())
+    with pytest.raises(ConflictError, match="one split of a dataset"):
+        pack("digits", str(out / "train"), PackOptions())
+    source.write_text("other text to learn from\n" * 100)
+    with pytest.raises(ConflictError, match="changed since"):
+        pack(f"text:{source}", str(out), PackOptions(context=8, tokenizer="bpe:260"))
+    pack(f"text:{source}", str(out), PackOptions(context=8, test_fraction=0, overwrite=True))
+    assert set(files_of(out)) == {f"train/{MANIFEST}", "train/part-00000.parquet"}
+    (tmp_path / "theirs" / "train").mkdir(parents=True)
+    (tmp_path / "theirs" / "train" / "mine.parquet").write_bytes(b"precious")
+    with pytest.raises(ConflictError, match="no pack wrote"):
+        pack("digits", str(tmp_path / "theirs"), PackOptions(overwrite=True))
+    assert (tmp_path / "theirs" / "train" / "mine.parquet").read_bytes() == b"precious"
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_any_store_gets_the_same_files(tmp_path: Path) -> None:
+    local = pack("digits", str(tmp_path / "out"), PackOptions())
+    remote = pack("digits", "memory://packed/out", PackOptions())
+    assert remote["splits"] == local["splits"]
+    assert (
+        storage.read_bytes("memory://packed/out/train/part-00000.parquet")
+        == (tmp_path / "out" / "train" / "part-00000.parquet").read_bytes()
+    )
+    assert pack("digits", "memory://packed/out", PackOptions())["already"]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_errors_of_tasks_are_our_sentences(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("x,y\n1,2\n" * 1 + "3,4\n" * 100_000 + "5,\n")
+    with pytest.raises(DataError) as caught:
+        pack(f"csv:{path}", str(tmp_path / "out"), PackOptions())
+    assert str(caught.value) == f"{path}: column 'y' has no value in row 100001; fill or drop such rows first"
+    assert caught.value.__cause__ is None
+    with pytest.raises(DataError, match="cut off"):
+        Dataset.open(str(tmp_path / "out" / "train"))
+    assert set(files_of(tmp_path / "out")) == {f"train/{PACKING}"}
+    path.write_text("x,y\n1,2\n")
+    with pytest.raises(DataError, match="test split has no rows"):
+        pack(f"csv:{path}", str(tmp_path / "few"), PackOptions(test_fraction=0.01))
+
+
+class _Buggy:
+    def read(self, chunk: Any) -> Iterator[dict[str, Array]]:
+        """Fail as only a bug of ours does."""
+        raise ZeroDivisionError(chunk)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_bug_in_a_reader_comes_back_as_it_was_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "")
+    split = Split(columns=(Column(name="x", dtype="int64", shape=()),), chunks=(1,), reader=_by_value(_Buggy))
+    with pytest.raises(ZeroDivisionError):
+        list(_pieces(split))
+
+
+def _by_value(kind: type) -> Any:
+    """Return an instance whose class travels with it: the tasks cannot import this test."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    return kind()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_tasks_finishing_in_any_order_give_the_rows_in_order(table: Path) -> None:
+    split = open_source(f"csv:{table}", PackOptions(label="kind"))["train"]
+    expected = np.concatenate([piece["x"] for piece in split.pieces()])
+    assert np.array_equal(np.concatenate([piece["x"] for piece in _pieces(split)]), expected)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_pack_does_not_open_and_a_second_one_finishes_it(table: Path, tmp_path: Path) -> None:
+    pack(f"csv:{table}", str(tmp_path / "good"), PackOptions(**SMALL))
+    out = tmp_path / "out"
+    killed = other_process(1, f"csv:{table}", out, SMALL, hold=30_000)
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == "held\n"
+    killed.send_signal(signal.SIGKILL)
+    killed.wait(timeout=30)
+    killed.stdout.close()
+    assert list((out / "train").glob("part-*.parquet")), "shards are there"
+    assert list((out / "train").glob(".part-*.tmp")), "and one is half written"
+    for name in ("train", "test"):
+        with pytest.raises(DataError, match="cut off"):
+            Dataset.open(str(out / name))
+    with pytest.raises(ConflictError, match=r"test_fraction 0\.2"):
+        pack(f"csv:{table}", str(out), PackOptions(**{**SMALL, "test_fraction": 0.3}))
+    again = other_process(1, f"csv:{table}", out, SMALL)
+    result = json.loads(again.communicate(timeout=120)[0].splitlines()[-1])
+    assert not result["already"]
+    assert result["splits"]["train"]["rows"] + result["splits"]["test"]["rows"] == 60_000
+    assert result["splits"]["train"]["shards"] > 3
+    assert files_of(out) == files_of(tmp_path / "good"), "1 CPU after a kill writes what 4 CPUs write undisturbed"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
+    peaks = []
+    for size in (200 << 20, 600 << 20):
+        source = tmp_path / f"{size}.txt"
+        block = np.random.default_rng(0).integers(32, 127, 10 << 20, dtype=np.uint8).tobytes()
+        with source.open("wb") as file:
+            for _ in range(size // len(block)):
+                file.write(block)
+        process = other_process(2, f"text:{source}", tmp_path / f"out{size}", {})
+        peaks.append(_peak(process))
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert Dataset.open(str(tmp_path / f"out{size}" / "train")).num_rows > size * 0.9 // 65
+    assert peaks[1] < peaks[0] + (200 << 20), f"private memory of all processes together: {peaks}"
+
+
+def _peak(process: "subprocess.Popen[str]") -> int:
+    """Return the most private memory that a pack and its tasks held together while it ran."""
+    most = 0
+    while process.poll() is None:
+        most = max(most, sum(_private(pid) for pid in [process.pid, *_descendants(process.pid)]))
+        time.sleep(0.05)
+    return most
+
+
+def _descendants(pid: int) -> list[int]:
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except (OSError, IndexError):
+                continue
+    found, queue = [], [pid]
+    while queue:
+        children = [child for child, parent in parents.items() if parent == queue[0]]
+        queue = queue[1:] + children
+        found += children
+    return found
+
+
+def _private(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_"))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_packed_text_is_the_text(tmp_path: Path) -> None:
+    text = bytes(np.random.default_rng(0).integers(32, 127, 50_000, dtype=np.uint8))
+    (tmp_path / "a.txt").write_bytes(text)
+    pack(f"text:{tmp_path}/a.txt", str(tmp_path / "out"), PackOptions(context=16))
+    train = Dataset.open(str(tmp_path / "out" / "train"))
+    rows = next(read_back(tmp_path / "out" / "train" / "part-00000.parquet"))["tokens"]
+    assert bytes(rows[:, :-1].ravel()) == text[: rows[:, :-1].size]
+    windows = Windows(16)
+    assert np.array_equal(windows.push(np.frombuffer(text[:45_000], np.uint8)), rows)
+    assert train.info["dropped_tokens"] == windows.dropped
+    assert train.info["tokenizer"] == "bytes"
+    with pytest.raises(ElastrainError):
+        pack(f"text:{tmp_path}/a.txt", f"{tmp_path}/a.txt/out", PackOptions())
