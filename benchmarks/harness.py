@@ -119,7 +119,13 @@ def run_side(side: Side) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-m", side.module, json.dumps(dict(side.options))]
     start = time.time()
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         out, err = process.communicate(timeout=RUN_LIMIT_S)
@@ -130,7 +136,9 @@ def run_side(side: Side) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
     except (IndexError, ValueError) as error:
-        raise BenchmarkError(f"{side.name}: exit {process.returncode}, no result\n{out[-2000:]}\n{err[-4000:]}") from error
+        raise BenchmarkError(
+            f"{side.name}: exit {process.returncode}, no result\n{out[-2000:]}\n{err[-4000:]}"
+        ) from error
     if process.returncode:
         raise BenchmarkError(f"{side.name}: exit {process.returncode}\n{err[-4000:]}")
     return {**result, "wall_s": wall_s, "load": machine.load()[0]}
@@ -147,7 +155,9 @@ def _same_work(series: Series, runs: Mapping[str, list[dict[str, Any]]]) -> None
     """Raise BenchmarkError unless counters are the same in all runs of a side and digests in all runs of the series."""
     for name, results in runs.items():
         if any(result["counters"] != results[0]["counters"] for result in results):
-            raise BenchmarkError(f"{series.name}, {name}: counters differ: {[result['counters'] for result in results]}")
+            raise BenchmarkError(
+                f"{series.name}, {name}: counters differ: {[result['counters'] for result in results]}"
+            )
     digests = {result["digest"] for results in runs.values() for result in results if result.get("digest") is not None}
     if len(digests) > 1:
         found = {name: sorted({str(result.get("digest")) for result in results}) for name, results in runs.items()}

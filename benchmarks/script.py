@@ -45,12 +45,13 @@ def _is_below(pid: int, root: int, parents: Mapping[int, int]) -> bool:
 
 
 def in_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call `function(rank, *arguments)` in `size` processes, rank 0 in this one; return the results by rank."""
+    """Call `function(rank, *arguments)` in `size` processes at once, rank 0 in this one; return the results by rank."""
     context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    others = [context.Process(target=_call, args=(queue, function, rank, arguments)) for rank in range(1, size)]
+    queue, barrier = context.SimpleQueue(), context.Barrier(size)
+    others = [context.Process(target=_call, args=(queue, barrier, function, r, arguments)) for r in range(1, size)]
     for process in others:
         process.start()
+    barrier.wait()
     results = {0: function(0, *arguments)}
     for _ in others:
         rank, value = queue.get()
@@ -60,5 +61,6 @@ def in_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
     return [results[rank] for rank in range(size)]
 
 
-def _call(queue: Any, function: Callable[..., Any], rank: int, arguments: tuple[Any, ...]) -> None:
+def _call(queue: Any, barrier: Any, function: Callable[..., Any], rank: int, arguments: tuple[Any, ...]) -> None:
+    barrier.wait()
     queue.put((rank, function(rank, *arguments)))

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from benchmarks.script import tree_cpu_s
 from torch import Tensor
 
-from benchmarks.script import tree_cpu_s
 from elastrain import storage
 from elastrain.data.chunks import PackOptions
 from elastrain.data.columns import Column
@@ -43,9 +43,9 @@ def prepare(folder: Path, *, rows: int, codec: str) -> str:
 def _images(first: int, rows: int) -> dict[str, npt.NDArray[Any]]:
     """Return rings of different place, size and thickness: a fifth ink, soft edges, as in MNIST."""
     generator = np.random.default_rng(first)
-    y, x, height, width, thick = generator.uniform(
-        [[11], [11], [0.5], [0.5], [1.0]], [[17], [17], [1.2], [1.2], [2.5]], (5, rows)
-    ).astype(np.float32)[:, :, None, None]
+    low, high = np.array([11, 11, 0.5, 0.5, 1.0]), np.array([17, 17, 1.2, 1.2, 2.5])
+    drawn = generator.uniform(low[:, None], high[:, None], (5, rows)).astype(np.float32)
+    y, x, height, width, thick = drawn[:, :, None, None]
     rows_of, columns_of = np.mgrid[:28, :28].astype(np.float32)
     distance = np.hypot((rows_of - y) / height, (columns_of - x) / width)
     ink = (thick - np.abs(distance - 8)) * 160 + generator.integers(-20, 20, distance.shape).astype(np.float32)
@@ -56,8 +56,8 @@ def _images(first: int, rows: int) -> dict[str, npt.NDArray[Any]]:
 class Meter:
     """Takes batches as a training would: an epoch to warm up, `epochs` that are timed, and one that is digested."""
 
-    def __init__(self, *, rows: int, epochs: int, root: int) -> None:
-        self.start = time.perf_counter()
+    def __init__(self, *, rows: int, epochs: int, root: int, start: float | None = None) -> None:
+        self.start = time.perf_counter() if start is None else start
         self.first_s = 0.0
         self.digest = 0
         self.rows = 0
@@ -82,7 +82,7 @@ class Meter:
             self._moments.append((time.perf_counter(), tree_cpu_s(self._root), self.rows))
 
     def measures(self) -> dict[str, float]:
-        """Return rows a second and processor seconds a million rows over the timed epochs, seconds to the first batch."""
+        """Return rows a second and CPU seconds a million rows over the timed epochs, and seconds to the first batch."""
         (begin, cpu_before, rows_before), (end, cpu_after, rows_after) = self._moments
         rows = rows_after - rows_before
         return {
@@ -105,6 +105,11 @@ class Meter:
 def files(url: str) -> list[str]:
     """Return the dataset's Parquet files in order."""
     return [storage.join(url, shard.path) for shard in Dataset.open(url).shards]
+
+
+def rows_of(url: str, rank: int, size: int) -> int:
+    """Return the rows of a rank's row groups, which `groups` yields."""
+    return int(Dataset.open(url).group_rows[rank::size].sum())
 
 
 def tensors(batch: "pa.RecordBatch | pa.Table") -> tuple[Tensor, Tensor]:

@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-
-from benchmarks.ingest.data import BATCH, Meter, files, groups, tensors
+from benchmarks.ingest.data import BATCH, Meter, files, groups, rows_of, tensors
 from benchmarks.ingest.result import combined
 from benchmarks.script import finish, in_ranks, options
-from elastrain.data.dataset import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 BUFFER_GROUPS = 32  # row groups that are mixed at a time
 
@@ -64,8 +62,10 @@ def consume(rank: int, given: dict[str, Any]) -> dict[str, Any]:
     """Take batches from the loader; return what the meter measured."""
     torch.set_num_threads(1)
     workers = given["workers"]
-    meter = Meter(rows=given["rows"] // given["consumers"], epochs=given["epochs"], root=given["root"])
-    loader = DataLoader(RowGroups(given, rank), batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None)
+    meter = Meter(rows=rows_of(given["url"], rank, given["consumers"]), epochs=given["epochs"], root=given["root"])
+    loader = DataLoader(
+        RowGroups(given, rank), batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None
+    )
     for image, label in loader:
         meter.take(image, label)
         if meter.done:
@@ -76,7 +76,6 @@ def consume(rank: int, given: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Run one process a consumer."""
     given = {**options(), "root": os.getpid()}
-    given["rows"] = Dataset.open(given["url"]).num_rows
     measures, counters, _ = combined(in_ranks(given["consumers"], consume, given))
     finish(measures, counters)
 

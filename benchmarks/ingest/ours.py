@@ -1,20 +1,22 @@
 """Ours: the feeder, each worker's feed and its batches, as the training loop uses them; shuffled by the plan."""
 
 import os
+import tempfile
+import time
 from dataclasses import replace
 from typing import Any
 
 import ray
 import torch
-
 from benchmarks.ingest.data import BATCH, Meter
 from benchmarks.ingest.result import combined
+from benchmarks.loop.ours import join
 from benchmarks.script import finish, options
+
 from elastrain.data.columns import Array
 from elastrain.data.dataset import Dataset
 from elastrain.data.feed import FeederLogic, FeedSpec, WorkerFeed, train_tasks
 from elastrain.data.plan import Plan
-from elastrain.elastic.group import Door, Generation
 from elastrain.elastic.session import READERS, ray_session
 from elastrain.observe.ledger import Clock
 from elastrain.training.batches import Batches
@@ -38,22 +40,17 @@ class Counted(WorkerFeed):
 class Consumer:
     """A worker without a model: takes the batches of its slots, in step with the others at each new block."""
 
-    def __init__(self) -> None:
+    def ready(self) -> None:
+        """Return once all imports are done."""
         torch.set_num_threads(1)
-        self._door = Door("127.0.0.1")
 
-    def address(self) -> tuple[str, int]:
-        """Return the address of this consumer's store."""
-        return self._door.address
-
-    def run(self, feeder: Any, spec: FeedSpec, rank: int, store: tuple[str, int], given: dict[str, Any]) -> dict[str, Any]:
+    def run(self, feeder: Any, spec: FeedSpec, rank: int, folder: str, given: dict[str, Any]) -> dict[str, Any]:
         """Take every batch of the plan; return what the meter measured."""
         size, plan = given["consumers"], spec.plan
-        generation = Generation(number=1, members=tuple(str(r) for r in range(size)), store=store)
-        group = self._door.join(generation, str(rank), torch.device("cpu"))
+        group = join(folder, rank, size)
         feed = Counted(feeder, spec, begin=0)
         batches, clock, slots = Batches(feed, plan, torch.device("cpu")), Clock(), slots_of(rank, size, plan.slots)
-        meter = Meter(rows=plan.num_rows // size, epochs=given["epochs"], root=given["root"])
+        meter = Meter(rows=plan.num_rows // size, epochs=given["epochs"], root=given["root"], start=given["start"])
         for step in range(spec.end):
             batches.move_to(step, slots, clock)
             if step % plan.block_steps == 0:
@@ -67,7 +64,11 @@ class Consumer:
         feed.close()
         spent = clock.spent()
         counters = {"blocks": feed.blocks, "object_store_bytes": feed.object_bytes, "rows": meter.rows}
-        return {"measures": {**meter.measures(), "waited_s": spent["data"]}, "counters": counters, "digest": meter.digest}
+        return {
+            "measures": {**meter.measures(), "waited_s": spent["data"]},
+            "counters": counters,
+            "digest": meter.digest,
+        }
 
 
 def main() -> None:
@@ -75,17 +76,18 @@ def main() -> None:
     given = {**options(), "root": os.getpid()}
     size = given["consumers"]
     with ray_session(None, cpus=size + READERS):
+        remote: Any = ray.remote  # its annotations know no actor options
+        consumers = [remote(num_cpus=1)(Consumer).remote() for _ in range(size)]
+        ray.get([consumer.ready.remote() for consumer in consumers])
+        given["start"] = time.perf_counter()
         dataset = Dataset.open(given["url"])
         plan = Plan.of(dataset, seed=0, global_batch=BATCH * size, slots=size)
         steps = plan.steps_per_epoch * (given["epochs"] + 2)
         reading = (1.0, READERS)
-        spec = FeedSpec(
-            plan=plan, train=dataset, evaluation=None, transforms=(), begin=0, end=steps, reading=reading
-        )
-        consumers = [ray.remote(num_cpus=1)(Consumer).remote() for _ in range(size)]
-        store = ray.get([consumer.address.remote() for consumer in consumers])[0]
-        feeder = ray.remote(num_cpus=0, max_concurrency=2 * size + 8)(FeederLogic).remote(spec)
-        results = ray.get([c.run.remote(feeder, spec, rank, store, given) for rank, c in enumerate(consumers)])
+        spec = FeedSpec(plan=plan, train=dataset, evaluation=None, transforms=(), begin=0, end=steps, reading=reading)
+        feeder = remote(num_cpus=0, max_concurrency=2 * size + 8)(FeederLogic).remote(spec)
+        with tempfile.TemporaryDirectory() as folder:
+            results = ray.get([c.run.remote(feeder, spec, rank, folder, given) for rank, c in enumerate(consumers)])
     read = sum(len(make().sources) for _, make in train_tasks(replace(spec, end=steps)))
     measures, counters, digest = combined(results)
     finish(measures, {**counters, "row_groups_read": read}, digest)

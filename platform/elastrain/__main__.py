@@ -38,6 +38,7 @@ def pack(
     shard_mib: Annotated[float, typer.Option(help="decoded size of a shard")] = 128.0,
     image_size: Annotated[int | None, typer.Option(help="images: scale and crop to this height and width")] = None,
     label: Annotated[str | None, typer.Option(help="csv, parquet: the column whose texts become classes")] = None,
+    columns: Annotated[str | None, typer.Option(help="csv, parquet: the columns to keep, as a,b,c")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace another dataset there")] = False,
     address: Address = None,
     as_json: Json = False,
@@ -45,7 +46,7 @@ def pack(
     """Turn digits, IDX, CSV, Parquet, text or images into packed, checksummed Parquet."""
 
     def run() -> tuple[dict[str, Any], str]:
-        from elastrain.data.pack import pack as pack_data
+        from elastrain.data.pack import pack_dataset
         from elastrain.data.sources import PackOptions
         from elastrain.elastic.session import ray_session
         from elastrain.observe.progress import pack_progress
@@ -59,10 +60,11 @@ def pack(
             shard_bytes=int(shard_mib * (1 << 20)),
             image_size=image_size,
             label=label,
+            columns=tuple(columns.split(",")) if columns else None,
             overwrite=overwrite,
         )
         with ray_session(address, cpus=2), pack_progress() as progress:
-            result = pack_data(source, out, options, progress=progress)
+            result = pack_dataset(source, out, options, progress=progress)
         verb = "already packed" if result["already"] else "packed"
         splits = ", ".join(f"{name} {split['rows']:,} rows" for name, split in result["splits"].items())
         return result, f"{verb}: {result['dataset']} ({splits})"
@@ -75,10 +77,10 @@ def plan(spec: SpecPath, sets: Sets = None, as_json: Json = False) -> None:
     """Print what a run will do: steps, blocks, shuffle, reads, memory. Starts nothing."""
 
     def run() -> tuple[dict[str, Any], str]:
-        from elastrain.data.forecast import as_text, forecast
+        from elastrain.data.forecast import as_text, forecast_run
         from elastrain.spec.document import read_train
 
-        found = forecast(read_train(spec, sets or []))
+        found = forecast_run(read_train(spec, sets or []))
         return found, as_text(found)
 
     _print(run, as_json=as_json)

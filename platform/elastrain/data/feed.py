@@ -28,10 +28,11 @@ from elastrain.data.columns import Array, Column, from_table, to_table
 from elastrain.data.dataset import Dataset
 from elastrain.data.plan import Block, Ints, Plan, row_seeds
 from elastrain.data.reader import Source, read_rows, sources_of
-from elastrain.errors import DataError, ElastrainError, StorageError, ours
+from elastrain.errors import DataError, ElastrainError, StorageError, error_named, ours
 
 Address = tuple[int, int]
 INDEX = ("elastrain.epoch", "elastrain.step", "elastrain.slot", "elastrain.row")
+ERROR, MESSAGE = "elastrain.error", "elastrain.message"
 EVALUATION = -1  # the slot of evaluation blocks
 LEASE = 512  # read tasks of one Ray Data execution: each is an object in the driver
 EVAL_BLOCK_BYTES = 8 << 20
@@ -68,12 +69,18 @@ class ReadBlock:
     last: int
 
     def __call__(self) -> Iterator[pa.Table]:
-        """Yield the block; raises DataError or StorageError naming the file."""
+        """Yield the block; an error of ours travels as a block, for Ray would bury its sentence under many of its own."""
+        try:
+            yield self._block()
+        except ElastrainError as error:
+            yield pa.table({ERROR: [type(error).__name__], MESSAGE: [str(error)]})
+
+    def _block(self) -> pa.Table:
         epoch, step, slot, row = self._index()
         arrays = read_rows(self.columns, self.sources, row)
         seeds = row_seeds(self.seed, epoch, row)
         arrays = transforms.apply(self.transforms, self.columns, arrays, seeds, train=self.block is not None)
-        yield to_table({**dict(zip(INDEX, (epoch, step, slot, row), strict=True)), **arrays})
+        return to_table({**dict(zip(INDEX, (epoch, step, slot, row), strict=True)), **arrays})
 
     def _index(self) -> tuple[Array, Array, Array, Ints]:
         if self.block is None:
@@ -82,6 +89,13 @@ class ReadBlock:
             return none, none, none, row
         rows = self.block.rows(self.first, self.last)
         return rows.epoch, rows.step, np.full(len(rows.row), self.block.slot, np.int32), rows.row
+
+
+def arrays_of(table: pa.Table, *, where: str) -> dict[str, Array]:
+    """Return the columns of a block; raises the error that reading it met, DataError or StorageError naming the file."""
+    if ERROR in table.column_names:
+        raise error_named(table[ERROR][0].as_py(), table[MESSAGE][0].as_py())
+    return from_table(table, where=where)
 
 
 def eval_block_rows(dataset: Dataset) -> int:
@@ -357,7 +371,7 @@ class WorkerFeed:
             table = ray.get(ray.get(self._feeder.get.remote([address], evaluation))[0])
         except Exception as error:
             raise (ours(error) or StorageError(f"block {address} did not arrive: {error!r}"[:2000])) from error
-        arrays = from_table(table, where=f"block {address}")
+        arrays = arrays_of(table, where=f"block {address}")
         self._check(address, arrays)
         return {name: array.copy() for name, array in arrays.items()}
 

@@ -11,7 +11,7 @@ from elastrain.spec.train import TrainSpec
 MIB = 1 << 20
 
 
-def forecast(spec: TrainSpec) -> dict[str, Any]:
+def forecast_run(spec: TrainSpec) -> dict[str, Any]:
     """Return steps, blocks, shuffle strength, read amplification, memory and bytes of a run.
 
     Amplification is rows decoded ÷ rows used, over the blocks of the first epoch. Memory is bytes: of the feed's blocks
@@ -106,7 +106,7 @@ def as_text(found: dict[str, Any]) -> str:
         ("shuffle", f"a block mixes rows from about {found['units_per_block']:,} places of the data"),
         (
             "reads",
-            f"{found['read_amplification']:.2f} decoded rows a used one, {_size(found['bytes_read_per_epoch'])} an epoch",
+            f"{found['read_amplification']:.2f} decoded a used one, {_size(found['bytes_read_per_epoch'])} an epoch",
         ),
         ("bandwidth", f"{_size(per_step)} a step: {_size(10 * per_step)}/s at 10 steps a second"),
         ("memory", f"{_size(found['feed_bytes'])} of object store, {_size(found['worker_block_bytes'])} in a worker"),

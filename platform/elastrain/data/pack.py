@@ -46,7 +46,7 @@ SCHEMA = pa.schema(
 )
 
 
-def pack(source: str, out: str, options: PackOptions, *, progress: Progress | None = None) -> dict[str, Any]:
+def pack_dataset(source: str, out: str, options: PackOptions, *, progress: Progress | None = None) -> dict[str, Any]:
     """Pack `source` into `OUT/train` and, where there is a split, `OUT/test`; Ray must be initialised by the caller.
 
     Args:

@@ -124,7 +124,11 @@ def _shifted(images: Array, seeds: Seeds, pixels: int) -> Array:
 
 def _custom(name: str, arrays: dict[str, Array], seeds: Seeds) -> dict[str, Array]:
     rows = len(seeds)
-    result = load_object(name, where="data.transforms")(arrays, seeds)
+    function = load_object(name, where="data.transforms")
+    try:
+        result = function(arrays, seeds)
+    except Exception as error:
+        raise SpecError(f"data.transforms: {name} raised {type(error).__name__}: {error}") from error
     if not isinstance(result, dict) or any(len(array) != rows for array in result.values()):
         raise SpecError(
             f"data.transforms: {name} must return a dict of arrays with {rows} rows, as many as it was given"

@@ -13,10 +13,19 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from elastrain import storage
-from elastrain.data.columns import Array, from_table
+from elastrain.data.columns import Array
 from elastrain.data.dataset import Dataset
-from elastrain.data.feed import EVALUATION, FeedSpec, ReadBlock, block_size, eval_block_rows, eval_tasks, train_tasks
-from elastrain.data.forecast import forecast
+from elastrain.data.feed import (
+    EVALUATION,
+    FeedSpec,
+    ReadBlock,
+    arrays_of,
+    block_size,
+    eval_block_rows,
+    eval_tasks,
+    train_tasks,
+)
+from elastrain.data.forecast import forecast_run
 from elastrain.data.plan import Plan
 from elastrain.data.transforms import check_transforms
 from elastrain.elastic.session import embedded_cpus, place_workers, ray_session
@@ -114,7 +123,7 @@ class DirectFeed:
 
 
 def _read(task: ReadBlock) -> dict[str, Array]:
-    return {name: np.array(array) for name, array in from_table(next(task()), where="the first block").items()}
+    return {name: np.array(array) for name, array in arrays_of(next(task()), where="the first block").items()}
 
 
 def _one_step(spec: TrainSpec, feed: FeedSpec) -> tuple[str, int]:
@@ -162,7 +171,7 @@ def _check_buffers(state: TrainState, before: dict[str, torch.Tensor]) -> None:
 
 def _memory(spec: TrainSpec, state_bytes: int) -> str:
     """Compare what the run will hold on this machine with what is free here."""
-    planned = forecast(spec)
+    planned = forecast_run(spec)
     workers = spec.workers.max
     need = planned["feed_bytes"] + workers * (3 * state_bytes + planned["worker_block_bytes"])
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

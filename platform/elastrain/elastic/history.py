@@ -81,7 +81,14 @@ def _stored(run: str) -> tuple[TrainSpec, dict[str, Any]] | None:
 
 
 def _with_slots(spec: TrainSpec, slots: int) -> TrainSpec:
-    return spec.model_copy(update={"data": spec.data.model_copy(update={"slots": slots})})
+    """Return the spec with the run's slots fixed, and no more workers than slots."""
+    workers = {"max": min(spec.workers.max, slots), "min": min(spec.workers.min, slots)}
+    return spec.model_copy(
+        update={
+            "data": spec.data.model_copy(update={"slots": slots}),
+            "workers": spec.workers.model_copy(update=workers),
+        }
+    )
 
 
 def _plan(spec: TrainSpec, dataset: Dataset) -> Plan:

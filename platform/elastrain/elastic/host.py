@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 
 from elastrain import storage
 from elastrain.data.columns import Array
@@ -18,6 +19,7 @@ from elastrain.errors import ElastrainError, StorageError
 from elastrain.observe.ledger import Ledger, StepLog
 
 FLUSH_S = 1.0
+RECORDS = "records"  # a concurrency group of one thread: what one worker sends arrives in order
 AUDIT = pa.schema([(name, pa.int64()) for name in ("epoch", "step", "slot", "row")])
 METRICS = pa.schema(
     [(name, pa.int64()) for name in ("step", "epoch", "samples")]
@@ -63,12 +65,14 @@ class Host:
         """See `Membership.finish`."""
         self.membership.finish(worker, result)
 
+    @ray.method(concurrency_group=RECORDS)
     def audit(self, lines: Sequence[tuple[int, int, Mapping[str, Array]]]) -> None:
         """Take over (step, slot, columns) lines; when this returns they are out of the worker's hands."""
         with self._lock:
             for step, slot, columns in lines:
                 self._audit.add(step, slot, columns)
 
+    @ray.method(concurrency_group=RECORDS)
     def report(self, worker: str, status: Mapping[str, Any]) -> None:
         """Take over a worker's position, seconds and, from rank 0, its lines of metrics."""
         with self._lock:
@@ -85,6 +89,12 @@ class Host:
                 self._metrics.add(int(step), 0, dict(zip(METRICS.names, numbers, strict=True)))
                 self._last = {"step": step, "loss": loss}
 
+    @ray.method(concurrency_group=RECORDS)
+    def sync(self) -> None:
+        """Write what has arrived; when this returns, a checkpoint may say that its steps are done."""
+        self._flush()
+
+    @ray.method(concurrency_group=RECORDS)
     def event(self, kind: str, fields: Mapping[str, Any]) -> None:
         """Take over something for the ledger."""
         with self._lock:

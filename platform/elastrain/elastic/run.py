@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,13 +23,14 @@ from elastrain.data.transforms import check_transforms
 from elastrain.elastic.cells import start_cell
 from elastrain.elastic.config import WORKER_LOST, WorkerConfig
 from elastrain.elastic.history import prepare, resumable
-from elastrain.elastic.host import Host
+from elastrain.elastic.host import RECORDS, Host
 from elastrain.elastic.lock import locked
 from elastrain.elastic.session import embedded_cpus, fitting, place_workers, ray_session, reading_resources
 from elastrain.errors import Interrupted, ResourceError, SpecError, error_named
 from elastrain.observe.ledger import Ledger
 from elastrain.observe.progress import LiveLine, Status
 from elastrain.observe.report import read_report, write_html
+from elastrain.spec.document import resolve
 from elastrain.spec.train import TrainSpec
 
 POLL_S = 0.2
@@ -112,16 +114,20 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False) -
     """
     if spec.consistency == "bitwise":
         raise SpecError("consistency: bitwise is not available yet; sample gives the same samples and order at any W")
+    spec = resolve(spec, base=Path.cwd(), cwd=Path.cwd())
     run_url = storage.absolute(storage.join(spec.storage, spec.name))
     train_data = Dataset.open(spec.data.train).select(spec.data.columns)
     evaluation = Dataset.open(spec.data.eval).select(spec.data.columns) if spec.data.eval else None
     check_transforms(spec.data.transforms, train_data.columns)
     with locked(run_url), LiveLine() as line:
+        asked = spec.workers.max
         spec, plan = prepare(spec, train_data, run_url, fresh=fresh)
         steps = spec.budget.steps or (spec.budget.epochs or 0) * plan.steps_per_epoch
         job = Job(
             spec=spec, run_url=run_url, plan=plan, train=train_data, evaluation=evaluation, num_steps=steps, line=line
         )
+        if asked > plan.slots:
+            job.warn(f"the run was begun with {plan.slots} slots, so no more than that many workers can be used")
         resume = resumable(run_url, warn=job.warn)
         if resume is not None and resume.complete and resume.step >= steps:
             return _finished(job, resume.step)
@@ -194,7 +200,7 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
 def _actor(kind: type, size: int, *arguments: Any) -> Any:
     """Start an actor beside the driver, with a thread for each worker that may wait in it, and some more."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    made: Any = ray.remote(kind)
+    made: Any = ray.remote(concurrency_groups={RECORDS: 1})(kind)
     return made.options(num_cpus=0, max_concurrency=2 * size + 8, scheduling_strategy=here).remote(*arguments)
 
 
@@ -280,10 +286,7 @@ def _status(job: Job, now: Mapping[str, Any], size: int, rate: _Rate) -> Status:
 
 def _placed(job: Job) -> int:
     """Return how many workers to start; after a loss, what the lost ones held is given time to come free."""
-    workers, slots = job.spec.workers, job.plan.slots
-    if workers.max > slots:
-        job.warn(f"the run has {slots} slots, so {slots} of workers.max {workers.max} workers can be used")
-        workers = workers.model_copy(update={"max": slots, "min": min(workers.min, slots)})
+    workers = job.spec.workers
     if job.size:
         deadline = time.monotonic() + RELEASE_S
         while fitting(workers, "free") < job.size and time.monotonic() < deadline:

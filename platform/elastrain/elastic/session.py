@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from elastrain.errors import ResourceError
 from elastrain.spec.train import WorkersSpec
 
 READERS = 2
+CONNECT_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,17 +43,29 @@ def ray_session(address: str | None, *, cpus: float) -> Iterator[Session]:
     try:
         if target and target != "local":
             # `ray start` turns token authentication on where a token is found; a client of an address does not
+            _reachable(target)
             maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             ray.init(address=target, **quiet)
         else:
             ray.init(address="local", num_cpus=math.ceil(cpus), include_dashboard=False, **_quoted(), **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         where = f"no Ray answers at {target}" if target else "a local Ray did not start"
         raise ResourceError(f"{where}: {error}") from error
     try:
         yield Session(embedded=not target or target == "local")
     finally:
         ray.shutdown()
+
+
+def _reachable(address: str) -> None:
+    """Raise ConnectionError within seconds if nothing listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://"):
+        raise ConnectionError("a Ray Client address; give HOST:PORT of the head itself, or auto on one of its nodes")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    elif address != "auto":
+        raise ConnectionError("not auto and not HOST:PORT")
 
 
 def _quoted() -> dict[str, Any]:

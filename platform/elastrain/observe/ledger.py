@@ -36,9 +36,9 @@ SECRET = re.compile(r"(://)[^/@\s\"']+@")
 
 
 class Clock:
-    """Books each second of one worker once; made at the worker's first moment, it runs under "start",
-    to which `before_s` is added: the seconds that the worker was paid for before it could make one.
+    """Books each second of one worker once; made at the worker's first moment, it runs under "start".
 
+    `before_s` are the seconds that the worker was paid for before it could make one; they go to "start", too.
     Time is counted in whole ticks of 2**-30 s, which floats hold and add without rounding (up to 97 days): so the
     categories sum to the elapsed time exactly. For one thread.
     """

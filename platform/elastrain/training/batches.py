@@ -52,7 +52,8 @@ class Batches:
         self.plan = plan
         self._feed, self._device = feed, device
         self._held: dict[int, Held | None] = {}
-        self._block, self._slots, self._step = -1, (), 0
+        self._block, self._step = -1, 0
+        self._slots: tuple[int, ...] = ()
 
     def move_to(self, step: int, slots: Sequence[int], clock: Clock) -> None:
         """Bring in the blocks that hold `step` for these slots; time spent waiting is booked under `data`."""

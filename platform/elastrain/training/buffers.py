@@ -1,7 +1,7 @@
 """Buffers that a forward changes, other than batch norm's: spectral norm's vectors, codebooks, counters.
 
-Each slot starts from the buffers of the step's begin; the step ends with their mean over the slots, weighted by rows. So
-they are the same on every worker, whatever slots it holds. Whether a phase changes any is settled in its first step.
+Each slot starts from the buffers of the step's begin; the step ends with their mean over the slots, weighted by rows.
+So they are the same on every worker, whatever slots it holds. Whether a phase changes any is settled in its first step.
 """
 
 import torch

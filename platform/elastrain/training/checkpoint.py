@@ -8,6 +8,7 @@
 A checkpoint exists if and only if its manifest does. Nothing in it is code: safetensors and JSON only.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ from torch import Tensor
 from elastrain import storage
 from elastrain.errors import DivergedError, ElastrainError, StorageError
 from elastrain.spec.train import CheckpointSpec
-from elastrain.training.manifests import MANIFEST, folder, read_manifests, read_verified, retain
+from elastrain.training.manifests import MANIFEST, folder, read_manifest, read_verified, retain, write_manifest
 
 FILES = {"model": "model.safetensors", "optim": "optimizer.safetensors", "ema": "average.safetensors"}
 
@@ -55,9 +56,11 @@ class Written:
 
 def load(run: str, step: int) -> Checkpoint:
     """Return the checkpoint of a step after comparing every file with its manifest; raises StorageError."""
-    url, manifest = folder(run, step), read_manifests(run).get(step)
-    if manifest is None:
-        raise StorageError(f"{folder(run, step)}: no checkpoint (its manifest cannot be read)")
+    url = folder(run, step)
+    try:
+        manifest = read_manifest(run, step)
+    except FileNotFoundError as error:
+        raise StorageError(f"{url}: no checkpoint (it has no {MANIFEST})") from error
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for name in manifest["files"]:
@@ -94,24 +97,36 @@ class Writer:
         self._error: ElastrainError | None = None
         self.written: list[Written] = []
 
-    def commit(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+    def commit(
+        self,
+        tensors: Mapping[str, Tensor],
+        numbers: Mapping[str, Any],
+        info: Mapping[str, Any],
+        *,
+        buffers: frozenset[str] = frozenset(),
+    ) -> None:
         """Copy the state and write it in the background; waits for the commit before. `numbers` holds the step.
 
-        Raises what the commit before raised: StorageError, or DivergedError if its state was not finite.
+        Raises what the commit before raised: StorageError, or DivergedError if its state was not finite (`buffers` may
+        be infinite, not NaN).
         """
         start = time.perf_counter()
         self.wait()
         copies = self._copied(tensors)
         stall_s = time.perf_counter() - start
-        arguments = (copies, json.dumps(numbers), dict(info), int(numbers["step"]), stall_s)
+        arguments = (copies, json.dumps(numbers), dict(info), int(numbers["step"]), stall_s, buffers)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
         self._thread.start()
 
-    def wait(self) -> None:
-        """Wait until nothing is being written; raises what the write raised."""
+    def join(self) -> None:
+        """Wait until nothing is being written, whatever came of it."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def wait(self) -> None:
+        """Wait until nothing is being written; raises what the write raised."""
+        self.join()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -121,26 +136,32 @@ class Writer:
         for name, tensor in tensors.items():
             held = self._buffers.get(name)
             if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
-                held = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+                held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self._buffers[name] = held
             held.copy_(tensor, non_blocking=True)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         return {name: self._buffers[name] for name in tensors}
 
-    def _write(self, tensors: dict[str, Tensor], numbers: str, info: dict[str, Any], step: int, stall_s: float) -> None:
+    def _write(
+        self,
+        tensors: dict[str, Tensor],
+        numbers: str,
+        info: dict[str, Any],
+        step: int,
+        stall_s: float,
+        buffers: frozenset[str],
+    ) -> None:
         start = time.perf_counter()
         try:
-            broken = next(
-                (n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())), None
-            )
+            broken = next((n for n, t in tensors.items() if _is_broken(t, infinite=n in buffers)), None)
             if broken is not None:
                 raise DivergedError(f"step {step}: {broken} is not finite any more; the checkpoint before is kept")
             size = self._put(tensors, numbers, info, step)
             self.written.append(
                 Written(step=step, size_bytes=size, stall_s=stall_s, write_s=time.perf_counter() - start)
             )
-            retain(self._run, self._spec)
+            retain(self._run, self._spec, newest=step)
         except ElastrainError as error:
             self._error = error
         except Exception as error:  # noqa: BLE001 -- a thread's error must reach the training, whatever it is
@@ -149,14 +170,31 @@ class Writer:
     def _put(self, tensors: dict[str, Tensor], numbers: str, info: dict[str, Any], step: int) -> int:
         url = folder(self._run, step)
         storage.remove(storage.join(url, MANIFEST))
+        storage.remove(url)  # what a writer that was killed left there
+        try:
+            files = self._put_files(tensors, numbers, url)
+            write_manifest(self._run, step, files, info)
+        except Exception:
+            with contextlib.suppress(StorageError):
+                storage.remove(url)  # on a full disk half a checkpoint would be in the way
+            raise
+        return sum(file["bytes"] for file in files.values())
+
+    def _put_files(self, tensors: dict[str, Tensor], numbers: str, url: str) -> dict[str, dict[str, Any]]:
         files = {"state.json": _placed(storage.join(url, "state.json"), lambda path: _text(path, numbers))}
         for prefix, name in FILES.items():
             own = {key[len(prefix) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f"{prefix}/")}
             if own:
                 target = storage.join(url, name)
                 files[name] = _placed(target, lambda path, own=own, target=target: _save(own, path, target))  # type: ignore[misc]
-        storage.put_json(storage.join(url, MANIFEST), {"step": step, "files": files, "info": info})
-        return sum(file["bytes"] for file in files.values())
+        return files
+
+
+def _is_broken(tensor: Tensor, *, infinite: bool) -> bool:
+    """Say whether a tensor holds NaN, or an infinite value where none may be."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    return bool(tensor.isnan().any()) if infinite else not bool(tensor.isfinite().all())
 
 
 def _placed(url: str, write: Callable[[Path], None]) -> dict[str, Any]:

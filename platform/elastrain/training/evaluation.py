@@ -29,8 +29,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Return `val_loss` and the task's metrics over the whole dataset; `number` counts a run's evaluations.
 
-    Blocks of `block_rows` rows are dealt to the workers, batches where there are fewer blocks than workers. With several
-    phases there is a `val_loss_<phase>` for each, and `val_loss` is their sum. Raises SpecError if the task fails.
+    Blocks of `block_rows` rows are dealt to the workers, batches where there are fewer blocks than workers. With
+    several phases there is a `val_loss_<phase>` for each, and `val_loss` is their sum. Raises SpecError if the task
+    fails.
     """
     size = batch_size(plan, dataset.row_bytes, state.spec.micro_batch)
     num_blocks = -(-dataset.num_rows // block_rows)

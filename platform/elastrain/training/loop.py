@@ -121,7 +121,7 @@ class Loop:
         slots = slots_of(group.rank, group.size, self.plan.slots)
         batches.move_to(step, slots, self.clock)
         if self.spec.audit:
-            # Before the step counts: whoever dies after the sum has left its lines, and a step done again replaces them.
+            # Before the sum: whoever dies after it has left its lines. A step that is done again replaces them.
             self._audit(batches, step, slots)
             self.recorder.audited()
         flag = float(group.rank == 0 and self.seat.wishes_stop())

@@ -79,10 +79,10 @@ def read_verified(url: str, manifest: Mapping[str, Any], name: str) -> bytes:
 
 
 def retain(run: str, spec: CheckpointSpec, *, newest: int) -> None:
-    """Remove all but the newest `keep` checkpoints up to step `newest` and the best one by `best`; the manifest goes first.
+    """Remove all but the newest `keep` checkpoints up to step `newest` and the best one by `best`; manifests go first.
 
-    What lies past `newest` was broken, or the run would have gone on from there. Folders without a manifest go once they
-    are older than everything kept: until then they may be in the making.
+    What lies past `newest` was broken, or the run would have gone on from there. Folders without a manifest go once
+    they are older than everything kept: until then they may be in the making.
     """
     found = read_manifests(run)
     held = {step: manifest for step, manifest in found.items() if step <= newest}

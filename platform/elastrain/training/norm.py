@@ -1,7 +1,8 @@
 """Batch normalisation under slots: normalise per slot, merge the running statistics once a step in slot order.
 
 torch's own modules are used. With momentum 1 a forward leaves the batch's statistics in the running buffers; a hook
-takes them from there, and the true running values are kept aside and updated when all slots have been summed.
+takes them from there, and the true running values are kept aside and updated when all slots have been summed. One value
+a channel (a forward of one row) has no variance: torch refuses it, and here the running statistics normalise it.
 """
 
 from typing import Any
@@ -21,7 +22,9 @@ class BatchNorms:
         self._momentum = [norm.momentum for norm in self._norms]
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._sums: list[list[Tensor]] = []
+        self._alone = [False] * len(self._norms)
         for index, norm in enumerate(self._norms):
+            norm.register_forward_pre_hook(lambda module, args, index=index: self._prepare(index, module, args))
             norm.register_forward_hook(lambda module, args, _, index=index: self._collect(index, module, args))
 
     @property
@@ -51,6 +54,9 @@ class BatchNorms:
     def end(self, rows: Tensor | None) -> None:
         """Put the running statistics back, moved by `rows` (slots, width) of all slots; None moves nothing."""
         offset, self._sums = 0, []
+        for norm, alone in zip(self._norms, self._alone, strict=True):
+            norm.training = norm.training or alone  # where a forward was cut off
+        self._alone = [False] * len(self._norms)
         for norm, momentum, (mean, var) in zip(self._norms, self._momentum, self._kept, strict=True):
             size = norm.num_features
             norm.momentum = momentum
@@ -67,13 +73,32 @@ class BatchNorms:
         assert norm.num_batches_tracked is not None
         size, called = norm.num_features, total[0] > 0
         norm.num_batches_tracked.add_(called)
-        factor = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.clamp_min(1)
-        statistics = (total[1:] / total[0].clamp_min(1.0)).to(norm.running_mean.dtype)
-        weight = (called * factor).to(norm.running_mean.dtype)  # a norm that no slot called stays as it is
+        dtype = norm.running_mean.dtype
+        count = norm.num_batches_tracked.clamp_min(1).to(dtype)
+        weight = called.to(dtype) * (
+            1.0 / count if norm.momentum is None else norm.momentum
+        )  # 0 where no slot called it
+        statistics = (total[1:] / total[0].clamp_min(1.0)).to(dtype)
         norm.running_mean.lerp_(statistics[:size], weight)
         norm.running_var.lerp_(statistics[size:], weight)
 
+    def _prepare(self, index: int, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        if norm.training and self._sums and args[0].numel() == norm.num_features:
+            assert isinstance(norm, _BatchNorm)
+            self._use_running(index, norm)
+
+    def _use_running(self, index: int, norm: _BatchNorm) -> None:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        mean, var = self._kept[index]
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+        norm.training, self._alone[index] = False, True
+
     def _collect(self, index: int, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._alone[index]:
+            norm.training, self._alone[index] = True, False
+            return
         if not norm.training or not self._sums:
             return
         assert isinstance(norm, _BatchNorm)

@@ -74,20 +74,22 @@ def learning_factor(schedule: ScheduleSpec, step: int, num_steps: int) -> float:
         return (step + 1) / warm
     left, final = max(1, num_steps - warm), schedule.final
     done = min(1.0, (step - warm) / left)
+    factor = 1.0
     match schedule.name:
         case "linear":
-            return 1.0 + (final - 1.0) * done
+            factor = 1.0 + (final - 1.0) * done
         case "cosine":
-            return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * done))
+            factor = _cosine(1.0, final, done)
         case "wsd":
-            into = max(0.0, (done - (1.0 - schedule.decay)) / schedule.decay)
-            return 1.0 + (final - 1.0) * into
+            factor = 1.0 + (final - 1.0) * max(0.0, (done - (1.0 - schedule.decay)) / schedule.decay)
         case "inverse_sqrt":
-            return math.sqrt(max(warm, 1) / max(step, warm, 1))
+            factor = math.sqrt(max(warm, 1) / max(step, warm, 1))
         case "one_cycle":
-            rise = 0.3
-            if done < rise:
-                return 0.04 + 0.96 * 0.5 * (1.0 - math.cos(math.pi * done / rise))
-            return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * (done - rise) / (1.0 - rise)))
-        case _:
-            return 1.0
+            rise = done / 0.3
+            factor = _cosine(0.04, 1.0, rise) if rise < 1.0 else _cosine(1.0, final, (done - 0.3) / 0.7)
+    return factor
+
+
+def _cosine(start: float, stop: float, done: float) -> float:
+    """Return the value on the way from `start` (done 0) to `stop` (done 1), along half a cosine wave."""
+    return stop + (start - stop) * 0.5 * (1.0 + math.cos(math.pi * done))

@@ -1,4 +1,4 @@
-"""Precision: what forwards compute in, and loss scaling for fp16. Parameters and gradients stay fp32 (fp64 for proofs)."""
+"""Precision: what forwards compute in, and loss scaling for fp16. Weights and gradients stay fp32 (fp64 for proofs)."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

@@ -84,7 +84,7 @@ class TrainState:
         return Phase(name, names, make_optimizer(settings, parameters), gradients, settings.lr)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor of the state by name (`model/…`, `ema/…`, `optim/<phase>/<parameter>/<key>`), no copies."""
+        """Return the state's tensors by name (`model/…`, `ema/…`, `optim/<phase>/<parameter>/<key>`), no copies."""
         named = {f"model/{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
         named |= {f"ema/{name}": tensor for name, tensor in self.ema.items()}
         for phase in self.phases:
@@ -117,8 +117,8 @@ class TrainState:
             self.model.load_state_dict(_under(tensors, "model/"))
         except RuntimeError as error:
             raise ConflictError(
-                f"task {self.spec.task}: its model is not the one whose weights were stored; undo the change, give the run "
-                f"another name, or start over with --fresh ({' '.join(str(error).split())[:300]})"
+                f"task {self.spec.task}: its model is not the one whose weights were stored; undo the change, give the "
+                f"run another name, or start over with --fresh ({' '.join(str(error).split())[:300]})"
             ) from error
         for name, average in _under(tensors, "ema/").items():
             self.ema[name].copy_(average)
@@ -160,7 +160,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def seed_all(seed: int, device: torch.device) -> None:
-    """Seed what forwards draw from: the default generators of torch, numpy and Python. 7 µs; torch.manual_seed takes 120."""
+    """Seed what forwards draw from: torch's, numpy's and Python's generators. 7 µs; torch.manual_seed takes 120."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002 -- the one that users' code shares
     torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)

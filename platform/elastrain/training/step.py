@@ -112,8 +112,8 @@ def _move_buffers(state: TrainState, phase: Phase, group: Group, flags: Tensor) 
         state.buffers.end(group)
     elif state.buffers.changed:
         raise SpecError(
-            f"task {state.spec.task}: buffer {state.buffers.changed[0]} changes in forward from step {state.step} on and not "
-            f"from the first; change it in every step, or register it with persistent=False"
+            f"task {state.spec.task}: buffer {state.buffers.changed[0]} changes in forward from step {state.step} on, "
+            f"not from the first; change it in each step, or register it with persistent=False"
         )
 
 
@@ -131,7 +131,7 @@ def _backward(state: TrainState, phase: Phase, batch: Batch, row: Tensor, rows: 
 
 
 def _update(state: TrainState, phase: Phase, lr: float) -> Tensor | None:
-    """Penalty, clipping, optimizer and averages from the reduced gradients; return the gradients' norm if it was needed."""
+    """Penalty, clipping, optimizer and averages from the reduced gradients; return their norm if it was needed."""
     spec, gradients, norm = state.spec, phase.gradients.values, None
     overflow = False
     if spec.l1:
@@ -156,7 +156,7 @@ def _average(state: TrainState, phase: Phase) -> None:
     if state.spec.ema is not None:
         averages = [state.ema[name] for name in phase.parameters]
         parameters = [parameter.detach() for parameter in phase.gradients.parameters]
-        torch._foreach_lerp_(averages, parameters, 1.0 - state.spec.ema)  # noqa: SLF001 -- torch's optimizers use it, too
+        torch._foreach_lerp_(averages, parameters, 1.0 - state.spec.ema)
 
 
 def _only_trains(state: TrainState, phase: Phase) -> None:

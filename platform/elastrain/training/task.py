@@ -40,7 +40,7 @@ class Ratio:
 
 
 class Batch(dict[str, Tensor]):
-    """The columns of a micro-batch: tensors of shape (rows, *shape). A missing column is a DataError, not a KeyError."""
+    """The columns of a micro-batch: tensors of shape (rows, *shape). A missing column is a DataError."""
 
     def __missing__(self, name: str) -> Tensor:
         there = ", ".join(sorted(self))
@@ -139,7 +139,7 @@ def phase_loss(task: Task, model: nn.Module, batch: Batch, phase: str) -> Loss:
     if set(losses) != set(task.phases):
         raise SpecError(f"losses() gave {sorted(losses)}, but the task's phases are {sorted(task.phases)}")
     entry = losses[phase]
-    loss = entry() if callable(entry) else entry
+    loss: object = entry() if callable(entry) else entry
     if not isinstance(loss, Loss) or loss.sum.dim() != 0:
         raise SpecError(f"losses(): {phase!r} must be a Loss(sum, weight) whose sum is a scalar tensor")
     return loss
@@ -162,8 +162,8 @@ def check_phases(task: Task, model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not name.startswith(tuple(f"{phase}." for phase in task.phases)):
             raise SpecError(
-                f"the task's parameter {name} belongs to none of the phases {', '.join(task.phases)}: nothing would train it; "
-                f"move it into the child of a phase, or freeze it with requires_grad_(False)"
+                f"the task's parameter {name} belongs to none of the phases {', '.join(task.phases)} and would not be "
+                f"trained; move it into the child of a phase, or freeze it with requires_grad_(False)"
             )
 
 

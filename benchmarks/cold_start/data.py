@@ -1,0 +1,41 @@
+"""Digits as `elastrain pack digits` leaves them, and the spec of a run of one step."""
+
+from pathlib import Path
+
+import ray
+from benchmarks.machine import ROOT
+from ruamel.yaml import YAML
+
+from elastrain.data.chunks import PackOptions
+from elastrain.data.pack import pack
+from elastrain.elastic.session import ray_session
+
+ROWS, BATCH = 1797, 64
+
+
+def prepare(work: Path) -> str:
+    """Pack the digits; return the folder with train and test."""
+    out = str(work / "digits")
+    with ray_session(None, cpus=2):
+        assert ray.is_initialized()
+        pack("digits", out, PackOptions())
+    return out
+
+
+def write_spec(folder: Path, data: str) -> Path:
+    """Write the spec of one step of the digits network with two workers; return its path."""
+    spec = {
+        "kind": "train",
+        "name": "cold-start",
+        "task": str(ROOT / "pipelines" / "digits_mlp" / "task.py") + ":DigitsMLP",
+        "task_args": {"hidden": 128},
+        "data": {"train": f"{data}/train", "global_batch": BATCH, "slots": 2},
+        "optimizer": {"name": "adamw", "lr": 0.001},
+        "budget": {"steps": 1},
+        "workers": {"min": 2, "max": 2},
+        "storage": str(folder / "runs"),
+    }
+    path = folder / "train.yaml"
+    with path.open("w") as file:
+        YAML().dump(spec, file)
+    return path

@@ -1,0 +1,42 @@
+"""What the loop adds to a step: ours against a hand-written DDP script on the same model, batches and order."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Case, Comparison, Series, Side
+
+STEPS = {"gpt": 400, "mlp": 4000}
+SMALL_STEPS = 40
+
+
+def make(work: Path, *, small: bool) -> Case:
+    """Return the case: steps of about 10 ms (gpt) and under 1 ms (mlp), one and two workers, one slot a worker."""
+    del work
+    sizes = {model: SMALL_STEPS if small else steps for model, steps in STEPS.items()}
+    return Case(
+        name="loop", series=tuple(_series(model, workers, sizes[model]) for model in sizes for workers in (1, 2))
+    )
+
+
+def _series(model: str, workers: int, steps: int) -> Series:
+    given: dict[str, Any] = {"model": model, "workers": workers, "steps": steps}
+    by_hand = "benchmarks.loop.by_hand"
+    sides = [
+        Side(name="ours", module="benchmarks.loop.ours", options=given),
+        Side(name="DDP by hand", module=by_hand, options={**given, "ddp": True}),
+    ]
+    if workers == 1:
+        sides.append(Side(name="plain by hand", module=by_hand, options={**given, "ddp": False}, note="no DDP"))
+    lines = (line for side in sides[1:] for line in _comparisons(model, side.name))
+    return Series(name=f"{model}, {workers} worker" + "s" * (workers > 1), sides=tuple(sides), comparisons=tuple(lines))
+
+
+def _comparisons(model: str, other: str) -> tuple[Comparison, ...]:
+    target = other == "DDP by hand"
+    ratio = Comparison(
+        measure="step_us", unit="µs", better="less", other=other, target=1.03 if target and model == "gpt" else None
+    )
+    added = Comparison(
+        measure="step_us", unit="µs", better="less", other=other, kind="difference", target=50.0 if target else None
+    )
+    return ratio, added

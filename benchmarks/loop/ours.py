@@ -1,0 +1,140 @@
+"""Ours: `training.loop.Loop` on blocks in memory; two workers are two processes over gloo, without Ray."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from benchmarks.loop.work import Work, make_work, measured
+from benchmarks.script import finish, in_ranks, options
+from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined] # made in C++
+
+from elastrain.data.columns import Array
+from elastrain.elastic.group import TorchGroup
+from elastrain.observe.ledger import Clock
+from elastrain.training.batches import EPOCH, ROW, SLOT, STEP
+from elastrain.training.loop import Loop, fix_threads
+from elastrain.training.reduce import Group, Solo
+from elastrain.training.state import TrainState
+from elastrain.training.task import make_task
+
+INDEX = (EPOCH, STEP, SLOT, ROW)
+
+
+class MemoryFeed:
+    """Blocks made before the training starts."""
+
+    def __init__(self, work: Work, slot: int, steps: int) -> None:
+        self._blocks: dict[tuple[int, int], dict[str, Array]] = {}
+        for block in range(work.plan.block_of(steps - 1) + 1):
+            rows = work.plan.block(slot, block).rows(0, steps)
+            index: dict[str, Array] = {
+                "epoch": rows.epoch,
+                "step": rows.step,
+                "slot": rows.step * 0 + slot,
+                "row": rows.row,
+            }
+            columns = {name: array[rows.row] for name, array in work.arrays.items()}
+            self._blocks[slot, block] = {**{f"elastrain.{name}": v for name, v in index.items()}, **columns}
+
+    def prefetch(self, slots: Sequence[int], block: int) -> None:
+        """Nothing to do: all is there."""
+
+    def take(self, slot: int, block: int) -> dict[str, Array] | None:
+        """Return a block."""
+        return self._blocks.pop((slot, block), None)
+
+    def ready(self, slot: int, block: int) -> bool:
+        """All is there."""
+        del slot, block
+        return True
+
+    def release_before(self, block: int) -> None:
+        """Nothing to do: taken blocks are gone."""
+
+    def evaluation(self, blocks: Sequence[int], evaluation: int) -> Iterator[tuple[int, dict[str, Array]]]:
+        """Yield nothing: there is no evaluation."""
+        del blocks, evaluation
+        yield from ()
+
+
+class FixedSeat:
+    """One group from beginning to end."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def group(self, step: int) -> Group:
+        """Return the group."""
+        del step
+        return self._group
+
+    def wishes_stop(self) -> bool:
+        """Nobody wants to stop."""
+        return False
+
+
+class Lines:
+    """Keeps the lines that the loop reports."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[float, ...]] = []
+
+    def audit(self, step: int, slot: int, columns: Mapping[str, Array]) -> None:
+        """No audit here."""
+
+    def audited(self) -> None:
+        """No audit here."""
+
+    def report(self, status: Mapping[str, Any]) -> None:
+        """Keep the lines of metrics."""
+        self.lines += status["lines"]
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """No ledger here."""
+
+
+def train(rank: int, given: dict[str, Any], folder: str) -> list[tuple[float, ...]]:
+    """Train as one worker; return the lines of its steps: (step, epoch, samples, loss, lr, norm, time)."""
+    fix_threads(1.0)
+    size, steps, device = given["workers"], given["steps"], torch.device("cpu")
+    work = make_work(given["model"], size, steps)
+    group = join(folder, rank, size)
+    lines = Lines()
+    state = TrainState(work.spec, make_task(work.spec, work.dataset), device)
+    state.share(group, 0)
+    Loop(
+        spec=work.spec,
+        plan=work.plan,
+        evaluation=None,
+        eval_block_rows=1,
+        num_steps=steps,
+        run_url=folder,
+        state=state,
+        feed=MemoryFeed(work, rank, steps),
+        seat=FixedSeat(group),
+        recorder=lines,
+        clock=Clock(),
+        info={},
+    ).run()
+    return lines.lines
+
+
+def join(folder: str, rank: int, size: int) -> Group:
+    """Return the group that our workers form, over a store in a file."""
+    if size == 1:
+        return Solo()
+    store = PrefixStore("generation-1", FileStore(f"{folder}/store", size))
+    return TorchGroup(store, rank, size, 1, torch.device("cpu"))
+
+
+def main() -> None:
+    """Train with one process a worker."""
+    given = options()
+    with tempfile.TemporaryDirectory() as folder:
+        lines = in_ranks(given["workers"], train, given, folder)[0]
+    finish(*measured([line[6] for line in lines], [line[3] for line in lines]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What both sides of the loop case train: the same model, weights, batches and order, held in memory."""
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from benchmarks.machine import ROOT
+from torch import Tensor, nn
+from torch.nn import functional
+
+from elastrain.data.columns import Array, Column
+from elastrain.data.dataset import Dataset, Shard
+from elastrain.data.plan import Plan, hash64
+from elastrain.spec.train import BudgetSpec, CheckpointSpec, DataSpec, OptimizerSpec, TrainSpec, WorkersSpec
+from elastrain.training.state import INIT, seed_all
+from elastrain.training.task import make_task
+
+SEED = 0
+WARM_STEPS = 20
+GPT = {"n_layer": 4, "n_head": 4, "n_embd": 64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The columns in memory, the dataset that describes them, and the spec over it."""
+
+    spec: TrainSpec
+    dataset: Dataset
+    arrays: dict[str, Array]
+    plan: Plan
+
+
+def make_work(model: str, workers: int, steps: int) -> Work:
+    """Return the work of `gpt` (about 10 ms a step on one core) or `mlp` (under 1 ms), one slot a worker."""
+    generator = np.random.default_rng(SEED)
+    arrays: dict[str, Array]
+    if model == "gpt":
+        tokens = generator.integers(0, 256, (2048, 65)).astype(np.uint16)
+        arrays, rows, args, task = {"tokens": tokens}, 4, GPT, "tiny_gpt/task.py:TinyGPT"
+        columns = [Column(name="tokens", dtype="uint16", shape=(65,), num_values=256)]
+    else:
+        image = generator.integers(0, 17, (4096, 8, 8)).astype(np.uint8)
+        label = generator.integers(0, 10, 4096).astype(np.uint8)
+        arrays, rows, args, task = {"image": image, "label": label}, 32, {"hidden": 128}, "digits_mlp/task.py:DigitsMLP"
+        columns = [Column(name="image", dtype="uint8", shape=(8, 8), num_values=17)]
+        columns.append(Column(name="label", dtype="uint8", shape=(), num_values=10))
+    held = len(next(iter(arrays.values())))
+    shard = Shard(path="memory", size_bytes=0, row_groups=(held // 4,) * 4, footer="")
+    dataset = Dataset(url="memory", columns=tuple(columns), shards=(shard,), fingerprint="memory", packed=True)
+    spec = TrainSpec(
+        name=f"loop-{model}",
+        task=str(ROOT / "pipelines" / task),
+        task_args=args,
+        data=DataSpec(train="memory", global_batch=rows * workers, slots=workers, seed=SEED),
+        optimizer=OptimizerSpec(name="adamw", lr=1e-4),
+        budget=BudgetSpec(steps=steps),
+        workers=WorkersSpec(min=workers, max=workers),
+        checkpoint=CheckpointSpec(every_steps=10 * steps),
+    )
+    plan = Plan.of(dataset, seed=SEED, global_batch=rows * workers, slots=workers)
+    return Work(spec=spec, dataset=dataset, arrays=arrays, plan=plan)
+
+
+def new_model(work: Work) -> nn.Module:
+    """Return the model with the weights that our state would give it."""
+    seed_all(hash64(SEED, INIT), torch.device("cpu"))
+    return make_task(work.spec, work.dataset).build()
+
+
+def batches_of(work: Work, slot: int, steps: int) -> list[dict[str, Tensor]]:
+    """Return a slot's batch of each step as the plan has it."""
+    found = []
+    for block in range(work.plan.block_of(steps - 1) + 1):
+        rows = work.plan.block(slot, block).rows(0, steps)
+        cuts = np.flatnonzero(np.diff(rows.step)) + 1
+        found += [
+            {name: torch.from_numpy(array[part]) for name, array in work.arrays.items()}
+            for part in np.split(rows.row, cuts)
+        ]
+    return found
+
+
+def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the mean loss of a batch, written as one would by hand."""
+    if "tokens" in batch:
+        tokens = batch["tokens"].long()
+        return functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    image = batch["image"].flatten(1).float() / 16 * 2.0 - 1.0
+    return functional.cross_entropy(model(image), batch["label"].long())
+
+
+def measured(moments: Sequence[float], losses: Sequence[float]) -> tuple[dict[str, float], dict[str, int], str]:
+    """Return microseconds a step (median, mean) after the warm-up, the counters, and the last loss as a digest.
+
+    The loss has three decimals: the sides add in different orders.
+    """
+    steps = [(later - earlier) * 1e6 for earlier, later in itertools.pairwise(moments[WARM_STEPS:])]
+    measures = {"step_us": statistics.median(steps), "mean_step_us": statistics.fmean(steps)}
+    return measures, {"steps": len(losses)}, f"{losses[-1]:.3f}"

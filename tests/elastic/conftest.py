@@ -1,0 +1,122 @@
+"""Real runs: a packed dataset, the command line in processes of its own, and one Ray for the runs made from Python."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SPEC = ROOT / "pipelines" / "digits_mlp" / "train.yaml"
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def environment() -> dict[str, str]:
+    """A process's environment without a Ray address, so that every command starts a Ray of its own."""
+    return {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "elastrain", *arguments]
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data/digits`, packed as a user packs it."""
+    folder = tmp_path_factory.mktemp("workspace")
+    done = subprocess.run(
+        command("pack", "digits", "data/digits", "--json"),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["splits"]["train"]["rows"] == 1442
+    return folder
+
+
+@pytest.fixture
+def cli(workspace: Path) -> Cli:
+    """Run `elastrain …` in the workspace and return what it printed and its exit code."""
+
+    def run(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*arguments),
+            cwd=workspace,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def start(workspace: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `elastrain …` in the workspace; whatever still runs at the end of the test is killed by its process id."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command(*arguments),
+            cwd=workspace,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """One Ray for all runs of a module that are made from Python."""
+    import ray
+
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def spec_of(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Read the digits spec with changes, as somebody in the workspace would."""
+    from elastrain.spec.document import read_train
+
+    monkeypatch.chdir(workspace)
+
+    def read(name: str, *changes: str) -> Any:
+        return read_train(SPEC, [f"name={name}", "budget={epochs: 3}", "precision=fp32", *changes])
+
+    return read
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB; only root can mount one."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["/bin/mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], check=False)
+    if mounted.returncode:
+        pytest.skip("this machine does not let us mount")
+    yield folder
+    subprocess.run(["/bin/umount", "-l", str(folder)], check=True)

@@ -1,0 +1,192 @@
+"""Whatever is wrong is one sentence with place and remedy, the right exit code, and nothing committed is lost."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import elastrain
+from elastrain.elastic.check import check_run
+from elastrain.elastic.lock import locked
+from elastrain.errors import ConflictError, DataError, DivergedError, ResourceError, SpecError, StorageError
+from elastrain.training.checkpoint import read_weights
+from elastrain.training.export import export_weights
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+SPEC = str(ROOT / "pipelines" / "digits_mlp" / "train.yaml")
+SHORT = ("--set", "budget={steps: 30}", "--set", "workers={min: 1, max: 1}", "--set", "precision=fp32")
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def refused(done: "subprocess.CompletedProcess[str]", code: int, *words: str) -> None:
+    assert done.returncode == code, done.stderr
+    said = done.stderr.splitlines()[-1] if code != 2 else done.stderr
+    for word in words:
+        assert word in said, said
+    assert "Traceback" not in done.stderr
+
+
+def train(cli: Cli, name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return cli("train", SPEC, *SHORT, "--set", f"name={name}", *arguments)
+
+
+@pytest.fixture
+def broken(workspace: Path, tmp_path: Path) -> Path:
+    """A copy of the packed training data, to be broken."""
+    return Path(shutil.copytree(workspace / "data" / "digits" / "train", tmp_path / "train"))
+
+
+def shard(folder: Path) -> Path:
+    return next(folder.glob("*.parquet"))
+
+
+def test_missing_data(cli: Cli) -> None:
+    refused(train(cli, "x", "--set", "data.train=data/nothing"), 4, "data/nothing", "no such dataset", "pack")
+
+
+def test_an_empty_folder(cli: Cli, tmp_path: Path) -> None:
+    refused(train(cli, "x", "--set", f"data.train={tmp_path}"), 4, str(tmp_path), "no Parquet files")
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_shard_is_never_trained_on(spec_of: Callable[..., Any], broken: Path, damage: str) -> None:
+    file = shard(broken)
+    data = bytearray(file.read_bytes())
+    words = {"flip": "corrupted", "truncate": "truncated", "remove": "gone"}
+    if damage == "remove":
+        file.unlink()
+    else:
+        data[len(data) // 3] ^= 1
+        file.write_bytes(data if damage == "flip" else data[:-100])
+    with pytest.raises(DataError, match=words[damage]) as caught:
+        elastrain.train(spec_of(f"damaged-{damage}", f"data.train={broken}"))
+    assert str(file) in str(caught.value)
+
+
+def test_mixed_schemas(cli: Cli, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [1, 2], "label": [0, 1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": [1.5, 2.5], "label": [0, 1]}), tmp_path / "b.parquet")
+    refused(train(cli, "x", "--set", f"data.train={tmp_path}"), 4, "b.parquet", "'image'", "double", "int64")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_column_that_the_task_needs_and_the_data_lack(spec_of: Callable[..., Any], tmp_path: Path) -> None:
+    pq.write_table(pa.table({"pixels": np.arange(200) % 5, "label": np.arange(200) % 10}), tmp_path / "a.parquet")
+    spec = spec_of("lacking", f"data.train={tmp_path}", "data.eval=null")
+    for verb in (elastrain.train, check_run):
+        with pytest.raises(DataError, match=r"'image'.*pixels, label"):
+            verb(spec)
+
+
+def test_impossible_values_and_unknown_keys(cli: Cli) -> None:
+    refused(train(cli, "x", "--set", "optimizer.lr=-1"), 2, "optimizer.lr", "-1")
+    refused(train(cli, "x", "--set", "optimizer.momentun=0.9"), 2, "momentun", "did you mean", "momentum")
+    refused(train(cli, "x", "--set", "task=nowhere.py:Digits"), 2, "nowhere.py")
+    refused(train(cli, "x", "--set", "transforms=1"), 2, "transforms")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_bug_in_the_task_comes_with_its_own_lines(spec_of: Callable[..., Any], tmp_path: Path) -> None:
+    text = (ROOT / "pipelines" / "digits_mlp" / "task.py").read_text()
+    (tmp_path / "bug.py").write_text(text.replace('labels = batch["label"].long()', "labels = 1 / 0", 1))
+    with pytest.raises(SpecError, match="ZeroDivisionError") as caught:
+        elastrain.train(spec_of("bug", f"task={tmp_path / 'bug.py'}:DigitsMLP"))
+    assert "labels = 1 / 0" in str(caught.value)
+    assert "elastrain/training" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_more_than_the_cluster_can_hold(spec_of: Callable[..., Any]) -> None:
+    with pytest.raises(ResourceError, match=r"workers\.gpus: 0"):
+        elastrain.train(spec_of("greedy", "workers.gpus=1"))
+    with pytest.raises(ResourceError, match="the cluster can hold 2"):
+        elastrain.train(spec_of("greedy", "data.slots=3", "workers={min: 3, max: 3, cpus: 4}"))
+
+
+def test_an_address_where_no_ray_is(cli: Cli) -> None:
+    refused(train(cli, "nobody", "--address", "127.0.0.1:1"), 6, "127.0.0.1:1")
+
+
+def test_storage_that_cannot_be_written(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    refused(train(cli, "x", "--set", f"storage={tmp_path / 'file'}"), 5, str(tmp_path / "file"))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(spec_of: Callable[..., Any], tmp_path: Path) -> None:
+    spec = spec_of("diverged", "optimizer={name: sgd, lr: 1.0e+30}", "schedule={}", "checkpoint.every_steps=1")
+    with pytest.raises(DivergedError, match=r"the loss is.*optimizer\.lr"):
+        elastrain.train(spec)
+    found = export_weights(f"{spec.storage}/diverged", str(tmp_path / "kept"), step=None, weights="model")
+    assert all(tensor.isfinite().all() for tensor in read_weights(found["file"]).values())
+    assert elastrain.DivergedError.exit_code == 7
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_another_dataset_or_seed_is_refused_and_fresh_starts_over(
+    spec_of: Callable[..., Any], cli: Cli, workspace: Path
+) -> None:
+    before = elastrain.train(spec_of("kept", "budget={steps: 30}", "workers={min: 1, max: 1}"))
+    refused(train(cli, "kept", "--set", "data.seed=1"), 3, "data.seed: 0 -> 1", "--fresh")
+    refused(train(cli, "kept", "--set", "data.train=data/digits/test"), 3, "training data", "--fresh")
+    refused(train(cli, "kept", "--set", "optimizer.lr=0.5"), 3, "optimizer.lr", "0.5")
+    assert before.report()["weights_sha256"] == before.weights_sha256
+    changed = spec_of("kept", "budget={steps: 30}", "workers={min: 1, max: 1}", "data.seed=1")
+    assert elastrain.train(changed, fresh=True).weights_sha256 != before.weights_sha256
+    assert "seed: 1" in (workspace / "runs" / "kept" / "spec.yaml").read_text()
+
+
+def test_two_runs_on_one_directory(cli: Cli, workspace: Path) -> None:
+    with locked(str(workspace / "runs" / "busy")):
+        refused(train(cli, "busy"), 3, f"process {os.getpid()}", "another name")
+
+
+def test_the_lock_of_a_dead_owner_is_taken_over_at_once(tmp_path: Path) -> None:
+    code = (
+        f"from elastrain.elastic.lock import locked\nwith locked({str(tmp_path)!r}):\n print(1, flush=True)\n input()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    with pytest.raises(ConflictError, match=str(process.pid)), locked(str(tmp_path)):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with locked(str(tmp_path)):
+        pass
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_broken_checkpoint_is_passed_over(
+    spec_of: Callable[..., Any], workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elastrain.train(spec_of("flaky", "budget={steps: 30}", "checkpoint.every_steps=10"))
+    newest = workspace / "runs" / "flaky" / "checkpoints" / "step-00000030" / "model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    went_on = elastrain.train(spec_of("flaky", "budget={steps: 40}", "checkpoint.every_steps=10"))
+    assert str(newest) in capsys.readouterr().err
+    assert went_on.result["resumed_from"] == 20
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_full_disk_keeps_what_was_committed(spec_of: Callable[..., Any], small_disk: Path, tmp_path: Path) -> None:
+    changes = (f"storage={small_disk}", "task_args={hidden: 2048}", "checkpoint={every_steps: 5, keep: 100}")
+    with pytest.raises(StorageError, match="the disk is full"):
+        elastrain.train(spec_of("full", *changes))
+    kept = export_weights(str(small_disk / "full"), str(tmp_path / "kept"), step=None, weights="model")
+    assert kept["step"] > 0

@@ -1,0 +1,210 @@
+"""Runs in real Ray Train workers: the same batches for any number of them, the same bits after any interruption."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import elastrain
+from elastrain.observe.ledger import read_ledger, read_steps
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+SPEC = str(ROOT / "pipelines" / "digits_mlp" / "train.yaml")
+FIXED = ("--set", "precision=fp32", "--set", "workers={min: 2, max: 2}", "--json")
+
+
+def result(done: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def losses(run: str) -> np.ndarray[Any, Any]:
+    return np.asarray(read_steps(f"{run}/metrics")["loss"])
+
+
+def audit_files(run: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path(run, "audit").iterdir())}
+
+
+def wait_for(what: Callable[[], object], *, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp64", 1e-10)])
+def test_any_number_of_workers_trains_on_the_same_batches(
+    spec_of: Callable[..., Any], precision: str, tolerance: float
+) -> None:
+    runs = {}
+    for size in (1, 2, 3, 4):
+        changes = (f"precision={precision}", "data.slots=4", "audit=true", f"workers={{min: {size}, max: {size}}}")
+        runs[size] = elastrain.train(spec_of(f"any-{precision}-{size}", *changes))
+    reference = losses(runs[1].url)
+    assert len(reference) == 69
+    for size, run in runs.items():
+        assert audit_files(run.url) == audit_files(runs[1].url)
+        assert np.max(np.abs(losses(run.url) - reference) / np.abs(reference)) < tolerance
+        assert run.result["workers"] == size
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_every_sample_is_trained_on_exactly_once_an_epoch(spec_of: Callable[..., Any]) -> None:
+    run = elastrain.train(spec_of("once", "data.slots=5", "data.global_batch=100", "audit=true", "workers.max=3"))
+    audit = read_steps(f"{run.url}/audit")
+    epoch, step, slot, row = (np.asarray(audit[name]) for name in ("epoch", "step", "slot", "row"))
+    for number in range(3):
+        assert sorted(row[epoch == number]) == list(range(1442))
+    assert (epoch == step // 15).all()
+    assert set(slot) == set(range(5))
+    assert run.result["samples"] == 3 * 1442
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_an_audit_changes_nothing_else(spec_of: Callable[..., Any]) -> None:
+    plain = elastrain.train(spec_of("no-audit"))
+    audited = elastrain.train(spec_of("with-audit", "audit=true"))
+    assert plain.weights_sha256 == audited.weights_sha256
+    assert not Path(plain.url, "audit").exists()
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_learns(spec_of: Callable[..., Any], precision: str) -> None:
+    run = elastrain.train(spec_of(precision, f"precision={precision}", "budget={epochs: 10}"))
+    assert run.metrics["accuracy"] > 0.9
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_finished_run_is_found_finished(spec_of: Callable[..., Any]) -> None:
+    first = elastrain.train(spec_of("finished"))
+    again = elastrain.train(spec_of("finished"))
+    assert again.result["resumed_from"] == 69
+    assert again.weights_sha256 == first.weights_sha256
+    longer = elastrain.train(spec_of("finished", "budget={epochs: 4}"))
+    assert (longer.result["resumed_from"], longer.step) == (69, 92)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_weights_are_exported_with_the_same_digest(spec_of: Callable[..., Any], tmp_path: Path) -> None:
+    from elastrain.training.checkpoint import read_weights
+    from elastrain.training.export import export_weights
+    from elastrain.training.state import digest
+
+    run = elastrain.train(spec_of("export"))
+    found = export_weights(run.url, str(tmp_path / "model.safetensors"), step=None, weights="model")
+    assert found["weights_sha256"] == run.weights_sha256
+    assert digest(read_weights(tmp_path / "model.safetensors")) == run.weights_sha256
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    cli: Callable[..., Any], start: Callable[..., Any], workspace: Path
+) -> None:
+    arguments = ("train", SPEC, *FIXED, "--set", "budget={epochs: 60}", "--set", "audit=true")
+    whole = result(cli(*arguments, "--set", "name=whole"))
+    process = start(*arguments, "--set", "name=stopped")
+    wait_for(lambda: list((workspace / "runs" / "stopped" / "checkpoints").glob("*/manifest.json")))
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "after a commit" in said
+    went_on = result(cli(*arguments, "--set", "name=stopped"))
+    assert 0 < went_on["resumed_from"] < went_on["step"] == 1380
+    assert went_on["weights_sha256"] == whole["weights_sha256"]
+    assert audit_files(went_on["run"]) == audit_files(whole["run"])
+
+
+def test_a_killed_driver_loses_only_what_was_not_committed(
+    cli: Callable[..., Any], start: Callable[..., Any], workspace: Path
+) -> None:
+    arguments = ("train", SPEC, *FIXED, "--set", "budget={epochs: 60}", "--set", "audit=true")
+    process = start(*arguments, "--set", "name=killed")
+    run = workspace / "runs" / "killed"
+    wait_for(lambda: len(list((run / "checkpoints").glob("*/manifest.json"))) >= 2)
+    process.kill()
+    process.communicate()
+    went_on = result(cli(*arguments, "--set", "name=killed"))
+    assert went_on["resumed_from"] >= 200
+    whole = workspace / "runs" / "whole"
+    if whole.exists():  # made by the test before; alone, this test has its own
+        assert audit_files(went_on["run"]) == audit_files(str(whole))
+    else:
+        again = result(cli(*arguments, "--set", "name=killed-reference"))
+        assert went_on["weights_sha256"] == again["weights_sha256"]
+        assert audit_files(went_on["run"]) == audit_files(again["run"])
+
+
+def test_a_killed_worker_costs_a_restart_by_itself(
+    cli: Callable[..., Any], start: Callable[..., Any], workspace: Path
+) -> None:
+    arguments = ("train", SPEC, *FIXED, "--set", "budget={epochs: 60}", "--set", "audit=true")
+    process = start(*arguments, "--set", "name=bereaved")
+    run = workspace / "runs" / "bereaved"
+    wait_for(lambda: list((run / "checkpoints").glob("*/manifest.json")))
+    victim = next(int(name.rsplit("-", 1)[1]) for name in _workers(str(run)))
+    os.kill(victim, signal.SIGKILL)
+    out, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    found = json.loads(out.splitlines()[-1])
+    assert (found["restarts"], found["step"]) == (1, 1380)
+    event = next(e for e in json.loads(cli("report", str(run), "--json").stdout)["events"] if e["kind"] == "restart")
+    assert event["recovery_s"] > 0
+    assert event["steps_redone"] >= 0
+    reference = result(cli(*arguments, "--set", "name=bereaved-reference"))
+    assert found["weights_sha256"] == reference["weights_sha256"]
+    assert audit_files(found["run"]) == audit_files(reference["run"])
+
+
+def _workers(run: str) -> list[str]:
+    found: list[str] = []
+    wait_for(lambda: found.extend(r["worker"] for r in read_ledger(run) if r["kind"] == "seconds") or found)
+    return found
+
+
+def test_embedded_and_running_ray_give_the_same_weights(cli: Callable[..., Any], workspace: Path) -> None:
+    arguments = ("train", SPEC, *FIXED, "--set", "budget={epochs: 3}")
+    embedded = result(cli(*arguments, "--set", "name=embedded"))
+    with running_ray(_free_port(), workspace) as address:
+        joined = result(cli(*arguments, "--set", "name=joined", "--address", address))
+    assert embedded["weights_sha256"] == joined["weights_sha256"]
+
+
+def _free_port() -> int:
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        return int(door.getsockname()[1])
+
+
+class running_ray:  # noqa: N801 -- read as a verb
+    """`ray start --head --block` with two CPUs, its own port and folder; ended by SIGTERM to it alone."""
+
+    def __init__(self, port: int, folder: Path) -> None:
+        self._address = f"127.0.0.1:{port}"
+        self._log = (folder / "ray.log").open("w")
+        ray = str(Path(sys.executable).with_name("ray"))
+        options = ["--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", "--block"]
+        self._command = [ray, "start", "--head", f"--port={port}", *options]
+
+    def __enter__(self) -> str:
+        self._process = subprocess.Popen(self._command, stdout=self._log, stderr=self._log)
+        wait_for(lambda: "Ray runtime started" in Path(self._log.name).read_text(), seconds=60)
+        return self._address
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=60)
+        self._log.close()
