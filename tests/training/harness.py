@@ -33,7 +33,7 @@ from elastrain.training import checkpoint
 from elastrain.training.batches import EPOCH, ROW, SLOT, STEP
 from elastrain.training.loop import Loop
 from elastrain.training.reduce import Group, GroupLost, Solo
-from elastrain.training.state import TrainState
+from elastrain.training.state import TrainState, digest
 from elastrain.training.task import Batch, DataInfo, Loss, Losses, Ratio, Task
 
 CPU = torch.device("cpu")
@@ -134,6 +134,10 @@ class Recorder:
     def audited(self) -> None:
         """Note it."""
         self.log.append("audited")
+
+    def settled(self) -> None:
+        """Note how many steps have been reported."""
+        self.log.append(f"settled {len(self.lines)}")
 
     def report(self, status: Mapping[str, Any]) -> None:
         """Keep the lines of metrics."""
@@ -610,6 +614,15 @@ def train_through_changes(setup: Setup, folder: Path, name: str) -> tuple[list[f
         loop._read(force=True)
         loop._report()
     return losses_of(loop), sizes
+
+
+def share_state(setup: Setup, folder: Path, rank: int) -> tuple[str, dict[str, Any]]:
+    """Take over the state of rank 1 of two, which has trained; return digest and numbers."""
+    state = setup.state()
+    if rank == 1:
+        train_alone(setup, state)
+    state.share(gloo_group(folder, rank, 2), 1)
+    return digest(state.tensors()), state.numbers()
 
 
 # --- writers that die or find no room

@@ -287,6 +287,24 @@ def test_a_write_that_fails_anywhere_leaves_nothing(
     writer.wait()  # an error is told once
 
 
+def test_what_belongs_to_a_checkpoint_is_safe_before_it_exists(tmp_path: Path) -> None:
+    found = []
+    writer = Writer(str(tmp_path), CheckpointSpec(), settle=lambda: found.append(list(read_manifests(str(tmp_path)))))
+    for step in (1, 2):
+        writer.commit(small_state()[0], {"step": step}, {})
+    writer.wait()
+    assert found == [[], [1]]
+
+    def fail() -> None:
+        raise OSError("the host is gone")
+
+    writer = Writer(str(tmp_path), CheckpointSpec(), settle=fail)
+    writer.commit(small_state()[0], {"step": 3}, {})
+    with pytest.raises(StorageError, match="the host is gone"):
+        writer.wait()
+    assert newest_whole(str(tmp_path), warn=pytest.fail) == 2
+
+
 # --- what is not worth keeping
 
 

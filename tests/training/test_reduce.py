@@ -21,6 +21,7 @@ from tests.training.harness import (
     lockstep,
     losses_of,
     make_spec,
+    share_state,
     train_alone,
     train_through_changes,
 )
@@ -99,6 +100,16 @@ def test_an_object_reaches_every_member() -> None:
     value = {"numbers": [1, 2.5, None, True], "text": "Größe"}
     found = lockstep(3, lambda group: broadcast_object(group, value if group.rank == 1 else None, 1, CPU))
     assert found == [value] * 3
+
+
+def test_a_state_is_shared_whatever_its_memory_layout(tmp_path: Path) -> None:
+    setup = Setup(spec=make_spec(ema=0.9, task_args={"channels_last": True}), kind=Convolution)
+    with Processes() as processes:
+        for rank in range(2):
+            processes.start(share_state, setup, tmp_path, rank)
+        one, other = processes.results()
+    assert one == other
+    assert one[1]["step"] == 8
 
 
 # --- members that die

@@ -192,7 +192,7 @@ def compiled_losses(kind: type[Task]) -> tuple[list[float], list[float]]:
     return losses_of(train_alone(eager)[0]), losses_of(train_alone(compiled)[0])
 
 
-@pytest.mark.parametrize("kind", [Classifier, Convolution])
+@pytest.mark.parametrize("kind", [Classifier, Convolution, Adversarial])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_tracing_for_compilation_changes_nothing(kind: type[Task], monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph as torch.compile captures it, hooks of batch norm included, run without a compiler."""
@@ -225,6 +225,19 @@ def test_generators_of_numpy_and_python_are_seeded_per_slot() -> None:
     setup = Setup(spec=make_spec(precision="fp64"), kind=Mixup)
     alone = losses_of(train_alone(setup)[0])
     assert np.allclose(alone, losses_of(train_together(setup, 3)[0]), rtol=1e-10)
+
+
+def test_phases_draw_numbers_of_their_own() -> None:
+    drawn = []
+
+    class Drawing(Adversarial):
+        def losses(self, model: nn.Module, batch: Batch) -> Losses:
+            drawn.append(float(torch.rand(())))
+            return super().losses(model, batch)
+
+    setup = Setup(spec=make_spec(), kind=Drawing)
+    steps(setup, setup.state(), 2)
+    assert len(set(drawn)) == len(drawn) == 2 * 2 * 4
 
 
 def test_a_batch_may_be_changed_in_place() -> None:
@@ -368,6 +381,9 @@ def test_a_counter_in_a_buffer_counts_steps_on_any_number_of_workers() -> None:
 
     setup = Setup(spec=make_spec(precision="fp64"), kind=Counting)
     alone, together = train_alone(setup)[0], train_together(setup, 3)
+    seen = torch.zeros(6, dtype=torch.float64)
+    for step in range(8):
+        seen = 0.9 * seen + 0.1 * whole_batch(setup, step)["x"].double().mean(0)
     for loop in (alone, *together):
         assert int(loop.state.model.get_buffer("count")) == 8
-        assert torch.allclose(loop.state.model.get_buffer("seen"), alone.state.model.get_buffer("seen"), rtol=1e-10)
+        assert torch.allclose(loop.state.model.get_buffer("seen"), seen, rtol=1e-10)

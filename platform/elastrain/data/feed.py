@@ -3,9 +3,9 @@
 ```
 plan ─► read tasks (Ray Data) ─► Feeder actor: address → block ─► WorkerFeed: arrays, checked against the plan
 ```
-The pipeline does not know the workers. Each read task makes one block with an address, (slot, j) in training and (-1, i)
-in evaluation; each row carries epoch, step, slot and its index in the dataset, and the worker compares them with the
-plan. What no worker has committed past stays with the feeder, so that a block can be asked for again.
+The pipeline does not know the workers. Each read task makes one block with an address, (slot, j) in training and
+(-1, i) in evaluation; each row carries epoch, step, slot and its index in the dataset, and the worker compares them
+with the plan. What no worker has committed past stays with the feeder, so that a block can be asked for again.
 """
 
 import itertools
@@ -69,7 +69,7 @@ class ReadBlock:
     last: int
 
     def __call__(self) -> Iterator[pa.Table]:
-        """Yield the block; an error of ours travels as a block, for Ray would bury its sentence under many of its own."""
+        """Yield the block; an error of ours travels as a block, for Ray would bury its sentence in its own."""
         try:
             yield self._block()
         except ElastrainError as error:
@@ -92,7 +92,7 @@ class ReadBlock:
 
 
 def arrays_of(table: pa.Table, *, where: str) -> dict[str, Array]:
-    """Return the columns of a block; raises the error that reading it met, DataError or StorageError naming the file."""
+    """Return the columns of a block; raises what reading it met, DataError or StorageError naming the file."""
     if ERROR in table.column_names:
         raise error_named(table[ERROR][0].as_py(), table[MESSAGE][0].as_py())
     return from_table(table, where=where)
@@ -165,7 +165,7 @@ class PlannedRead(Datasource):
     """A Ray Data source whose every task makes exactly one block."""
 
     def __init__(self, tasks: Sequence[ReadBlock]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # Ray has no types here
         self._tasks = tasks
 
     def get_name(self) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from elastrain import storage
 from elastrain.data.columns import Array
@@ -133,7 +132,6 @@ def _one_step(spec: TrainSpec, feed: FeedSpec) -> tuple[str, int]:
     if device.type == "cuda" and not torch.cuda.is_available():
         device = torch.device("cpu")  # the driver's machine need not be one of the workers'
     state = TrainState(spec, make_task(spec, feed.train), device)
-    before = {name: tensor.clone() for name, tensor in state.model.named_buffers()}
     direct = DirectFeed(feed, eval_rows=feed.plan.global_batch)
     start = time.perf_counter()
     result = run_step(
@@ -146,8 +144,7 @@ def _one_step(spec: TrainSpec, feed: FeedSpec) -> tuple[str, int]:
         num_steps=max(1, spec.budget.steps or feed.plan.steps_per_epoch),
     )
     seconds = time.perf_counter() - start
-    _check_buffers(state, before)
-    loss = float(result.totals[0] / result.totals[1])
+    loss = float((result.totals[:, 0] / result.totals[:, 1]).sum())
     if not np.isfinite(loss):
         raise SpecError(f"the first step's loss is {loss}; check the task's losses and the data's range")
     text = f"loss {loss:.4f} on {feed.plan.batch_rows(0)} samples in {1000 * seconds:.0f} ms"
@@ -156,17 +153,6 @@ def _one_step(spec: TrainSpec, feed: FeedSpec) -> tuple[str, int]:
         metrics = evaluate(state, direct, feed.plan, feed.evaluation, Solo(), block_rows=rows, number=0)
         text += f"; evaluation gives {', '.join(metrics)}"
     return text, sum(t.numel() * t.element_size() for t in state.tensors().values())
-
-
-def _check_buffers(state: TrainState, before: dict[str, torch.Tensor]) -> None:
-    """Refuse buffers that a forward changes, batch norm's aside: which worker's change would count?"""
-    norms = [name for name, module in state.model.named_modules() if isinstance(module, _BatchNorm)]
-    for name, tensor in state.model.named_buffers():
-        if name.rpartition(".")[0] not in norms and not torch.equal(tensor, before[name]):
-            raise SpecError(
-                f"task {state.spec.task}: the model's forward changes its buffer {name!r}; workers would disagree on "
-                f"it: make it a parameter, or compute it from the weights"
-            )
 
 
 def _memory(spec: TrainSpec, state_bytes: int) -> str:

@@ -69,14 +69,14 @@ def _compare(run: str, differences: list[str], old: dict[str, Any], new: dict[st
 
 
 def _stored(run: str) -> tuple[TrainSpec, dict[str, Any]] | None:
-    """Return spec and plan identity of the run, None where neither was stored whole."""
+    """Return spec and plan identity of the run; None where nothing was committed that they would bind."""
+    if not read_manifests(run):
+        return None
     try:
         identity = storage.read_json(storage.join(run, PLAN))
         text = storage.read_bytes(storage.join(run, SPEC)).decode()
     except FileNotFoundError:
-        if read_manifests(run):
-            raise StorageError(f"{run}: checkpoints without {PLAN} and {SPEC}; restore them or use --fresh") from None
-        return None
+        raise StorageError(f"{run}: checkpoints without {PLAN} or {SPEC}; restore them or use --fresh") from None
     return parse_train(text, name=storage.join(run, SPEC)), identity
 
 

@@ -200,7 +200,8 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
 def _actor(kind: type, size: int, *arguments: Any) -> Any:
     """Start an actor beside the driver, with a thread for each worker that may wait in it, and some more."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    made: Any = ray.remote(concurrency_groups={RECORDS: 1})(kind)
+    remote: Any = ray.remote  # its types lack concurrency groups
+    made = remote(concurrency_groups={RECORDS: 1})(kind)
     return made.options(num_cpus=0, max_concurrency=2 * size + 8, scheduling_strategy=here).remote(*arguments)
 
 

@@ -89,6 +89,10 @@ class HostRecorder:
             ray.get(self._host.audit.remote(self._lines))
             self._lines = []
 
+    def settled(self) -> None:
+        """Wait until the host has written what was reported."""
+        ray.get(self._host.sync.remote())
+
     def report(self, status: Mapping[str, Any]) -> None:
         """Hand over position, seconds and lines of metrics."""
         self._host.report.remote(self._name, {**status, "lead": self._lead})

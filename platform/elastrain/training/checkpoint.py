@@ -9,6 +9,7 @@ A checkpoint exists if and only if its manifest does. Nothing in it is code: saf
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -88,10 +89,13 @@ def write_weights(path: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 class Writer:
-    """Commits checkpoints of one run in a thread; one is being written at a time, the next waits for it."""
+    """Commits checkpoints of one run in a thread; one is being written at a time, the next waits for it.
 
-    def __init__(self, run: str, spec: CheckpointSpec) -> None:
-        self._run, self._spec = run, spec
+    `settle` is called in that thread before a manifest is written: what else belongs to the steps before must be safe.
+    """
+
+    def __init__(self, run: str, spec: CheckpointSpec, *, settle: Callable[[], None] = lambda: None) -> None:
+        self._run, self._spec, self._settle = run, spec, settle
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: ElastrainError | None = None
@@ -173,6 +177,7 @@ class Writer:
         storage.remove(url)  # what a writer that was killed left there
         try:
             files = self._put_files(tensors, numbers, url)
+            self._settle()
             write_manifest(self._run, step, files, info)
         except Exception:
             with contextlib.suppress(StorageError):
@@ -217,7 +222,9 @@ def _save(tensors: dict[str, Tensor], path: Path, target: str) -> None:
     try:
         save_file(tensors, str(path))
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"cannot write {target}: {error}; free space or choose another storage") from error
+        full = "os error 28" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+        reason = "the disk is full" if full else str(error)
+        raise StorageError(f"cannot write {target}: {reason}; free space or choose another storage") from error
 
 
 def _tensors(data: bytes, path: str) -> dict[str, Tensor]:

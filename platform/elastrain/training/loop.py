@@ -40,13 +40,16 @@ class Seat(Protocol):
 
 
 class Recorder(Protocol):
-    """Where a worker's reports go; nothing here waits, except `audited`."""
+    """Where a worker's reports go, in order; nothing here waits, except `audited` and `settled`."""
 
     def audit(self, step: int, slot: int, columns: Mapping[str, Array]) -> None:
         """Hand over the samples of a slot in a step."""
 
     def audited(self) -> None:
         """Wait until everything handed over has arrived in the other process."""
+
+    def settled(self) -> None:
+        """Wait until everything reported has been written to storage; called beside the training."""
 
     def report(self, status: Mapping[str, Any]) -> None:
         """Hand over where this worker is and what its seconds were spent on."""
@@ -80,7 +83,7 @@ class Loop:
         Raises DivergedError, DataError, SpecError, StorageError; GroupLost if a member of the group is gone. A commit
         that is under way is finished in any case, so that nobody who takes over writes the same checkpoint.
         """
-        writer = Writer(self.run_url, self.spec.checkpoint)
+        writer = Writer(self.run_url, self.spec.checkpoint, settle=self.recorder.settled)
         try:
             return self._run(writer)
         finally:
@@ -179,6 +182,7 @@ class Loop:
                 info = {**self.info, "metrics": metrics, "complete": last}
                 if last:
                     info["weights_sha256"] = digest(self.state.model.state_dict())
+                self._report()  # before the commit, which settles what was reported
                 writer.commit(self.state.tensors(), self.state.numbers(), info, buffers=self.state.buffer_names())
                 self._written(writer)
         return metrics
