@@ -5,6 +5,19 @@ from typing import Any
 
 HEAD = ("Series", "Measure", "Ours", "Other", "Value", "Ours against it (95 %)", "Target", "")
 
+TITLES = {
+    "rows_per_s": "steady rate",
+    "cpu_s_per_million_rows": "processor time a million rows",
+    "first_batch_s": "time to first batch",
+    "step_us": "time a step",
+    "first_step_s": "command to first step",
+    "command_s": "whole command",
+    "stall_s": "training stands still",
+    "first_stall_s": "the same, first commit",
+    "write_s": "until it is on disk",
+    "load_s": "reading it back",
+}
+
 
 def markdown(results: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of some cases' results."""
@@ -25,7 +38,7 @@ def _row(title: str, line: Mapping[str, Any]) -> tuple[str, ...]:
     bound = "≥" if line["better"] == "more" else "≤"
     return (
         title,
-        f"{line['measure'].replace('_', ' ')}, {line['unit']}",
+        f"{TITLES.get(line['measure'], line['measure'].rpartition('_')[0])}, {line['unit']}",
         number(line["ours_median"]),
         f"{line['other']} ({line['role']})" if line["role"] == "limit" else line["other"],
         number(line["other_median"]),

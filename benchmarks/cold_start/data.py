@@ -2,23 +2,21 @@
 
 from pathlib import Path
 
-import ray
 from benchmarks.machine import ROOT
 from ruamel.yaml import YAML
 
 from elastrain.data.chunks import PackOptions
-from elastrain.data.pack import pack
+from elastrain.data.pack import pack_dataset
 from elastrain.elastic.session import ray_session
 
-ROWS, BATCH = 1797, 64
+BATCH = 64
 
 
 def prepare(work: Path) -> str:
     """Pack the digits; return the folder with train and test."""
     out = str(work / "digits")
     with ray_session(None, cpus=2):
-        assert ray.is_initialized()
-        pack("digits", out, PackOptions())
+        pack_dataset("digits", out, PackOptions())
     return out
 
 

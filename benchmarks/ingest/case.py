@@ -20,7 +20,7 @@ def make(work: Path, *, small: bool) -> Case:
 def _series(given: dict[str, Any]) -> Series:
     module = "benchmarks.ingest"
     plain = {"workers": 0, "shuffle": False}
-    sides = (
+    sides: tuple[Side, ...] = (
         Side(name="ours", module=f"{module}.ours", options=given, note="shuffled by the plan"),
         Side(name="raw", module=f"{module}.raw", options={**given, "batch": 8192}, note="views, no shuffle"),
         Side(name="DataLoader", module=f"{module}.loader", options={**given, **plain}, note="0 workers, no shuffle"),
@@ -33,6 +33,8 @@ def _series(given: dict[str, Any]) -> Series:
             note="no shuffle, no checksums",
         ),
     )
+    if given["consumers"] > 1:
+        sides = tuple(side for side in sides if "2 workers" not in side.name)
     return Series(
         name="one consumer" if given["consumers"] == 1 else f"{given['consumers']} consumers",
         sides=sides,

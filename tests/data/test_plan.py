@@ -51,6 +51,7 @@ def lines(plan: Plan, begin: int, end: int, slots: Any = None) -> Lines:
     return [(int(e), int(k), int(s), int(r)) for e, k, s, r in found]
 
 
+@settings(deadline=None)
 @given(plans(), st.integers(0, 2))
 def test_every_sample_of_an_epoch_is_there_exactly_once(plan: Plan, epoch: int) -> None:
     k = plan.steps_per_epoch
@@ -59,6 +60,7 @@ def test_every_sample_of_an_epoch_is_there_exactly_once(plan: Plan, epoch: int) 
     assert {e for e, *_ in found} == {epoch}
 
 
+@settings(deadline=None)
 @given(plans())
 def test_every_slot_has_its_share_of_every_step(plan: Plan) -> None:
     steps = 2 * plan.steps_per_epoch + 1
@@ -71,6 +73,7 @@ def test_every_slot_has_its_share_of_every_step(plan: Plan) -> None:
             assert counts[step, slot] == plan.slot_rows(step, slot) == share(size, slot, plan.slots)
 
 
+@settings(deadline=None)
 @given(plans(), st.data())
 def test_a_cut_at_any_steps_gives_the_samples_of_these_steps(plan: Plan, data: st.DataObject) -> None:
     end = 2 * plan.steps_per_epoch + 2
@@ -80,6 +83,7 @@ def test_a_cut_at_any_steps_gives_the_samples_of_these_steps(plan: Plan, data: s
     assert lines(plan, begin, stop) == whole
 
 
+@settings(deadline=None)
 @given(plans(), st.data())
 def test_any_block_alone_is_what_it_is_in_order(plan: Plan, data: st.DataObject) -> None:
     """Random access: no block depends on which were asked for before, nor on the process."""
@@ -94,6 +98,7 @@ def test_any_block_alone_is_what_it_is_in_order(plan: Plan, data: st.DataObject)
         assert np.array_equal(found.step, expected[address].step)
 
 
+@settings(deadline=None)
 @given(plans(), st.integers(1, 9))
 def test_workers_change_nothing(plan: Plan, size: int) -> None:
     """Whoever holds the slots: together they read the same."""
@@ -133,6 +138,7 @@ def test_rows_of_a_block_are_mixed_over_many_places() -> None:
     assert abs(first.mean() - last.mean()) < 2500, "the first steps would see other places than the last"
 
 
+@settings(deadline=None)
 @given(plans())
 def test_units_tile_the_row_groups(plan: Plan) -> None:
     first, size, group = plan.units
@@ -298,8 +304,8 @@ def test_a_plan_is_pinned() -> None:
     ]
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2000), st.integers(0, 2**63))
-@settings(max_examples=30)
 def test_a_permutation_is_one(size: int, seed: int) -> None:
     assert sorted(permutation(size, seed).tolist()) == list(range(size))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastrain.data import transforms
@@ -54,6 +54,7 @@ def rows(number: int) -> tuple[dict[str, Array], Array]:
     return arrays, row_seeds(7, np.full(number, 3, np.int32), np.arange(number))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 30), max_size=5))
 def test_any_split_into_blocks_gives_the_same(cuts: list[int]) -> None:
     arrays, seeds = rows(40)
@@ -130,7 +131,6 @@ def test_a_shift_moves_each_row_by_its_own_amount(column: str) -> None:
     assert {way for way in ways if taken.count(way) >= 3} == set(ways), "all ways are taken, about 12 times each"
 
 
-@pytest.mark.xfail(reason="apply() gives each transform the row's seed XOR a constant: their draws go together")
 def test_a_transform_used_twice_draws_twice() -> None:
     arrays, seeds = rows(200)
     step = Flip(name="flip", column="image")

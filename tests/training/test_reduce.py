@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.training.harness import (
     CPU,
@@ -32,6 +32,7 @@ from elastrain.training.reduce import FlatGradients, Group, slots_of, sum_in_ord
 from elastrain.training.state import broadcast_object
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.data())
 def test_slots_tile(slots: int, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, slots))

@@ -193,7 +193,7 @@ def compiled_losses(kind: type[Task]) -> tuple[list[float], list[float]]:
 
 
 @pytest.mark.parametrize("kind", [Classifier, Convolution, Adversarial])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute")
 def test_tracing_for_compilation_changes_nothing(kind: type[Task], monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph as torch.compile captures it, hooks of batch norm included, run without a compiler."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

@@ -8,41 +8,18 @@ encoded images are understood as they are found.
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from elastrain.data.dataset import Column as Column
 from elastrain.errors import DataError
 
 Array = npt.NDArray[Any]
 DTYPE, SHAPE, VALUES = b"elastrain.dtype", b"elastrain.shape", b"elastrain.values"
 IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Column:
-    """What a column holds: numpy dtype name, shape of one row, and for integers how many values there are.
-
-    `num_values` is 1 + the largest value (classes, vocabulary), None where unknown. `mean` and `std` are over all
-    elements of the column. An encoded image has dtype `image` and an unknown shape ().
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    num_values: int | None = None
-    mean: float | None = None
-    std: float | None = None
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row in memory; an encoded image counts as 64 KiB."""
-        if self.dtype == "image":
-            return 65536
-        return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
 
 
 def describe(field: pa.Field) -> Column | None:

@@ -9,6 +9,7 @@ A plain Parquet folder has no manifest; one is built from the footers. Neither t
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,11 +27,33 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from elastrain.data.columns import Column
 
 MANIFEST, PACKING = "_manifest.json", "_packing.json"
 FORMAT = 1
 FOOTER_READERS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """What a column holds: numpy dtype name, shape of one row, and for integers how many values there are.
+
+    `num_values` is 1 + the largest value (classes, vocabulary), None where unknown. `mean` and `std` are over all
+    elements of the column. An encoded image has dtype `image` and an unknown shape ().
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_values: int | None = None
+    mean: float | None = None
+    std: float | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in memory; an encoded image counts as 64 KiB."""
+        if self.dtype == "image":
+            return 65536
+        return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +78,7 @@ class Dataset:
     """
 
     url: str
-    columns: tuple["Column", ...]
+    columns: tuple[Column, ...]
     shards: tuple[Shard, ...]
     fingerprint: str
     packed: bool
@@ -85,15 +108,13 @@ class Dataset:
     @classmethod
     def from_manifest(cls, url: str, manifest: Mapping[str, Any]) -> Self:
         """Return the dataset that a manifest describes; raises DataError if it is no manifest of ours."""
-        from elastrain.data.columns import Column  # noqa: PLC0415 -- pyarrow, only where columns are looked at
-
         try:
             if manifest["format"] != FORMAT:
                 raise DataError(f"{url}: manifest format {manifest['format']}, this version reads {FORMAT}; pack again")
             return cls(
                 url=url,
                 columns=tuple(Column(**{**c, "shape": tuple(c["shape"])}) for c in manifest["columns"]),
-                shards=tuple(Shard(**{**s, "row_groups": tuple(s["row_groups"])}) for s in manifest["shards"]),
+                shards=tuple(_shard(entry) for entry in manifest["shards"]),
                 fingerprint=manifest["fingerprint"],
                 packed=manifest["packed"],
                 unusable=manifest.get("unusable", {}),
@@ -119,7 +140,7 @@ class Dataset:
     @cached_property
     def group_rows(self) -> npt.NDArray[np.int64]:
         """Rows of each row group, over all shards in order."""
-        return np.fromiter((rows for shard in self.shards for rows in shard.row_groups), dtype=np.int64)
+        return np.fromiter(itertools.chain.from_iterable(shard.row_groups for shard in self.shards), dtype=np.int64)
 
     @cached_property
     def num_rows(self) -> int:
@@ -163,7 +184,7 @@ class Dataset:
         return f"column {name!r} cannot be read: {why}" if why else f"no column {name!r}; the dataset has {there}"
 
 
-def fingerprint(columns: Iterable["Column"], shards: Iterable[Shard]) -> str:
+def fingerprint(columns: Iterable[Column], shards: Iterable[Shard]) -> str:
     """Return one hash over what a dataset holds: column names and types, row groups in order, contents.
 
     Where the files lie, when they were written and what they are called do not enter. For files that `pack` did not
@@ -274,7 +295,7 @@ def _same_schema(first: "pa.Schema", other: "pa.Schema", first_name: str, name: 
 
 def _describe(
     root: str, files: list[storage.FileInfo], schema: "pa.Schema", footers: list["pq.FileMetaData"]
-) -> tuple[tuple["Column", ...], dict[str, str]]:
+) -> tuple[tuple[Column, ...], dict[str, str]]:
     """Return the readable columns of plain Parquet files and, for the others, why not."""
     import pyarrow.parquet as pq  # noqa: PLC0415
 
@@ -323,6 +344,17 @@ def _num_values(name: str, dtype: str, footers: list["pq.FileMetaData"]) -> int 
     if len(known) < len(limits) or not known or not isinstance(known[0][0], int) or min(low for low, _ in known) < 0:
         return None
     return int(max(high for _, high in known)) + 1
+
+
+def _shard(entry: Mapping[str, Any]) -> Shard:
+    groups = tuple(entry["row_groups"])
+    return Shard(
+        path=entry["path"],
+        size_bytes=entry["size_bytes"],
+        row_groups=groups,
+        footer=entry["footer"],
+        sha256=entry["sha256"],
+    )
 
 
 def _plain(value: Any) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 
 from elastrain.data.dataset import Dataset
-from elastrain.data.plan import Ints, Plan, share
+from elastrain.data.plan import Ints, Plan
 from elastrain.spec.train import TrainSpec
 
 MIB = 1 << 20
+MAX_STARTS = 1 << 16
+WASTEFUL = 4.0  # rows decoded for one used, above which `plan` says what to do about it
 
 
 def forecast_run(spec: TrainSpec) -> dict[str, Any]:
@@ -56,33 +58,37 @@ def forecast_run(spec: TrainSpec) -> dict[str, Any]:
 
 
 def decoded_rows(plan: Plan) -> int:
-    """Return how many rows the first blocks decode for one epoch's worth (or one block's, if that is longer).
+    """Return how many rows the blocks of the first epoch decode; a block decodes each row group it touches once.
 
-    A block decodes every row group that it touches once. Where no row group is cut into units, only cuts between
-    blocks add to the dataset's rows; otherwise the distinct (block, row group) pairs are counted.
+    Exact for up to 65,536 blocks. Beyond, the row groups that block ends cut are weighed at that many evenly spread
+    ends, so that the time does not grow with the rows, and two units of one row group in a block count as two.
     """
     order = plan.order(0)
-    cuts = _cuts(plan)
-    if len(order.row) == np.count_nonzero(plan.group_rows):
-        inside = np.searchsorted(order.place, cuts, side="right") - 1
-        cut = cuts != order.place[inside]
-        return int(plan.num_rows + order.size[inside[cut]].sum())
-    places = np.unique(np.concatenate([order.place, cuts]))
-    block = np.searchsorted(cuts, places, side="right")
+    starts, count = _block_starts(plan)
+    if count > MAX_STARTS or len(order.row) == np.count_nonzero(plan.group_rows):
+        decoded = plan.group_rows[order.group]
+        inside = np.searchsorted(order.place, starts, side="right") - 1
+        cut = decoded[inside] * (starts != order.place[inside])
+        return int(decoded.sum() + cut.sum() * (count / max(1, len(starts))))
+    places = np.unique(np.concatenate([order.place, starts]))
+    block = np.searchsorted(starts, places, side="right")
     group = order.group[np.searchsorted(order.place, places, side="right") - 1]
     pairs = np.unique(block * len(plan.group_rows) + group)
     return int(plan.group_rows[pairs % len(plan.group_rows)].sum())
 
 
-def _cuts(plan: Plan) -> Ints:
-    """Return the places of the first epoch's order at which a block begins, place 0 left out."""
-    cuts: list[int] = []
-    for slot in range(plan.slots):
-        first = plan.full_steps * (slot * plan.global_batch // plan.slots) + slot * plan.tail // plan.slots
-        step_rows = share(plan.global_batch, slot, plan.slots)
-        cuts.extend(first + step * step_rows for step in range(0, plan.steps_per_epoch, plan.block_steps))
-    found = np.unique(np.array(cuts, dtype=np.int64))
-    return found[(found > 0) & (found < plan.num_rows)]
+def _block_starts(plan: Plan) -> tuple[Ints, int]:
+    """Return places of the first epoch's order at which blocks begin (place 0 left out), and how many there are."""
+    columns = -(-plan.steps_per_epoch // plan.block_steps)
+    every = max(1, plan.slots * columns // MAX_STARTS)
+    steps = np.arange(0, columns, every, dtype=np.int64) * plan.block_steps
+    slots = np.arange(plan.slots, dtype=np.int64)[:, None]
+    low = slots * plan.global_batch // plan.slots
+    origin = plan.full_steps * low + slots * plan.tail // plan.slots
+    step_rows = (slots + 1) * plan.global_batch // plan.slots - low
+    found = np.unique(origin + steps * step_rows)
+    found = found[(found > 0) & (found < plan.num_rows)]
+    return found, len(found) if every == 1 else plan.slots * columns
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -111,6 +117,8 @@ def as_text(found: dict[str, Any]) -> str:
         ("bandwidth", f"{_size(per_step)} a step: {_size(10 * per_step)}/s at 10 steps a second"),
         ("memory", f"{_size(found['feed_bytes'])} of object store, {_size(found['worker_block_bytes'])} in a worker"),
     ]
+    if found["read_amplification"] > WASTEFUL:
+        lines.append(("advice", "pack the data into smaller row groups, or use fewer slots, to read less"))
     return "\n".join(f"{name:<12} {value}" for name, value in lines)
 
 

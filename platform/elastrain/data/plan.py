@@ -45,14 +45,14 @@ def permutation(size: int, *address: int) -> Ints:
     Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
     with np.errstate(over="ignore"):
-        keys = _mix(np.uint64(hash64(*address)) + np.arange(size, dtype=np.uint64) * _GAMMA)
+        keys = mix64(np.uint64(hash64(*address)) + np.arange(size, dtype=np.uint64) * _GAMMA)
     return np.argsort(keys)
 
 
 def row_seeds(seed: int, epochs: npt.NDArray[np.integer], rows: Ints) -> npt.NDArray[np.uint64]:
     """Return one seed a row, decided by (seed, epoch, row): what randomness of transforms starts from."""
-    base = _mix(np.uint64(hash64(seed, _TRANSFORM)) ^ epochs.astype(np.uint64))
-    return _mix(base ^ rows.astype(np.uint64))
+    base = mix64(np.uint64(hash64(seed, _TRANSFORM)) ^ epochs.astype(np.uint64))
+    return mix64(base ^ rows.astype(np.uint64))
 
 
 _MASK = 0xFFFFFFFFFFFFFFFF
@@ -60,7 +60,7 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _EPOCH, _BLOCK, _TRANSFORM = 1, 2, 3  # domains, so that equal addresses of different kinds get different seeds
 
 
-def _mix(state: "np.uint64 | npt.NDArray[np.uint64]") -> "npt.NDArray[np.uint64]":
+def mix64(state: "np.uint64 | npt.NDArray[np.uint64]") -> "npt.NDArray[np.uint64]":
     """One SplitMix64 round over an array: the same bits as a round of `hash64`."""
     with np.errstate(over="ignore"):
         z = np.asarray(state, dtype=np.uint64) + _GAMMA
@@ -290,6 +290,9 @@ class Plan:
     def units(self) -> tuple[Ints, Ints, Ints]:
         """(first row, rows, row group) of every unit before permutation."""
         starts = np.cumsum(self.group_rows) - self.group_rows
+        if self.group_rows.max() <= self.unit_rows:
+            whole = np.flatnonzero(self.group_rows)
+            return starts[whole], self.group_rows[whole], whole
         pieces = np.maximum(1, -(-self.group_rows // self.unit_rows))
         group = np.repeat(np.arange(len(self.group_rows)), pieces)
         piece = np.arange(len(group)) - np.repeat(np.cumsum(pieces) - pieces, pieces)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastrain.data.columns import Array, Column
-from elastrain.data.plan import hash64
+from elastrain.data.plan import hash64, mix64
 from elastrain.errors import DataError, SpecError
 from elastrain.spec.train import Custom, Flip, Scale, Shift, Standardise
 
@@ -44,7 +44,7 @@ def apply(
     """
     held: Mapping[str, Column] = {column.name: column for column in columns}
     for index, step in enumerate(steps):
-        own = seeds ^ np.uint64(hash64(index))
+        own = mix64(seeds ^ np.uint64(hash64(index)))
         if isinstance(step, Scale):
             factor, offset = np.float32(step.factor), np.float32(step.offset)
             arrays = {**arrays, step.column: arrays[step.column].astype(np.float32) * factor + offset}

@@ -123,7 +123,7 @@ class ScheduleSpec(Model):
         default="constant", description="how the factor goes from 1 to final after the warm-up"
     )
     warmup_steps: NonNegativeInt = Field(default=0, description="steps over which the factor rises to 1")
-    final: Share = Field(default=0.0, description="factor at the last step")
+    final: Share = Field(default=0.0, description="factor that the decay would reach just after the last step")
     decay: Annotated[float, Field(gt=0.0, le=1.0), _Number] = Field(
         default=0.2, description="wsd: share of the steps that decay"
     )
