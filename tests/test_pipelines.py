@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from elastrain.data.columns import to_table
+from elastrain.data.columns import Array, to_table
 from elastrain.data.dataset import Dataset
 from elastrain.data.forecast import as_text, forecast_run
 from elastrain.spec.document import read_train
@@ -16,7 +16,7 @@ from elastrain.spec.train import TrainSpec
 
 ROOT = Path(__file__).parents[1]
 PIPELINES = sorted(path.parent.name for path in (ROOT / "pipelines").glob("*/train.yaml"))
-COLUMNS = {
+COLUMNS: dict[str, dict[str, Array]] = {
     "digits_mlp": {
         "image": np.arange(64 * 200, dtype=np.uint8).reshape(200, 8, 8) % 17,
         "label": (np.arange(200) % 10).astype(np.uint8),

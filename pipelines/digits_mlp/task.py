@@ -44,7 +44,7 @@ class DigitsMLP(Task):
         return {"accuracy": Ratio(hits, len(batch["label"]))}
 
     def inputs(self, batch: Batch) -> Tensor:
-        """Pixels as (rows, pixels) in -1…1: the largest byte of the data (16 in digits, 255 in MNIST) becomes 1."""
+        """Pixels as (rows, pixels) in 0…1: the largest byte of the data (16 in digits, 255 in MNIST) becomes 1."""
         image = batch["image"]
         largest = (self.data.columns["image"].num_values or 256) - 1
-        return image.flatten(1).to(torch.get_default_dtype()) / largest * 2.0 - 1.0
+        return image.flatten(1).to(torch.get_default_dtype()) / largest

@@ -170,9 +170,9 @@ def test_a_killed_worker_costs_a_restart_by_itself(
 
 
 def _workers(run: str) -> list[str]:
-    found: list[str] = []
-    wait_for(lambda: found.extend(r["worker"] for r in read_ledger(run) if r["kind"] == "seconds") or found)
-    return found
+    """The names of the workers that have reported, each `host-pid`."""
+    wait_for(lambda: any(record["kind"] == "seconds" for record in read_ledger(run)))
+    return [record["worker"] for record in read_ledger(run) if record["kind"] == "seconds"]
 
 
 def test_embedded_and_running_ray_give_the_same_weights(cli: Callable[..., Any], workspace: Path) -> None:

@@ -143,9 +143,7 @@ def test_paths_are_resolved(read: Spec, folder: Path) -> None:
     assert spec.storage == f"{folder}/work/runs"
 
 
-def test_paths_are_relative_to_the_spec_wherever_it_is_read_from(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_are_relative_to_the_spec_wherever_it_is_read_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "spec/train.yaml").write_text(GOOD)
     monkeypatch.chdir(folder / "spec")
     spec = read_train("train.yaml", ["task=../spec/./task.py:DigitsMLP", "storage=../out"])
