@@ -11,25 +11,30 @@ from typing import Any
 
 import ray
 
-POLL_S = "0.2"
+SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon a dead or finished worker is seen; 2 s by default
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that would only tell a train function of ours nothing
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # tasks find their files where the user left them
+}
 
 
 class Cell:
     """Runs one `fit()`; returns when its workers have returned."""
 
     def __init__(self) -> None:
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_S)
+        os.environ.update(SETTINGS)
         logging.getLogger("ray.train").setLevel(logging.ERROR)
 
     def run(self, config: Any, *, name: str, size: int, cpus: float, gpus: float) -> str:
         """Start `size` workers and wait for them; return "" or, if the group broke, what Ray said."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: PLC0415 -- 2 s, in this process only
         from ray.train.backend import BackendConfig  # noqa: PLC0415
-        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # noqa: PLC0415
+
+        from elastrain.elastic.trainer import CellTrainer  # noqa: PLC0415
 
         resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
         with tempfile.TemporaryDirectory(prefix="elastrain-cell-") as scratch:
-            trainer = DataParallelTrainer(
+            trainer = CellTrainer(
                 _work,
                 train_loop_config={"config": config},
                 backend_config=BackendConfig(),
