@@ -88,7 +88,7 @@ def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     if "tokens" in batch:
         tokens = batch["tokens"].long()
         return functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-    image = batch["image"].flatten(1).float() / 16 * 2.0 - 1.0
+    image = batch["image"].flatten(1).float() / 16
     return functional.cross_entropy(model(image), batch["label"].long())
 
 

@@ -23,6 +23,8 @@ class Cell:
 
     def __init__(self) -> None:
         os.environ.update(SETTINGS)
+        import elastrain.elastic.trainer  # noqa: F401, PLC0415 -- 2 s that pass while the other actors start
+
         logging.getLogger("ray.train").setLevel(logging.ERROR)
 
     def run(self, config: Any, *, name: str, size: int, cpus: float, gpus: float) -> str:
@@ -54,7 +56,7 @@ def _work(config: dict[str, Any]) -> None:
     work(config["config"])
 
 
-def start_cell(config: Any, *, name: str, size: int, cpus: float, gpus: float) -> tuple[Any, Any]:
-    """Start a cell; return its actor and the reference that becomes ready when it ended."""
-    actor: Any = ray.remote(num_cpus=0)(Cell).remote()
-    return actor, actor.run.remote(config, name=name, size=size, cpus=cpus, gpus=gpus)
+def start_cell() -> Any:
+    """Start a cell's actor; its `run` starts the workers. It takes the longest of all to start, so it comes first."""
+    actor: Any = ray.remote(num_cpus=0)(Cell)
+    return actor.remote()

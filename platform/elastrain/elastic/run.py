@@ -160,6 +160,7 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
     """Start feeder, host and cell, watch them to the end, and close the attempt's ledger whatever happens."""
     spec, begin = job.spec, resume or 0
     size = _placed(job)
+    cell = start_cell()
     feed = FeedSpec(
         plan=job.plan,
         train=job.train,
@@ -183,7 +184,7 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
         launched=time.time(),
     )
     host.event.remote("start", {"step": begin, "workers": size, "host": socket.gethostname(), "versions": versions()})
-    cell, ended = start_cell(config, name=spec.name, size=size, cpus=spec.workers.cpus, gpus=spec.workers.gpus)
+    ended = cell.run.remote(config, name=spec.name, size=size, cpus=spec.workers.cpus, gpus=spec.workers.gpus)
     outcome: dict[str, Any] = {"outcome": "failed", "error": "the driver broke off"}
     try:
         result = _watch(job, host, ended, size)
