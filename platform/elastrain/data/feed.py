@@ -37,7 +37,8 @@ EVALUATION = -1  # the slot of evaluation blocks
 LEASE = 512  # read tasks of one Ray Data execution: each is an object in the driver
 EVAL_BLOCK_BYTES = 8 << 20
 KEPT_EVAL_BYTES = 256 << 20
-POLL_S = 5.0
+CLOSE_S = 10.0
+MIN_AHEAD_BYTES = 256 << 20  # what read tasks may have finished before it is fetched: less keeps readers waiting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,6 +191,7 @@ def execute(tasks: Sequence[ReadBlock], *, reading: tuple[float, int], ahead_byt
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.target_max_block_size = None  # one task, one block
+    context.memory_usage_poll_interval_s = None  # reading /proc costs each task a tenth of its time
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
     context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=ahead_bytes)
@@ -239,11 +241,12 @@ class Stream:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop reading and wake whoever waits."""
+        """Stop reading, wake whoever waits, and wait until Ray Data's execution has ended."""
         with self._changed:
             self._closed = True
             self._ready = {}
             self._changed.notify_all()
+        self._thread.join(CLOSE_S)
 
     def _run(self, tasks: Iterator[tuple[Address, Callable[[], ReadBlock]]]) -> None:
         try:
@@ -274,7 +277,7 @@ class FeederLogic:
         self._spec = spec
         plan = spec.plan
         column = plan.slots * plan.block_steps * plan.row_bytes * -(-plan.global_batch // plan.slots)
-        ahead = max(64 << 20, column)
+        ahead = max(MIN_AHEAD_BYTES, column)
         self._train = Stream(train_tasks(spec), capacity=2 * plan.slots, reading=spec.reading, ahead_bytes=ahead)
         self._rounds: dict[int, Stream] = {}
         self._lock = threading.Lock()
@@ -318,7 +321,7 @@ class FeederLogic:
 
 
 class WorkerFeed:
-    """A worker's end: fetches blocks ahead of time, copies them out of the object store and checks them."""
+    """A worker's end: fetches blocks ahead of time and checks them; its arrays are read-only views of the store."""
 
     def __init__(self, feeder: Any, spec: FeedSpec, *, begin: int) -> None:
         self._feeder, self._spec, self._begin = feeder, spec, begin
@@ -373,7 +376,7 @@ class WorkerFeed:
             raise (ours(error) or StorageError(f"block {address} did not arrive: {error!r}"[:2000])) from error
         arrays = arrays_of(table, where=f"block {address}")
         self._check(address, arrays)
-        return {name: array.copy() for name, array in arrays.items()}
+        return arrays
 
     def _check(self, address: Address, arrays: dict[str, Array]) -> None:
         """Raise DataError unless the block holds exactly the plan's samples in the plan's order."""

@@ -1,5 +1,6 @@
 """Batches of a worker: blocks of the slots that it holds, as tensors on its device, cut by step."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -100,5 +101,12 @@ class Batches:
         del arrays[EPOCH], arrays[SLOT]
         first, last = int(steps[0]), int(steps[-1])
         starts = np.searchsorted(steps, np.arange(first, last + 2)).tolist()
-        columns = {n: torch.from_numpy(a).to(self._device, non_blocking=True) for n, a in arrays.items()}
+        columns = {name: tensor_of(array, self._device) for name, array in arrays.items()}
         return Held(columns, rows, first, starts)
+
+
+def tensor_of(array: Array, device: torch.device) -> Tensor:
+    """Return an array on a device; on the CPU it shares memory that may be read-only: clone before changing it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array).to(device, non_blocking=True)

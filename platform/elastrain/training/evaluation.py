@@ -9,7 +9,7 @@ from elastrain.data.columns import Array
 from elastrain.data.dataset import Dataset
 from elastrain.data.plan import Plan, hash64
 from elastrain.errors import SpecError
-from elastrain.training.batches import EPOCH, ROW, SLOT, STEP, Feed
+from elastrain.training.batches import EPOCH, ROW, SLOT, STEP, Feed, tensor_of
 from elastrain.training.precision import forward_context
 from elastrain.training.reduce import Group, sum_in_order
 from elastrain.training.state import EVALUATE, TrainState, broadcast_object, seed_all
@@ -59,7 +59,7 @@ def evaluate(
 
 
 def _batches(arrays: dict[str, Array], size: int, device: torch.device) -> Iterator[Batch]:
-    columns = {n: torch.from_numpy(a).to(device) for n, a in arrays.items() if n not in (EPOCH, STEP, SLOT, ROW)}
+    columns = {n: tensor_of(a, device) for n, a in arrays.items() if n not in (EPOCH, STEP, SLOT, ROW)}
     rows = len(arrays[ROW])
     for first in range(0, rows, size):
         yield Batch({name: tensor[first : first + size] for name, tensor in columns.items()})

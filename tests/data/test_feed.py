@@ -1,0 +1,172 @@
+"""The feed delivers exactly the plan: from any cursor, in order, checked by the worker, and within bounds."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from elastrain.data import feed as feed_module
+from elastrain.data import reader
+from elastrain.data.columns import to_table
+from elastrain.data.dataset import MANIFEST, Dataset
+from elastrain.data.feed import (
+    EVALUATION,
+    INDEX,
+    FeederLogic,
+    FeedSpec,
+    WorkerFeed,
+    arrays_of,
+    block_size,
+    eval_block_rows,
+    train_tasks,
+)
+from elastrain.data.plan import Plan
+from elastrain.errors import DataError
+
+ROWS, SLOTS = 1000, 3
+IMAGES = np.arange(ROWS * 16, dtype=np.uint16).reshape(ROWS, 4, 4)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    for index, part in enumerate(np.split(np.arange(ROWS), 4)):
+        table = to_table({"image": IMAGES[part], "label": (part % 10).astype(np.uint8)})
+        pq.write_table(table, tmp_path / f"{index}.parquet", row_group_size=37, write_page_checksum=True)
+    return Dataset.open(str(tmp_path))
+
+
+def spec_of(dataset: Dataset, *, seed: int = 0, begin: int = 0, end: int = 60) -> FeedSpec:
+    plan = replace(Plan.of(dataset, seed=seed, global_batch=64, slots=SLOTS), block_steps=5)
+    return FeedSpec(plan=plan, train=dataset, evaluation=dataset, transforms=(), begin=begin, end=end, reading=(1.0, 2))
+
+
+class Here:
+    """Calls a feeder of this process as if it were an actor: `feeder.get.remote(…)` gives a reference."""
+
+    def __init__(self, logic: FeederLogic) -> None:
+        self._logic = logic
+
+    def __getattr__(self, name: str) -> Any:
+        import ray
+
+        class Method:
+            @staticmethod
+            def remote(*arguments: Any) -> Any:
+                return ray.put(getattr(self._logic, name)(*arguments))
+
+        return Method
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(("begin", "end"), [(0, 60), (7, 33), (59, 60)])
+def test_blocks_hold_the_plan_from_any_cursor(dataset: Dataset, begin: int, end: int) -> None:
+    spec = spec_of(dataset, begin=begin, end=end)
+    logic = FeederLogic(spec)
+    worker = WorkerFeed(Here(logic), spec, begin=begin)
+    seen: dict[tuple[int, int], list[int]] = {}
+    for block in range(begin // 5, -(-end // 5)):
+        for slot in range(SLOTS):
+            arrays = worker.take(slot, block)
+            assert arrays is not None
+            assert np.array_equal(arrays["image"], IMAGES[arrays[INDEX[3]]])
+            for step, row in zip(arrays[INDEX[1]], arrays[INDEX[3]], strict=True):
+                seen.setdefault((int(step), slot), []).append(int(row))
+        logic.release_before(block)
+        assert len(logic._train._ready) <= 2 * SLOTS
+    for step in range(begin, end):
+        for slot in range(SLOTS):
+            assert len(seen[step, slot]) == spec.plan.slot_rows(step, slot)
+    worker.close()
+    logic.close()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_evaluation_delivers_each_row_once_in_every_round(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_module, "EVAL_BLOCK_BYTES", 128 * dataset.row_bytes)
+    spec = spec_of(dataset)
+    logic = FeederLogic(spec)
+    worker = WorkerFeed(Here(logic), spec, begin=0)
+    for number in (10, 20):
+        blocks = list(range(-(-ROWS // eval_block_rows(dataset))))
+        rows = [arrays[INDEX[3]] for _, arrays in worker.evaluation(blocks, number)]
+        assert np.array_equal(np.concatenate(rows), np.arange(ROWS))
+    assert len(logic._rounds) == 1, "small data are read once and kept for all rounds"
+    worker.close()
+    logic.close()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_feed_out_of_order_is_noticed(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    ordered = feed_module.execute
+
+    def shuffled(*arguments: Any, **named: Any) -> Iterator[Any]:
+        first, second, *rest = ordered(*arguments, **named)
+        yield from (second, first, *rest)
+
+    monkeypatch.setattr(feed_module, "execute", shuffled)
+    spec = spec_of(dataset)
+    logic = FeederLogic(spec)
+    worker = WorkerFeed(Here(logic), spec, begin=0)
+    with pytest.raises(DataError, match="does not hold the samples"):
+        worker.take(0, 0)
+    worker.close()
+    logic.close()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_feed_of_another_plan_is_noticed(dataset: Dataset) -> None:
+    logic = FeederLogic(spec_of(dataset, seed=1))
+    worker = WorkerFeed(Here(logic), spec_of(dataset), begin=0)
+    with pytest.raises(DataError, match="does not hold the samples"):
+        worker.take(0, 0)
+    worker.close()
+    logic.close()
+
+
+def test_footers_are_read_once_a_process_and_nothing_is_listed(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed: list[str] = []
+    monkeypatch.setattr("elastrain.storage.list_files", lambda url, **_: listed.append(url))
+    monkeypatch.setattr("elastrain.storage.read_json", listed.append)
+    reader._opened.cache_clear()
+    for _, make in train_tasks(spec_of(dataset)):
+        arrays_of(next(make()()), where="a block")
+    assert reader._opened.cache_info().misses == 4, "one footer a file, whatever the epochs and blocks"
+    assert not listed
+    assert not (tmp_path / MANIFEST).exists()
+
+
+def test_block_sizes_are_those_of_the_blocks(dataset: Dataset) -> None:
+    spec = spec_of(dataset, begin=3, end=41)
+    for slot in range(SLOTS):
+        for block in range(10):
+            rows = spec.plan.block(slot, block).rows(3, 41)
+            assert block_size(spec.plan, slot, block, 3, 41) == len(rows.row)
+
+
+def test_only_what_a_block_needs_is_read(dataset: Dataset) -> None:
+    spec = spec_of(dataset)
+    ends = np.cumsum(dataset.group_rows)
+    for (slot, block), make in train_tasks(spec):
+        assert slot != EVALUATION
+        task = make()
+        rows = spec.plan.block(slot, block).rows(0, 60).row
+        assert len(task.sources) == len(np.unique(np.searchsorted(ends, rows, side="right")))
