@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.harness import Case, Comparison, Series, Side
 
-STEPS = {"gpt": 400, "mlp": 4000}
+STEPS = {"gpt": 300, "mlp": 4000}
 SMALL_STEPS = 40
 
 

@@ -44,11 +44,6 @@ class MemoryFeed:
         """Return a block."""
         return self._blocks.pop((slot, block), None)
 
-    def ready(self, slot: int, block: int) -> bool:
-        """All is there."""
-        del slot, block
-        return True
-
     def release_before(self, block: int) -> None:
         """Nothing to do: taken blocks are gone."""
 

@@ -39,7 +39,7 @@ def make_work(model: str, workers: int, steps: int) -> Work:
     arrays: dict[str, Array]
     if model == "gpt":
         tokens = generator.integers(0, 256, (2048, 65)).astype(np.uint16)
-        arrays, rows, args, task = {"tokens": tokens}, 4, GPT, "tiny_gpt/task.py:TinyGPT"
+        arrays, rows, args, task = {"tokens": tokens}, 7, GPT, "tiny_gpt/task.py:TinyGPT"
         columns = [Column(name="tokens", dtype="uint16", shape=(65,), num_values=256)]
     else:
         image = generator.integers(0, 17, (4096, 8, 8)).astype(np.uint8)

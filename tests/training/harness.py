@@ -93,11 +93,6 @@ class MemoryFeed:
         columns = {name: array[rows.row] for name, array in self._arrays.items()}
         return {EPOCH: rows.epoch, STEP: rows.step, SLOT: np.full(len(rows.row), slot), ROW: rows.row, **columns}
 
-    def ready(self, slot: int, block: int) -> bool:
-        """Everything is there."""
-        del slot, block
-        return True
-
     def release_before(self, block: int) -> None:
         """Note it."""
         self.released.append(block)

@@ -344,11 +344,6 @@ class WorkerFeed:
         pending = self._pending.pop((slot, block), None)
         return None if pending is None else pending.result()
 
-    def ready(self, slot: int, block: int) -> bool:
-        """Say whether `take` would return at once."""
-        pending = self._pending.get((slot, block))
-        return pending is None or pending.done()
-
     def release_before(self, block: int) -> None:
         """Tell the feeder that every worker has committed past the blocks before `block`."""
         self._feeder.release_before.remote(block)

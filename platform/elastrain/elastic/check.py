@@ -106,11 +106,6 @@ class DirectFeed:
             return None
         return _read(next(make for address, make in train_tasks(self._spec) if address == (slot, block))())
 
-    def ready(self, slot: int, block: int) -> bool:
-        """Say that `take` waits for nothing but the disk."""
-        del slot, block
-        return True
-
     def release_before(self, block: int) -> None:
         """Nothing is held."""
 

@@ -26,9 +26,6 @@ class Feed(Protocol):
     def take(self, slot: int, block: int) -> dict[str, Array] | None:
         """Wait for a block; None if the slot has no rows in it."""
 
-    def ready(self, slot: int, block: int) -> bool:
-        """Say whether `take` would return at once."""
-
     def release_before(self, block: int) -> None:
         """Say that every worker has committed past the blocks before `block`."""
 
