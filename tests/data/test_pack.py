@@ -39,14 +39,14 @@ def progress(name, rows, total):
         print("held", flush=True)
         time.sleep(600)
 
-ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
 print(json.dumps(pack_dataset(source, out, PackOptions(**options), progress=progress)), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -8,10 +8,11 @@ The pipeline does not know the workers. Each read task makes one block with an a
 with the plan. What no worker has committed past stays with the feeder, so that a block can be asked for again.
 """
 
+import contextlib
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -186,7 +187,7 @@ class PlannedRead(Datasource):
         return [ReadTask(task, metadata) for task in self._tasks]
 
 
-def execute(tasks: Sequence[ReadBlock], *, reading: tuple[float, int], ahead_bytes: int) -> Iterator[Any]:
+def execute(tasks: Sequence[ReadBlock], *, reading: tuple[float, int], ahead_bytes: int) -> Generator[Any, None, None]:
     """Run read tasks as one streaming Ray Data execution; yield a reference to each block, in order."""
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -252,10 +253,12 @@ class Stream:
         try:
             while lease := list(itertools.islice(tasks, LEASE)):
                 work = [make() for _, make in lease]
-                references = execute(work, reading=self._reading, ahead_bytes=self._ahead_bytes)
-                for (address, _), reference in zip(lease, references, strict=True):
-                    if not self._hold(address, reference):
-                        return
+                with contextlib.closing(
+                    execute(work, reading=self._reading, ahead_bytes=self._ahead_bytes)
+                ) as references:
+                    for (address, _), reference in zip(lease, references, strict=True):
+                        if not self._hold(address, reference):
+                            return
         except Exception as error:  # noqa: BLE001 -- whatever it is, the workers that wait must hear of it
             with self._changed:
                 self._error = ours(error) or StorageError(f"reading the data failed: {error!r}"[:2000])
