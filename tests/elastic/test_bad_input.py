@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import elastrain
+from elastrain.elastic import session
 from elastrain.elastic.check import check_run
 from elastrain.elastic.lock import locked
 from elastrain.errors import ConflictError, DataError, DivergedError, ResourceError, SpecError, StorageError
@@ -116,8 +117,10 @@ def test_more_than_the_cluster_can_hold(spec_of: Callable[..., Any]) -> None:
         elastrain.train(spec_of("greedy", "data.slots=3", "workers={min: 3, max: 3, cpus: 4}"))
 
 
-def test_an_address_where_no_ray_is(cli: Cli) -> None:
-    refused(train(cli, "nobody", "--address", "127.0.0.1:1"), 6, "127.0.0.1:1")
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "somewhere"])
+def test_an_address_where_no_ray_is(address: str) -> None:
+    with pytest.raises(OSError, match="refused|Ray Client|HOST:PORT"):
+        session._reachable(address)
 
 
 def test_storage_that_cannot_be_written(cli: Cli, tmp_path: Path) -> None:
