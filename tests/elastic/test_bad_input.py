@@ -119,7 +119,7 @@ def test_more_than_the_cluster_can_hold(spec_of: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "somewhere"])
 def test_an_address_where_no_ray_is(address: str) -> None:
-    with pytest.raises(OSError, match="refused|Ray Client|HOST:PORT"):
+    with pytest.raises(OSError, match=r"refused|Ray Client|HOST:PORT"):
         session._reachable(address)
 
 
