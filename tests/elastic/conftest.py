@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,20 @@ def local_ray() -> Iterator[None]:
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """However a run on a Ray that goes on ends, it leaves no placement group and holds no CPU."""
+    yield
+    if "local_ray" in request.fixturenames:
+        import ray
+
+        deadline = time.monotonic() + 20
+        while ray.available_resources().get("CPU") != 8.0 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert ray.available_resources().get("CPU") == 8.0
+        assert {group["state"] for group in ray.util.placement_group_table().values()} <= {"REMOVED"}
 
 
 @pytest.fixture

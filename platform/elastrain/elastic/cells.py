@@ -1,7 +1,6 @@
 """A cell: one Ray Train worker group of fixed size, run from an actor of its own.
 
-`fit()` installs a signal handler on a main thread and exits 0 on SIGINT, and pins its controller to the caller's node:
-an actor on the driver's node keeps both away from the user's process.
+The actor is Ray Train's controller too: what it asks for, workers and their placement group, goes when it is ended.
 """
 
 import logging
@@ -10,11 +9,16 @@ import tempfile
 from typing import Any
 
 import ray
+from ray.core.generated import gcs_pb2
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+KILLED_S = 15.0
 
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon a dead or finished worker is seen; 2 s by default
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that would only tell a train function of ours nothing
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # tasks find their files where the user left them
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Ray Train's controller does it, and sets this for its own process
 }
 
 
@@ -60,3 +64,25 @@ def start_cell() -> Any:
     """Start a cell's actor; its `run` starts the workers. It takes the longest of all to start, so it comes first."""
     actor: Any = ray.remote(num_cpus=0)(Cell)
     return actor.remote()
+
+
+def end_cell(cell: Any, ended: Any) -> None:
+    """Kill a cell's actor and its workers and free what they held; `ended` is what its `run` will return.
+
+    Ray frees the placement group of a dead actor only when the whole job ends, and a Python driver may do many runs.
+    """
+    ray.kill(cell)
+    ray.wait([ended], timeout=KILLED_S)  # once this has failed, the actor asks for nothing more
+    for group in _groups_of(cell):
+        remove_placement_group(group)
+
+
+def _groups_of(cell: Any) -> list[PlacementGroup]:
+    table = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()  # noqa: SLF001
+    groups = [gcs_pb2.PlacementGroupTableData.FromString(entry) for entry in table]
+    return [
+        PlacementGroup(ray.PlacementGroupID(group.placement_group_id))
+        for group in groups
+        if group.creator_actor_id == cell._actor_id.binary()  # noqa: SLF001
+        and group.state != gcs_pb2.PlacementGroupTableData.REMOVED
+    ]

@@ -20,7 +20,7 @@ from elastrain.data.dataset import Dataset
 from elastrain.data.feed import FeederLogic, FeedSpec
 from elastrain.data.plan import Plan
 from elastrain.data.transforms import check_transforms
-from elastrain.elastic.cells import start_cell
+from elastrain.elastic.cells import end_cell, start_cell
 from elastrain.elastic.config import WORKER_LOST, WorkerConfig
 from elastrain.elastic.history import prepare, resumable
 from elastrain.elastic.host import RECORDS, Host
@@ -194,7 +194,8 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
         outcome = {"outcome": "failed", "error": str(error)}
         raise
     finally:
-        _close(host, [feeder, cell], outcome)
+        _close(host, feeder, outcome)
+        end_cell(cell, ended)
     return result
 
 
@@ -206,11 +207,11 @@ def _actor(kind: type, size: int, *arguments: Any) -> Any:
     return made.options(num_cpus=0, max_concurrency=2 * size + 8, scheduling_strategy=here).remote(*arguments)
 
 
-def _close(host: Any, others: list[Any], outcome: dict[str, Any]) -> None:
-    """Write the last records and end the actors; what fails here must not hide why the attempt ended."""
+def _close(host: Any, feeder: Any, outcome: dict[str, Any]) -> None:
+    """Write the last records and end both actors; what fails here must not hide why the attempt ended."""
     with contextlib.suppress(ray.exceptions.RayError):
         ray.get(host.close.remote(outcome.pop("outcome"), outcome), timeout=END_S)
-    for actor in [*others, host]:
+    for actor in (feeder, host):
         ray.kill(actor)
 
 

@@ -91,7 +91,8 @@ def place_workers(
         if fitting(workers, "total") < workers.min:
             raise ResourceError(_never(workers))
         if not told:
-            say(f"waiting for room: {free} of at least {workers.min} workers fit now")
+            held = ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0)
+            say(f"waiting for room: {free} of at least {workers.min} workers fit now; {held:g} CPUs are held by others")
             told = True
         if stop():
             raise InterruptedError
