@@ -13,9 +13,10 @@ from benchmarks.ingest.result import combined
 from benchmarks.loop.ours import join
 from benchmarks.script import finish, options
 
+from elastrain.data.blocks import FeedSpec, train_tasks
 from elastrain.data.columns import Array
 from elastrain.data.dataset import Dataset
-from elastrain.data.feed import FeederLogic, FeedSpec, WorkerFeed, train_tasks
+from elastrain.data.feed import FeederLogic, WorkerFeed
 from elastrain.data.plan import Plan
 from elastrain.elastic.session import READERS, ray_session
 from elastrain.observe.ledger import Clock

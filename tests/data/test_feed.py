@@ -9,21 +9,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from elastrain.data import blocks as blocks_module
 from elastrain.data import feed as feed_module
 from elastrain.data import reader
-from elastrain.data.columns import to_table
-from elastrain.data.dataset import MANIFEST, Dataset
-from elastrain.data.feed import (
+from elastrain.data.blocks import (
     EVALUATION,
     INDEX,
-    FeederLogic,
     FeedSpec,
-    WorkerFeed,
     arrays_of,
     block_size,
     eval_block_rows,
     train_tasks,
 )
+from elastrain.data.columns import to_table
+from elastrain.data.dataset import MANIFEST, Dataset
+from elastrain.data.feed import FeederLogic, WorkerFeed, grouped
 from elastrain.data.plan import Plan
 from elastrain.errors import DataError
 
@@ -97,7 +97,7 @@ def test_blocks_hold_the_plan_from_any_cursor(dataset: Dataset, begin: int, end:
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_evaluation_delivers_each_row_once_in_every_round(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed_module, "EVAL_BLOCK_BYTES", 128 * dataset.row_bytes)
+    monkeypatch.setattr(blocks_module, "EVAL_BLOCK_BYTES", 128 * dataset.row_bytes)
     spec = spec_of(dataset)
     logic = FeederLogic(spec)
     worker = WorkerFeed(Here(logic), spec, begin=0)
@@ -148,10 +148,18 @@ def test_footers_are_read_once_a_process_and_nothing_is_listed(
     monkeypatch.setattr("elastrain.storage.read_json", listed.append)
     reader._opened.cache_clear()
     for _, make in train_tasks(spec_of(dataset)):
-        arrays_of(next(make()()), where="a block")
+        arrays_of(make()(), where="a block")
     assert reader._opened.cache_info().misses == 4, "one footer a file, whatever the epochs and blocks"
     assert not listed
     assert not (tmp_path / MANIFEST).exists()
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(0, []), (3, [1, 1, 1]), (20, [1, 1, 2, 2, 4, 4, 4, 2])])
+def test_read_tasks_grow_and_lose_no_block(dataset: Dataset, count: int, sizes: list[int]) -> None:
+    blocks = [make() for _, make in train_tasks(spec_of(dataset))][:count]
+    tasks = grouped(blocks, at_once=2, most=4)
+    assert [block for task in tasks for block in task.blocks] == blocks
+    assert [len(task.blocks) for task in tasks] == sizes
 
 
 def test_block_sizes_are_those_of_the_blocks(dataset: Dataset) -> None:

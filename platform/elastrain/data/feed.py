@@ -3,9 +3,9 @@
 ```
 plan ─► read tasks (Ray Data) ─► Feeder actor: address → block ─► WorkerFeed: arrays, checked against the plan
 ```
-The pipeline does not know the workers. Each read task makes one block with an address, (slot, j) in training and
-(-1, i) in evaluation; each row carries epoch, step, slot and its index in the dataset, and the worker compares them
-with the plan. What no worker has committed past stays with the feeder, so that a block can be asked for again.
+The pipeline does not know the workers. A read task makes some blocks that follow each other, each row of which carries
+epoch, step, slot and its index in the dataset, and the worker compares them with the plan. What no worker has committed
+past stays with the feeder, so that a block can be asked for again.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,149 +25,61 @@ import ray.data
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from elastrain.data import transforms
-from elastrain.data.columns import Array, Column, from_table, to_table
-from elastrain.data.dataset import Dataset
-from elastrain.data.plan import Block, Ints, Plan, row_seeds
-from elastrain.data.reader import Source, read_rows, sources_of
-from elastrain.errors import DataError, ElastrainError, StorageError, error_named, ours
+from elastrain.data.blocks import (
+    EVAL_BLOCK_BYTES,
+    EVALUATION,
+    INDEX,
+    Address,
+    FeedSpec,
+    ReadBlock,
+    arrays_of,
+    block_size,
+    eval_block_rows,
+    eval_tasks,
+    train_tasks,
+)
+from elastrain.data.columns import Array
+from elastrain.data.plan import AHEAD_BYTES
+from elastrain.errors import DataError, ElastrainError, StorageError, ours
 
-Address = tuple[int, int]
-INDEX = ("elastrain.epoch", "elastrain.step", "elastrain.slot", "elastrain.row")
-ERROR, MESSAGE = "elastrain.error", "elastrain.message"
-EVALUATION = -1  # the slot of evaluation blocks
-LEASE = 512  # read tasks of one Ray Data execution: each is an object in the driver
-EVAL_BLOCK_BYTES = 8 << 20
+LEASE = 512  # blocks of one Ray Data execution: the work of each is an object in the driver
 KEPT_EVAL_BYTES = 256 << 20
 CLOSE_S = 10.0
-MIN_AHEAD_BYTES = 256 << 20  # what read tasks may have finished before it is fetched: less keeps readers waiting
+EVAL_AHEAD_BYTES = 64 << 20
+MAX_BLOCKS_A_TASK = 8
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FeedSpec:
-    """What the feeder reads: the training plan from step `begin` to `end`, and the evaluation data.
+@dataclass(frozen=True, slots=True)
+class ReadBlocks:
+    """The work of one read task. Ray Data starts and ends a task in some 10 ms: blocks share that."""
 
-    `reading` is (CPUs a read task, read tasks at once); a task of 0 CPUs runs where workers hold all of them.
-    """
-
-    plan: Plan
-    train: Dataset
-    evaluation: Dataset | None
-    transforms: tuple[Any, ...]
-    begin: int
-    end: int
-    reading: tuple[float, int]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReadBlock:
-    """The work of one read task: which rows, where they lie, what is done with them. Calling it yields one table."""
-
-    columns: tuple[Column, ...]
-    sources: tuple[Source, ...]
-    transforms: tuple[Any, ...]
-    seed: int
-    block: Block | None  # None: evaluation, rows first…last in order
-    first: int
-    last: int
+    blocks: tuple[ReadBlock, ...]
 
     def __call__(self) -> Iterator[pa.Table]:
-        """Yield the block; an error of ours travels as a block, for Ray would bury its sentence in its own."""
-        try:
-            yield self._block()
-        except ElastrainError as error:
-            yield pa.table({ERROR: [type(error).__name__], MESSAGE: [str(error)]})
-
-    def _block(self) -> pa.Table:
-        epoch, step, slot, row = self._index()
-        arrays = read_rows(self.columns, self.sources, row)
-        seeds = row_seeds(self.seed, epoch, row)
-        arrays = transforms.apply(self.transforms, self.columns, arrays, seeds, train=self.block is not None)
-        return to_table({**dict(zip(INDEX, (epoch, step, slot, row), strict=True)), **arrays})
-
-    def _index(self) -> tuple[Array, Array, Array, Ints]:
-        if self.block is None:
-            row = np.arange(self.first, self.last, dtype=np.int64)
-            none = np.full(len(row), EVALUATION, np.int32)
-            return none, none, none, row
-        rows = self.block.rows(self.first, self.last)
-        return rows.epoch, rows.step, np.full(len(rows.row), self.block.slot, np.int32), rows.row
+        """Yield the blocks one by one."""
+        for block in self.blocks:
+            yield block()
 
 
-def arrays_of(table: pa.Table, *, where: str) -> dict[str, Array]:
-    """Return the columns of a block; raises what reading it met, DataError or StorageError naming the file."""
-    if ERROR in table.column_names:
-        raise error_named(table[ERROR][0].as_py(), table[MESSAGE][0].as_py())
-    return from_table(table, where=where)
+def grouped(blocks: Sequence[ReadBlock], *, at_once: int, most: int) -> list[ReadBlocks]:
+    """Return the work of the read tasks, `at_once` of which run side by side: one block each, then 2, 4, … `most`.
 
-
-def eval_block_rows(dataset: Dataset) -> int:
-    """Return the rows of one evaluation block: a pure function of the dataset."""
-    return max(1, EVAL_BLOCK_BYTES // max(1, dataset.row_bytes))
-
-
-def block_size(plan: Plan, slot: int, block: int, begin: int, end: int) -> int:
-    """Return how many rows a block has for the steps [begin, end)."""
-    first, last = max(begin, block * plan.block_steps), min(end, (block + 1) * plan.block_steps)
-    if first >= last:
-        return 0
-    k, full = plan.steps_per_epoch, plan.slot_rows(0, slot) if plan.full_steps else 0
-    tails = last // k - first // k if plan.tail else 0
-    return (last - first - tails) * full + tails * plan.slot_rows(plan.full_steps, slot)
-
-
-def train_tasks(spec: FeedSpec) -> Iterator[tuple[Address, Callable[[], ReadBlock]]]:
-    """Yield address and work of each training block that has rows, in the order in which steps need them."""
-    plan = spec.plan
-    for block in range(plan.block_of(spec.begin), plan.block_of(spec.end - 1) + 1 if spec.end > spec.begin else 0):
-        for slot in range(plan.slots):
-            if block_size(plan, slot, block, spec.begin, spec.end):
-                yield (slot, block), lambda slot=slot, block=block: _train_task(spec, slot, block)  # type: ignore[misc]
-
-
-def eval_tasks(spec: FeedSpec) -> Iterator[tuple[Address, Callable[[], ReadBlock]]]:
-    """Yield address and work of each evaluation block, in the order of the rows."""
-    dataset = spec.evaluation
-    if dataset is None:
-        return
-    size, total = eval_block_rows(dataset), dataset.num_rows
-    for index, first in enumerate(range(0, total, size)):
-        yield (EVALUATION, index), lambda first=first: _eval_task(spec, dataset, first, min(first + size, total))  # type: ignore[misc]
-
-
-def _train_task(spec: FeedSpec, slot: int, index: int) -> ReadBlock:
-    block = spec.plan.block(slot, index)
-    firsts = np.concatenate([first for first, _ in block.ranges])
-    ends = np.cumsum(spec.train.group_rows)
-    return ReadBlock(
-        columns=spec.train.columns,
-        sources=tuple(sources_of(spec.train, np.searchsorted(ends, firsts, side="right"))),
-        transforms=spec.transforms,
-        seed=spec.plan.seed,
-        block=block,
-        first=spec.begin,
-        last=spec.end,
-    )
-
-
-def _eval_task(spec: FeedSpec, dataset: Dataset, first: int, last: int) -> ReadBlock:
-    ends = np.cumsum(dataset.group_rows)
-    groups = np.arange(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last, side="left") + 1)
-    return ReadBlock(
-        columns=dataset.columns,
-        sources=tuple(sources_of(dataset, groups)),
-        transforms=spec.transforms,
-        seed=spec.plan.seed,
-        block=None,
-        first=first,
-        last=last,
-    )
+    The first blocks are waited for, so they are read side by side.
+    """
+    tasks, place, size = [], 0, 1
+    while place < len(blocks):
+        for _ in range(at_once):
+            if place < len(blocks):
+                tasks.append(ReadBlocks(tuple(blocks[place : place + size])))
+                place += size
+        size = min(2 * size, most)
+    return tasks
 
 
 class PlannedRead(Datasource):
-    """A Ray Data source whose every task makes exactly one block."""
+    """A Ray Data source with the tasks that it is given."""
 
-    def __init__(self, tasks: Sequence[ReadBlock]) -> None:
+    def __init__(self, tasks: Sequence[ReadBlocks]) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # Ray has no types here
         self._tasks = tasks
 
@@ -187,19 +100,23 @@ class PlannedRead(Datasource):
         return [ReadTask(task, metadata) for task in self._tasks]
 
 
-def execute(tasks: Sequence[ReadBlock], *, reading: tuple[float, int], ahead_bytes: int) -> Generator[Any, None, None]:
-    """Run read tasks as one streaming Ray Data execution; yield a reference to each block, in order."""
+def execute(
+    blocks: Sequence[ReadBlock], *, reading: tuple[float, int], block_bytes: int, ahead_bytes: int
+) -> Generator[Any, None, None]:
+    """Read blocks of up to `block_bytes` in one streaming Ray Data execution; yield a reference to each, in order."""
+    num_cpus, at_once = reading
+    most = max(1, min(MAX_BLOCKS_A_TASK, ahead_bytes // (at_once * max(1, block_bytes))))
+    tasks = grouped(blocks, at_once=at_once, most=most)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
-    context.target_max_block_size = None  # one task, one block
+    context.target_max_block_size = 1  # each table is a block at once; one of a single row cannot be cut
     context.memory_usage_poll_interval_s = None  # reading /proc costs each task a tenth of its time
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
     context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=ahead_bytes)
-    num_cpus, concurrency = reading
     with ray.data.DataContext.current(context):
         dataset = ray.data.read_datasource(
-            PlannedRead(tasks), override_num_blocks=len(tasks), num_cpus=num_cpus, concurrency=concurrency
+            PlannedRead(tasks), override_num_blocks=len(tasks), num_cpus=num_cpus, concurrency=at_once
         )
         for bundle in dataset.iter_internal_ref_bundles():
             for entry in bundle.blocks:
@@ -215,9 +132,11 @@ class Stream:
         *,
         capacity: int,
         reading: tuple[float, int],
+        block_bytes: int,
         ahead_bytes: int,
     ) -> None:
-        self._capacity, self._reading, self._ahead_bytes = capacity, reading, ahead_bytes
+        self._capacity = capacity
+        self._execute = partial(execute, reading=reading, block_bytes=block_bytes, ahead_bytes=ahead_bytes)
         self._ready: dict[Address, Any] = {}
         self._error: ElastrainError | None = None
         self._closed = False
@@ -253,9 +172,7 @@ class Stream:
         try:
             while lease := list(itertools.islice(tasks, LEASE)):
                 work = [make() for _, make in lease]
-                with contextlib.closing(
-                    execute(work, reading=self._reading, ahead_bytes=self._ahead_bytes)
-                ) as references:
+                with contextlib.closing(self._execute(work)) as references:
                     for (address, _), reference in zip(lease, references, strict=True):
                         if not self._hold(address, reference):
                             return
@@ -279,9 +196,14 @@ class FeederLogic:
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         self._spec = spec
         plan = spec.plan
-        column = plan.slots * plan.block_steps * plan.row_bytes * -(-plan.global_batch // plan.slots)
-        ahead = max(MIN_AHEAD_BYTES, column)
-        self._train = Stream(train_tasks(spec), capacity=2 * plan.slots, reading=spec.reading, ahead_bytes=ahead)
+        block_bytes = plan.block_steps * plan.row_bytes * -(-plan.global_batch // plan.slots)
+        self._train = Stream(
+            train_tasks(spec),
+            capacity=2 * plan.slots,
+            reading=spec.reading,
+            block_bytes=block_bytes,
+            ahead_bytes=max(AHEAD_BYTES, plan.slots * block_bytes),
+        )
         self._rounds: dict[int, Stream] = {}
         self._lock = threading.Lock()
 
@@ -318,7 +240,11 @@ class FeederLogic:
             if key not in self._rounds:
                 capacity = 1 << 30 if self._kept() else 64
                 self._rounds[key] = Stream(
-                    eval_tasks(self._spec), capacity=capacity, reading=self._spec.reading, ahead_bytes=64 << 20
+                    eval_tasks(self._spec),
+                    capacity=capacity,
+                    reading=self._spec.reading,
+                    block_bytes=EVAL_BLOCK_BYTES,
+                    ahead_bytes=EVAL_AHEAD_BYTES,
                 )
             return self._rounds[key]
 

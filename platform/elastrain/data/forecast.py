@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from elastrain.data.dataset import Dataset
-from elastrain.data.plan import Ints, Plan
+from elastrain.data.plan import AHEAD_BYTES, Ints, Plan
 from elastrain.spec.train import TrainSpec
 
 MIB = 1 << 20
@@ -17,7 +17,7 @@ def forecast_run(spec: TrainSpec) -> dict[str, Any]:
     """Return steps, blocks, shuffle strength, read amplification, memory and bytes of a run.
 
     Amplification is rows decoded ÷ rows used, over the blocks of the first epoch. Memory is bytes: of the feed's blocks
-    in the object store (two a slot, and what is being read), and of one slot's block in a worker. Raises DataError.
+    in the object store (two a slot, and what is read ahead), and of one slot's block in a worker. Raises DataError.
     """
     data = Dataset.open(spec.data.train).select(spec.data.columns)
     evaluation = Dataset.open(spec.data.eval).select(spec.data.columns) if spec.data.eval else None
@@ -26,6 +26,7 @@ def forecast_run(spec: TrainSpec) -> dict[str, Any]:
     block_bytes = min(plan.block_steps, steps) * -(-plan.global_batch // plan.slots) * plan.row_bytes
     columns = -(-steps // plan.block_steps)
     decoded = decoded_rows(plan)
+    feed_bytes = 2 * plan.slots * block_bytes + max(AHEAD_BYTES, plan.slots * block_bytes)
     used = plan.num_rows * max(1.0, min(plan.block_steps, steps) / plan.steps_per_epoch)
     return {
         "name": spec.name,
@@ -52,7 +53,7 @@ def forecast_run(spec: TrainSpec) -> dict[str, Any]:
         "read_amplification": decoded / used,
         "bytes_per_step": plan.global_batch * data.row_bytes,
         "bytes_read_per_epoch": int(data.size_bytes * decoded / used),
-        "feed_bytes": 3 * plan.slots * block_bytes,
+        "feed_bytes": min(feed_bytes, columns * plan.slots * block_bytes),
         "worker_block_bytes": 2 * -(-plan.slots // spec.workers.max) * block_bytes,
     }
 

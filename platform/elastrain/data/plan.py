@@ -20,6 +20,7 @@ Ints = npt.NDArray[np.int64]
 UNITS_PER_SLOT = 16
 COLUMN_BYTES = 128 << 20  # what the blocks of one j should hold together
 BLOCK_BYTES = (8 << 20, 32 << 20)
+AHEAD_BYTES = 512 << 20  # of blocks read before they are fetched: with less, readers wait for room
 MAX_EPOCHS_A_BLOCK = 64
 INDEX_BYTES = 20  # epoch, step, slot and row of a sample
 

@@ -79,10 +79,11 @@ def end_cell(cell: Any, ended: Any) -> None:
 
 def _groups_of(cell: Any) -> list[PlacementGroup]:
     table = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()  # noqa: SLF001
-    groups = [gcs_pb2.PlacementGroupTableData.FromString(entry) for entry in table]
+    message: Any = gcs_pb2.PlacementGroupTableData  # type: ignore[attr-defined] # made at import by protobuf
+    groups = [message.FromString(entry) for entry in table]
     return [
         PlacementGroup(ray.PlacementGroupID(group.placement_group_id))
         for group in groups
         if group.creator_actor_id == cell._actor_id.binary()  # noqa: SLF001
-        and group.state != gcs_pb2.PlacementGroupTableData.REMOVED
+        and group.state != message.REMOVED
     ]

@@ -12,9 +12,7 @@ import numpy as np
 import torch
 
 from elastrain import storage
-from elastrain.data.columns import Array
-from elastrain.data.dataset import Dataset
-from elastrain.data.feed import (
+from elastrain.data.blocks import (
     EVALUATION,
     FeedSpec,
     ReadBlock,
@@ -24,6 +22,8 @@ from elastrain.data.feed import (
     eval_tasks,
     train_tasks,
 )
+from elastrain.data.columns import Array
+from elastrain.data.dataset import Dataset
 from elastrain.data.forecast import forecast_run
 from elastrain.data.plan import Plan
 from elastrain.data.transforms import check_transforms
@@ -117,7 +117,7 @@ class DirectFeed:
 
 
 def _read(task: ReadBlock) -> dict[str, Array]:
-    return {name: np.array(array) for name, array in arrays_of(next(task()), where="the first block").items()}
+    return {name: np.array(array) for name, array in arrays_of(task(), where="the first block").items()}
 
 
 def _one_step(spec: TrainSpec, feed: FeedSpec) -> tuple[str, int]:

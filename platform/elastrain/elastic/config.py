@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from elastrain.data.feed import FeedSpec
+from elastrain.data.blocks import FeedSpec
 from elastrain.spec.train import TrainSpec
 
 WORKER_LOST = "WorkerLost"

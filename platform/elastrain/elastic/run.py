@@ -16,8 +16,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastrain import storage
+from elastrain.data.blocks import FeedSpec
 from elastrain.data.dataset import Dataset
-from elastrain.data.feed import FeederLogic, FeedSpec
+from elastrain.data.feed import FeederLogic
 from elastrain.data.plan import Plan
 from elastrain.data.transforms import check_transforms
 from elastrain.elastic.cells import end_cell, start_cell

@@ -15,8 +15,9 @@ import ray
 import ray.train
 import torch
 
+from elastrain.data.blocks import eval_block_rows
 from elastrain.data.columns import Array
-from elastrain.data.feed import WorkerFeed, eval_block_rows
+from elastrain.data.feed import WorkerFeed
 from elastrain.elastic.config import WORKER_LOST, WorkerConfig
 from elastrain.elastic.group import Door, Generation, ranked
 from elastrain.elastic.membership import Worker

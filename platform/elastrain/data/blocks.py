@@ -1,0 +1,149 @@
+"""Blocks: the unit in which rows reach a worker, each with an address, (slot, j) in training and (-1, i) in evaluation.
+
+What a read task does is data and a function of files: it needs no Ray, so that a check may read a block by itself.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from elastrain.data import transforms
+from elastrain.data.columns import Array, Column, from_table, to_table
+from elastrain.data.dataset import Dataset
+from elastrain.data.plan import Block, Ints, Plan, row_seeds
+from elastrain.data.reader import Source, read_rows, sources_of
+from elastrain.errors import ElastrainError, error_named
+
+Address = tuple[int, int]
+INDEX = ("elastrain.epoch", "elastrain.step", "elastrain.slot", "elastrain.row")
+ERROR, MESSAGE = "elastrain.error", "elastrain.message"
+EVALUATION = -1  # the slot of evaluation blocks
+EVAL_BLOCK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeedSpec:
+    """What the feeder reads: the training plan from step `begin` to `end`, and the evaluation data.
+
+    `reading` is (CPUs a read task, read tasks at once); a task of 0 CPUs runs where workers hold all of them.
+    """
+
+    plan: Plan
+    train: Dataset
+    evaluation: Dataset | None
+    transforms: tuple[Any, ...]
+    begin: int
+    end: int
+    reading: tuple[float, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadBlock:
+    """The reading of one block: which rows, where they lie, what is done with them."""
+
+    columns: tuple[Column, ...]
+    sources: tuple[Source, ...]
+    transforms: tuple[Any, ...]
+    seed: int
+    block: Block | None  # None: evaluation, rows first…last in order
+    first: int
+    last: int
+
+    def __call__(self) -> pa.Table:
+        """Read the block; an error of ours travels as a block, for Ray would bury its sentence in its own.
+
+        The table has one row, a whole array in each field: Ray Data hands on such a table as it is.
+        """
+        try:
+            arrays = self._arrays()
+        except ElastrainError as error:
+            return pa.table({ERROR: [type(error).__name__], MESSAGE: [str(error)]})
+        return to_table({name: array[np.newaxis] for name, array in arrays.items()})
+
+    def _arrays(self) -> dict[str, Array]:
+        epoch, step, slot, row = self._index()
+        arrays = read_rows(self.columns, self.sources, row)
+        seeds = row_seeds(self.seed, epoch, row)
+        arrays = transforms.apply(self.transforms, self.columns, arrays, seeds, train=self.block is not None)
+        return {**dict(zip(INDEX, (epoch, step, slot, row), strict=True)), **arrays}
+
+    def _index(self) -> tuple[Array, Array, Array, Ints]:
+        if self.block is None:
+            row = np.arange(self.first, self.last, dtype=np.int64)
+            none = np.full(len(row), EVALUATION, np.int32)
+            return none, none, none, row
+        rows = self.block.rows(self.first, self.last)
+        return rows.epoch, rows.step, np.full(len(rows.row), self.block.slot, np.int32), rows.row
+
+
+def arrays_of(table: pa.Table, *, where: str) -> dict[str, Array]:
+    """Return the columns of a block; raises what reading it met, DataError or StorageError naming the file."""
+    if ERROR in table.column_names:
+        raise error_named(table[ERROR][0].as_py(), table[MESSAGE][0].as_py())
+    return {name: array[0] for name, array in from_table(table, where=where).items()}
+
+
+def eval_block_rows(dataset: Dataset) -> int:
+    """Return the rows of one evaluation block: a pure function of the dataset."""
+    return max(1, EVAL_BLOCK_BYTES // max(1, dataset.row_bytes))
+
+
+def block_size(plan: Plan, slot: int, block: int, begin: int, end: int) -> int:
+    """Return how many rows a block has for the steps [begin, end)."""
+    first, last = max(begin, block * plan.block_steps), min(end, (block + 1) * plan.block_steps)
+    if first >= last:
+        return 0
+    k, full = plan.steps_per_epoch, plan.slot_rows(0, slot) if plan.full_steps else 0
+    tails = last // k - first // k if plan.tail else 0
+    return (last - first - tails) * full + tails * plan.slot_rows(plan.full_steps, slot)
+
+
+def train_tasks(spec: FeedSpec) -> Iterator[tuple[Address, Callable[[], ReadBlock]]]:
+    """Yield address and work of each training block that has rows, in the order in which steps need them."""
+    plan = spec.plan
+    for block in range(plan.block_of(spec.begin), plan.block_of(spec.end - 1) + 1 if spec.end > spec.begin else 0):
+        for slot in range(plan.slots):
+            if block_size(plan, slot, block, spec.begin, spec.end):
+                yield (slot, block), lambda slot=slot, block=block: _train_task(spec, slot, block)  # type: ignore[misc]
+
+
+def eval_tasks(spec: FeedSpec) -> Iterator[tuple[Address, Callable[[], ReadBlock]]]:
+    """Yield address and work of each evaluation block, in the order of the rows."""
+    dataset = spec.evaluation
+    if dataset is None:
+        return
+    size, total = eval_block_rows(dataset), dataset.num_rows
+    for index, first in enumerate(range(0, total, size)):
+        yield (EVALUATION, index), lambda first=first: _eval_task(spec, dataset, first, min(first + size, total))  # type: ignore[misc]
+
+
+def _train_task(spec: FeedSpec, slot: int, index: int) -> ReadBlock:
+    block = spec.plan.block(slot, index)
+    firsts = np.concatenate([first for first, _ in block.ranges])
+    ends = np.cumsum(spec.train.group_rows)
+    return ReadBlock(
+        columns=spec.train.columns,
+        sources=tuple(sources_of(spec.train, np.searchsorted(ends, firsts, side="right"))),
+        transforms=spec.transforms,
+        seed=spec.plan.seed,
+        block=block,
+        first=spec.begin,
+        last=spec.end,
+    )
+
+
+def _eval_task(spec: FeedSpec, dataset: Dataset, first: int, last: int) -> ReadBlock:
+    ends = np.cumsum(dataset.group_rows)
+    groups = np.arange(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last, side="left") + 1)
+    return ReadBlock(
+        columns=dataset.columns,
+        sources=tuple(sources_of(dataset, groups)),
+        transforms=spec.transforms,
+        seed=spec.plan.seed,
+        block=None,
+        first=first,
+        last=last,
+    )
