@@ -377,14 +377,14 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
         process.communicate(timeout=120)
         assert process.returncode == 0
         assert Dataset.open(str(tmp_path / f"out{size}" / "train")).num_rows > size * 0.9 // 65
-    assert peaks[1] < peaks[0] + (175 << 20), f"private memory of all processes together: {peaks}"
+    assert peaks[1] < peaks[0] + (100 << 20), f"the largest process's own memory: {peaks}"
 
 
 def _peak(process: "subprocess.Popen[str]") -> int:
-    """Return the most private memory that a pack and its tasks held together while it ran."""
+    """Return the most memory that any one process of a pack held: how many there are is up to Ray."""
     most = 0
     while process.poll() is None:
-        most = max(most, sum(_private(pid) for pid in [process.pid, *_descendants(process.pid)]))
+        most = max(most, *(_anonymous(pid) for pid in [process.pid, *_descendants(process.pid)]))
         time.sleep(0.25)
     return most
 
@@ -405,12 +405,13 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def _private(pid: int) -> int:
+def _anonymous(pid: int) -> int:
+    """Return the bytes of a process's own memory, without pages of the object store that it maps."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_"))
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss_Anon:"))
 
 
 @pytest.mark.ray
