@@ -49,11 +49,11 @@ def test_gradients_are_views_of_one_buffer() -> None:
     model = nn.Sequential(convolution, nn.Flatten(), nn.Linear(12, 2))
     parameters = list(model.parameters())
     flat = FlatGradients(parameters, slots=3, width=2)
-    assert flat.tail.shape == (4, 2)
+    assert flat.slot_rows.shape == (3, 2)
     expected = torch.autograd.grad(model(torch.ones(2, 2, 4, 4)).square().sum(), parameters)
     for _ in range(2):
         flat.attach()
-        flat.tail.fill_(1.0)
+        flat.slot_rows.fill_(1.0)
         model(torch.ones(2, 2, 4, 4)).square().sum().backward()
         flat.check_attached()
         for parameter, gradient in zip(parameters, expected, strict=True):
@@ -62,7 +62,7 @@ def test_gradients_are_views_of_one_buffer() -> None:
             assert parameter.grad.stride() == parameter.stride(), "fused optimizers walk both side by side"
             assert torch.equal(parameter.grad, gradient)
         assert torch.allclose(flat.values.norm(), torch.cat([g.flatten() for g in expected]).norm())
-        assert bool((flat.tail == 1.0).all())
+        assert bool((flat.slot_rows == 1.0).all())
     model.zero_grad()
     with pytest.raises(SpecError, match="zero_grad"):
         flat.check_attached()

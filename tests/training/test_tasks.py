@@ -125,7 +125,7 @@ class MeanOfMeans:
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum, with the gradients weighted wrongly."""
         if tensor is self._gradients.buffer:
-            own = self._gradients.tail[:-1, 1].sum()
+            own = self._gradients.slot_rows[:, 1].sum()
             total = own.clone()
             self._group.all_reduce(total)
             self._gradients.values.mul_(total / self.size / own)

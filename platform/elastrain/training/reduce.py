@@ -65,8 +65,9 @@ def slots_of(rank: int, size: int, slots: int) -> range:
 class FlatGradients:
     """Gradients of some parameters as views of one buffer, with a tail for what is summed along with them.
 
-    `buffer` is summed in one call a step: first the gradients, then `tail` of shape (slots + 1, width). A slot's row is
-    written by the worker that holds it and zero elsewhere, so its sum is exact in any order; the last row is for flags.
+    `buffer` is summed in one call a step: first the gradients, then `slot_rows` of shape (slots, width), then `flags` of
+    shape (width,). A slot's row, `rows[slot]`, is written by the worker that holds it and zero elsewhere, so its sum is
+    exact in any order.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, slots: int, width: int) -> None:
@@ -76,7 +77,9 @@ class FlatGradients:
         self.parameters = list(parameters)
         self.buffer = torch.zeros(size + (slots + 1) * width, dtype=dtype, device=first.device)
         self.values = self.buffer[:size]
-        self.tail = self.buffer[size:].view(slots + 1, width)
+        tail = self.buffer[size:].view(slots + 1, width)
+        self.slot_rows, self.flags = tail[:-1], tail[-1]
+        self.rows = self.slot_rows.unbind()
         self._views = []
         offset = 0
         for parameter in parameters:
@@ -106,4 +109,4 @@ def _like(flat: Tensor, parameter: Tensor) -> Tensor:
 
 def sum_in_order(rows: Tensor) -> Tensor:
     """Return the sum over dimension 0, added one after another: the same bits whoever computed the rows."""
-    return torch.cumsum(rows, dim=0)[-1] if len(rows) > 1 else rows[0]
+    return torch.cumsum(rows, dim=0)[-1] if len(rows) > 1 else rows[0].clone()

@@ -20,6 +20,9 @@ from elastrain.training.state import STATS, STEP, Phase, TrainState, seed_all
 from elastrain.training.task import Batch, calling, phase_loss
 
 
+TINY = 1e-30
+
+
 @dataclass(slots=True)
 class StepResult:
     """What a step reports: loss sums and weights as a device tensor (phases, 2), and flags: the stop flag comes first.
@@ -52,7 +55,6 @@ def run_step(
     factor = learning_factor(state.spec.schedule, state.step, num_steps)
     batches.move_to(state.step, slots, clock)
     first: tuple[float, Tensor | None] | None = None
-    flags = torch.zeros(0)
     while state.phase < len(state.phases):
         phase = state.phases[state.phase]
         _only_trains(state, phase)
@@ -87,21 +89,23 @@ def _reduced(
         batch = batches.batch(slot)
         if batch is not None:
             seed_all(hash64(state.spec.data.seed, STEP, state.step, slot, state.phase), state.device)
-            _backward(state, phase, batch, gradients.tail[slot], rows)
+            _backward(state, phase, batch, gradients.rows[slot], rows)
             state.buffers.end_slot(batches.plan.slot_rows(state.step, slot) / rows)
     gradients.check_attached()
-    flags = gradients.tail[-1]
-    flags[0], flags[1] = flag, float(bool(state.buffers.changed))
+    flags = gradients.flags  # zero so far, like all of the buffer
+    if flag:
+        flags[0] = flag
+    if state.buffers.changed:
+        flags[1] = 1.0
     clock.switch("reduce")
     group.all_reduce(gradients.buffer)
     _move_buffers(state, phase, group, flags)
     clock.switch("compute")
-    slot_rows = gradients.tail[:-1]
-    totals = sum_in_order(slot_rows[:, :STATS])
-    state.norms.end(slot_rows[:, STATS:])
-    # Without any weight there is nothing to learn from: the gradients are zero then, not 0 / 0.
-    gradients.values.mul_(torch.where(totals[1] > 0, rows / state.scale.value / totals[1], 0.0))
-    return totals.clone(), flags.clone()
+    totals = sum_in_order(gradients.slot_rows[:, :STATS])
+    state.norms.end(gradients.slot_rows[:, STATS:])
+    # Without any weight there is nothing to learn from: the gradients stay zero then, and are not 0 / 0.
+    gradients.values.mul_(rows / state.scale.value / totals[1].clamp_min(TINY))
+    return totals, flags.clone()
 
 
 def _move_buffers(state: TrainState, phase: Phase, group: Group, flags: Tensor) -> None:
@@ -124,9 +128,9 @@ def _backward(state: TrainState, phase: Phase, batch: Batch, row: Tensor, rows: 
         with calling(state.spec.task, "losses()"), forward_context(state.spec.precision, state.device):
             loss = phase_loss(state.task, state.forward, micro, phase.name)
         with calling(state.spec.task, "the backward pass of its loss"):
-            (loss.sum * (state.scale.value / rows)).backward()
-        row[0] += loss.sum.detach()
-        row[1] += loss.weight
+            loss.sum.backward(loss.sum.new_full((), state.scale.value / rows))  # as of a product, for less
+        row[0].add_(loss.sum.detach())
+        row[1].add_(loss.weight)
     state.norms.end_slot(row[STATS:])
 
 

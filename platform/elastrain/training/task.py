@@ -136,7 +136,7 @@ def make_task(spec: "TrainSpec", dataset: "Dataset") -> Task:
 def phase_loss(task: Task, model: nn.Module, batch: Batch, phase: str) -> Loss:
     """Return one phase's loss; raises SpecError if the task does not give it as the interface says."""
     losses = task.losses(model, batch)
-    if set(losses) != set(task.phases):
+    if losses.keys() != set(task.phases):
         raise SpecError(f"losses() gave {sorted(losses)}, but the task's phases are {sorted(task.phases)}")
     entry = losses[phase]
     loss: object = entry() if callable(entry) else entry
