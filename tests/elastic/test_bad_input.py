@@ -123,6 +123,10 @@ def test_an_address_where_no_ray_is(address: str) -> None:
         session._reachable(address)
 
 
+def test_a_command_to_an_address_where_no_ray_is(cli: Cli) -> None:
+    refused(train(cli, "x", "--address", "127.0.0.1:1"), 6, "127.0.0.1:1", "refused")
+
+
 def test_storage_that_cannot_be_written(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     refused(train(cli, "x", "--set", f"storage={tmp_path / 'file'}"), 5, str(tmp_path / "file"))

@@ -19,7 +19,6 @@ from elastrain.training.reduce import Group, sum_in_order
 from elastrain.training.state import STATS, STEP, Phase, TrainState, seed_all
 from elastrain.training.task import Batch, calling, phase_loss
 
-
 TINY = 1e-30
 
 
