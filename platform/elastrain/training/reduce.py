@@ -65,9 +65,9 @@ def slots_of(rank: int, size: int, slots: int) -> range:
 class FlatGradients:
     """Gradients of some parameters as views of one buffer, with a tail for what is summed along with them.
 
-    `buffer` is summed in one call a step: first the gradients, then `slot_rows` of shape (slots, width), then `flags` of
-    shape (width,). A slot's row, `rows[slot]`, is written by the worker that holds it and zero elsewhere, so its sum is
-    exact in any order.
+    `buffer` is summed in one call a step: first the gradients, then `slot_rows` of shape (slots, width), then `flags`
+    of shape (width,). A slot's row, `rows[slot]`, is written by the worker that holds it and zero elsewhere, so its sum
+    is exact in any order.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, slots: int, width: int) -> None:
