@@ -448,6 +448,17 @@ class LockstepMember:
         """Replace a tensor by the source's."""
         tensor.copy_(self._next(tensor)[source])
 
+    def all_to_all(self, output: Tensor, tensor: Tensor, received: list[int], sent: list[int]) -> None:
+        """Take from each member's tensor what it sends to this rank; its sizes are those that this one expects."""
+        sizes = self._next(torch.tensor(sent))
+        parts = [part.split(cuts.tolist()) for part, cuts in zip(self._next(tensor), sizes, strict=True)]
+        assert [len(part[self.rank]) for part in parts] == received
+        output.copy_(torch.cat([part[self.rank] for part in parts]))
+
+    def all_gather(self, output: Tensor, tensor: Tensor) -> None:
+        """Join the tensors of all members."""
+        output.copy_(torch.cat(self._next(tensor)))
+
     def _next(self, tensor: Tensor) -> list[Tensor]:
         self._number += 1
         return self._lockstep.exchange(self.rank, self._number, tensor)

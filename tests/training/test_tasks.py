@@ -131,9 +131,8 @@ class MeanOfMeans:
             self._gradients.values.mul_(total / self.size / own)
         self._group.all_reduce(tensor)
 
-    def broadcast(self, tensor: Tensor, source: int) -> None:
-        """As it should be."""
-        self._group.broadcast(tensor, source)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
 
 
 @pytest.mark.parametrize("kind", ["classifier", "variational", "adversarial"])

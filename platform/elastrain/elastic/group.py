@@ -74,6 +74,14 @@ class TorchGroup:
         """Replace `tensor` by the one of rank `source`; raises GroupLost if a member is gone."""
         self._wait(self._group.broadcast, tensor, source)
 
+    def all_to_all(self, output: Tensor, tensor: Tensor, received: list[int], sent: list[int]) -> None:
+        """Send `sent[r]` elements to each rank r, and receive `received[r]` from it; raises GroupLost."""
+        self._wait(self._group.alltoall_base, output, tensor, received, sent)
+
+    def all_gather(self, output: Tensor, tensor: Tensor) -> None:
+        """Put the equally long tensors of all members into `output`; raises GroupLost if one is gone."""
+        self._wait(self._group._allgather_base, output, tensor)  # noqa: SLF001 -- what torch's own function calls
+
     def _wait(self, operation: Callable[..., Any], *arguments: Any) -> None:
         try:
             operation(*arguments).wait()

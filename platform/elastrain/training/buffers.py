@@ -10,12 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from elastrain.errors import SpecError
 from elastrain.training.reduce import Group
+from elastrain.training.slotsum import SlotSum, slot_sum
 
 
 class MovingBuffers:
     """The persistent buffers of a model but batch norm's; a buffer that is not persistent holds nothing to keep."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, slots: int, consistency: str) -> None:
         self._places: list[tuple[nn.Module, str, str]] = []
         self._held: list[Tensor] = []
         for path, module in model.named_modules():
@@ -26,26 +27,33 @@ class MovingBuffers:
                     self._held.append(buffer)
         self._kept = [buffer.clone() for buffer in self._held]
         self._versions = [buffer._version for buffer in self._held]  # noqa: SLF001 -- counts writes, at no cost
-        self._moves: list[Tensor | None] = []
         self.changed: list[str] = []
+        self._slots, self._consistency = slots, consistency
+        self._moves: tuple[Tensor, ...] = ()
+        self._total: SlotSum | None = None
 
     def __bool__(self) -> bool:
         return bool(self._places)
 
-    def begin(self) -> None:
-        """Take what the buffers hold as the begin of a step."""
+    def begin(self, *, moving: bool) -> None:
+        """Take what the buffers hold as the begin of a step in which forwards are `moving` them."""
         for index in self._touched():
             self._kept[index].copy_(self._held[index])
         self._settle()
-        self._moves, self.changed = [None] * len(self._held), []
+        self._total = self._new_total() if moving and self._held else None
+        self.changed = []
+
+    def begin_slot(self, slot: int) -> None:
+        """Note moves from here on as those of this slot."""
+        if self._total is not None:
+            self._total.begin_slot(slot)
 
     def end_slot(self, share: float) -> None:
         """Note how a slot with this share of the step's rows moved the buffers, and put them back."""
         for index in self._touched():
             held, kept = self._held[index], self._kept[index]
-            move = (held.double() - kept.double()) * share
-            earlier = self._moves[index]
-            self._moves[index] = move if earlier is None else earlier + move
+            if self._total is not None:
+                self._moves[index].add_(((held.double() - kept.double()) * share).view(-1))
             self.changed.append(self._places[index][2])
         self.put_back()
 
@@ -57,15 +65,19 @@ class MovingBuffers:
 
     def end(self, group: Group) -> None:
         """Move the buffers by the mean over all slots; every worker calls it, with moves or without."""
-        pairs = zip(self._moves, self._kept, strict=True)
-        moves = [torch.zeros_like(kept, dtype=torch.float64) if move is None else move for move, kept in pairs]
-        flat = torch.cat([move.flatten() for move in moves])
-        group.all_reduce(flat)
-        for held, kept, move in zip(self._held, self._kept, flat.split([move.numel() for move in moves]), strict=True):
+        assert self._total is not None
+        self._total.reduce(group)
+        for held, kept, move in zip(self._held, self._kept, self._moves, strict=True):
             value = kept.double() + move.view_as(kept)
             held.copy_(value if held.is_floating_point() else value.round())
             kept.copy_(held)
         self._settle()
+
+    def _new_total(self) -> SlotSum:
+        sizes = [buffer.numel() for buffer in self._held]
+        flat = torch.zeros(sum(sizes), dtype=torch.float64, device=self._held[0].device)
+        self._moves = flat.split(sizes)
+        return slot_sum(flat, self._slots, self._consistency)
 
     def _touched(self) -> list[int]:
         """Return which buffers were written since the last call of `_settle`; one that was replaced is taken over."""

@@ -37,6 +37,12 @@ class Group(Protocol):
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Replace `tensor` by the one of rank `source`."""
 
+    def all_to_all(self, output: Tensor, tensor: Tensor, received: list[int], sent: list[int]) -> None:
+        """Send `sent[r]` elements of `tensor`, in order, to each rank r; `received[r]` from it come into `output`."""
+
+    def all_gather(self, output: Tensor, tensor: Tensor) -> None:
+        """Put the tensors of all members, of equal length, one after another into `output`."""
+
 
 class Solo:
     """The group of one worker: nothing to do."""
@@ -51,6 +57,15 @@ class Solo:
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Leave `tensor` as it is."""
+
+    def all_to_all(self, output: Tensor, tensor: Tensor, received: list[int], sent: list[int]) -> None:
+        """Copy."""
+        del received, sent
+        output.copy_(tensor)
+
+    def all_gather(self, output: Tensor, tensor: Tensor) -> None:
+        """Copy."""
+        output.copy_(tensor)
 
 
 def slots_of(rank: int, size: int, slots: int) -> range:
@@ -87,8 +102,7 @@ class FlatGradients:
             offset += parameter.numel()
 
     def attach(self) -> None:
-        """Zero everything and make backward add into the buffer."""
-        self.buffer.zero_()
+        """Make backward add into the buffer."""
         for parameter, view in zip(self.parameters, self._views, strict=True):
             if parameter.grad is not view:
                 parameter.grad = view

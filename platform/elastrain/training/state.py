@@ -20,6 +20,7 @@ from elastrain.training.norm import BatchNorms
 from elastrain.training.optim import for_phase, make_optimizer
 from elastrain.training.precision import LossScale
 from elastrain.training.reduce import FlatGradients, Group
+from elastrain.training.slotsum import SlotSum, slot_sum
 from elastrain.training.task import Task, calling, check_phases, phase_parameters
 
 INIT, STEP, EVALUATE = 101, 102, 103  # domains of seeds
@@ -37,6 +38,7 @@ class Phase:
     parameters: tuple[str, ...]
     optimizer: Optimizer
     gradients: FlatGradients
+    total: SlotSum
     base_lr: float
     moves: bool | None = None
 
@@ -55,7 +57,7 @@ class TrainState:
         with calling(spec.task, "build()"):
             self.model = task.build().to(device=device, dtype=dtype)
         self.norms = BatchNorms(self.model)
-        self.buffers = MovingBuffers(self.model)
+        self.buffers = MovingBuffers(self.model, spec.num_slots, spec.consistency)
         check_phases(task, self.model)
         self.forward = self._compiled() if spec.compile else self.model
         self.phases = [self._phase(name) for name in task.phases]
@@ -81,7 +83,8 @@ class TrainState:
         settings = for_phase(self.spec.optimizer, name)
         names, parameters = zip(*phase_parameters(self.task, self.model, name), strict=True)
         gradients = FlatGradients(parameters, slots=self.spec.num_slots, width=STATS + self.norms.width)
-        return Phase(name, names, make_optimizer(settings, parameters), gradients, settings.lr)
+        total = slot_sum(gradients.buffer, self.spec.num_slots, self.spec.consistency)
+        return Phase(name, names, make_optimizer(settings, parameters), gradients, total, settings.lr)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state's tensors by name (`model/…`, `ema/…`, `optim/<phase>/<parameter>/<key>`), no copies."""

@@ -58,7 +58,7 @@ def run_step(
         phase = state.phases[state.phase]
         _only_trains(state, phase)
         state.norms.begin()
-        state.buffers.begin()
+        state.buffers.begin(moving=phase.moves is not False)
         try:
             totals, flags = _reduced(state, phase, batches, group, slots, clock=clock, flag=flag)
         except BaseException:
@@ -84,7 +84,10 @@ def _reduced(
     clock.switch("compute")
     gradients, rows = phase.gradients, batches.plan.batch_rows(state.step)
     gradients.attach()
+    phase.total.begin()
     for slot in slots:
+        phase.total.begin_slot(slot)
+        state.buffers.begin_slot(slot)
         batch = batches.batch(slot)
         if batch is not None:
             seed_all(hash64(state.spec.data.seed, STEP, state.step, slot, state.phase), state.device)
@@ -97,7 +100,7 @@ def _reduced(
     if state.buffers.changed:
         flags[1] = 1.0
     clock.switch("reduce")
-    group.all_reduce(gradients.buffer)
+    phase.total.reduce(group)
     _move_buffers(state, phase, group, flags)
     clock.switch("compute")
     totals = sum_in_order(gradients.slot_rows[:, :STATS])
