@@ -1,13 +1,14 @@
 """The verbs of the command line: parse, call, print. Ray and torch are loaded by the verbs that need them."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from elastrain.errors import ElastrainError, Interrupted
+from elastrain.errors import ElastrainError, Interrupted, SpecError
 
 app = typer.Typer(
     name="elastrain",
@@ -46,7 +47,7 @@ def pack(
     """Turn digits, IDX, CSV, Parquet, text or images into packed, checksummed Parquet."""
 
     def run() -> tuple[dict[str, Any], str]:
-        from elastrain.data.pack import pack_dataset
+        from elastrain.data.pack import machine_cpus, pack_dataset
         from elastrain.data.sources import PackOptions
         from elastrain.elastic.session import ray_session
         from elastrain.observe.progress import pack_progress
@@ -56,14 +57,14 @@ def pack(
             tokenizer=tokenizer,
             test_fraction=test_fraction,
             codec=codec,
-            row_group_bytes=int(row_group_mib * (1 << 20)),
-            shard_bytes=int(shard_mib * (1 << 20)),
+            row_group_bytes=_bytes("--row-group-mib", row_group_mib),
+            shard_bytes=_bytes("--shard-mib", shard_mib),
             image_size=image_size,
             label=label,
             columns=tuple(columns.split(",")) if columns else None,
             overwrite=overwrite,
         )
-        with ray_session(address, cpus=2), pack_progress() as progress:
+        with ray_session(address, cpus=machine_cpus()), pack_progress() as progress:
             result = pack_dataset(source, out, options, progress=progress)
         verb = "already packed" if result["already"] else "packed"
         splits = ", ".join(f"{name} {split['rows']:,} rows" for name, split in result["splits"].items())
@@ -159,11 +160,23 @@ def export(
 
 
 @app.command()
-def schema() -> None:
+def schema(as_json: Json = False) -> None:
     """Print the JSON Schema of specs, for editors."""
-    from elastrain.spec.document import schema as spec_schema
 
-    print(json.dumps(spec_schema(), indent=1))
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.spec.document import schema as spec_schema
+
+        found = spec_schema()
+        return found, json.dumps(found, indent=1)
+
+    _print(run, as_json=as_json)
+
+
+def _bytes(option: str, mib: float) -> int:
+    """Return MiB as bytes; raises SpecError for infinity and what is no number, which Python reads as floats."""
+    if not math.isfinite(mib):
+        raise SpecError(f"{option} {mib}: expected a finite number of MiB, such as 1")
+    return int(mib * (1 << 20))
 
 
 def _print(run: Callable[[], tuple[dict[str, Any], str]], *, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""One way to read, list, put and remove files: local paths directly, every other URL through fsspec.
+"""One way to read, list, put, move and remove files: local paths directly, every other URL through fsspec.
 
 A put is atomic: a reader sees the old bytes or the new ones. Nothing here knows what the files mean.
 """
@@ -98,31 +98,38 @@ def staged(url: str) -> Iterator[Path]:
             else:
                 _tried("write", url, lambda: _remote(url)[0].put_file(str(temporary), _remote(url)[1]))
     finally:
-        temporary.unlink(missing_ok=True)
+        # A path that cannot be written cannot be cleaned either: the first error is the one that tells.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def exists(url: str) -> bool:
     """Say whether a file or folder is there; raises StorageError if storage does not answer."""
     if is_local(url):
-        return local_path(url).exists()
+        with _named("look up", url):
+            return local_path(url).exists()
     return bool(_tried("look up", url, lambda: _remote(url)[0].exists(_remote(url)[1])))
 
 
-def list_files(url: str, *, suffix: str = "") -> list[FileInfo]:
+def list_files(url: str, *, suffix: str | tuple[str, ...] = "") -> list[FileInfo]:
     """List the files below a folder (any depth) in path order; hidden names are left out.
 
-    Raises FileNotFoundError if the folder does not exist, StorageError if it cannot be read.
+    Links are followed; a folder that several names lead to is listed once, under its own name where it has one here.
+    Raises FileNotFoundError if the folder does not exist, StorageError if any of it cannot be read.
     """
-    found = _local_files(local_path(url)) if is_local(url) else _remote_files(url)
-    kept = (file for file in found if file.path.endswith(suffix) and not _hidden(file.path))
-    return sorted(kept, key=lambda file: file.path)
+    if is_local(url):
+        found = _local_files(local_path(url), suffix)
+    else:
+        found = (file for file in _remote_files(url) if file.path.endswith(suffix) and not _hidden(file.path))
+    return sorted(found, key=lambda file: file.path)
 
 
 def list_folders(url: str) -> list[str]:
     """List the names of the folders directly inside `url`, sorted; empty where it does not exist."""
     if is_local(url):
         root = local_path(url)
-        return sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+        with _named("list", url):
+            return sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
     names = {file.path.split("/", 1)[0] for file in _remote_files(url) if "/" in file.path} if exists(url) else set()
     return sorted(names)
 
@@ -136,7 +143,18 @@ def remove(url: str) -> None:
         return
     path = local_path(url)
     with _named("remove", url):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def move(url: str, target: str) -> None:
+    """Move a file to another place of the same store, over what is there; raises StorageError."""
+    if is_local(url):
+        with _named("write", target):
+            local_path(target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(local_path(url), local_path(target))
+        return
+    _tried("write", target, lambda: _remote(url)[0].copy(_remote(url)[1], _remote(target)[1]))
+    remove(url)
 
 
 def open_arrow(url: str) -> Any:
@@ -165,14 +183,50 @@ def _hidden(path: str) -> bool:
     return any(part.startswith((".", "_")) for part in path.split("/"))
 
 
-def _local_files(root: Path) -> Iterator[FileInfo]:
-    if not root.exists():
+def _local_files(root: Path, suffix: str | tuple[str, ...]) -> Iterator[FileInfo]:
+    if not exists(str(root)):
         raise FileNotFoundError(str(root))
-    with _named("list", str(root)):
-        for folder, _, names in os.walk(root):
-            for name in names:
-                path = Path(folder) / name
-                yield FileInfo(path=path.relative_to(root).as_posix(), size_bytes=path.stat().st_size)
+    for folder, names in _local_folders(root):
+        for path in (folder / name for name in names if name.endswith(suffix) and not _hidden(name)):
+            size = _size(path)
+            if size is not None:
+                yield FileInfo(path=path.relative_to(root).as_posix(), size_bytes=size)
+
+
+def _local_folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each visible folder once, with the names of its files; what links lead to comes last."""
+    seen: set[tuple[int, int]] = set()
+    starts = [root]
+    for start in starts:  # grows by the links that are found, and ends where all that they lead to is seen
+        for folder, inner, names in os.walk(start, onerror=_unreadable):
+            status = Path(folder).stat()
+            if (status.st_dev, status.st_ino) in seen:
+                inner.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            inner[:] = sorted(name for name in inner if not _hidden(name))
+            starts += [path for path in (Path(folder, name) for name in inner) if path.is_symlink()]
+            yield Path(folder), names
+
+
+def _unreadable(error: OSError) -> None:
+    """Raise what `os.walk` would pass over, but for a folder that has been removed since it was listed."""
+    with _named("list", str(error.filename)):
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+
+def _size(path: Path) -> int | None:
+    """Return the size of a file that was listed, None if it has been removed since."""
+    with _named("list", str(path)):
+        try:
+            return path.stat().st_size
+        except FileNotFoundError:
+            if path.is_symlink():
+                raise StorageError(
+                    f"cannot list {path}: a link that leads nowhere; restore what it leads to, or remove it"
+                ) from None
+            return None
 
 
 def _remote_files(url: str) -> Iterator[FileInfo]:
@@ -211,6 +265,8 @@ def _named(operation: str, url: str) -> Iterator[None]:
             errno.EACCES: "permission denied: check the owner and mode",
             errno.EROFS: "the file system is read-only: choose another storage",
             errno.ENOTDIR: "a part of the path is a file: choose another storage",
+            errno.EEXIST: "a part of the path is a file: choose another storage",
+            errno.ENAMETOOLONG: "a name in the path is too long: choose a shorter one",
         }.get(error.errno or 0, str(error))
         raise StorageError(f"cannot {operation} {url}: {remedy}") from error
 

@@ -1,6 +1,8 @@
 """Datasets: what opens, what does not, and what the fingerprint is over."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,8 @@ def broken(url: Path, *words: str) -> None:
 def test_what_is_no_dataset_is_named(tmp_path: Path) -> None:
     broken(tmp_path / "nowhere", "nowhere", "elastrain pack")
     broken(tmp_path, str(tmp_path), "no Parquet files")
+    (tmp_path / "a.csv").write_text("x\n1\n")
+    broken(tmp_path / "a.csv", "a.csv: not a Parquet file", "elastrain pack")
     pq.write_table(pa.table({"x": pa.array([], pa.int64())}), tmp_path / "a.parquet")
     broken(tmp_path, "no rows")
 
@@ -82,6 +86,37 @@ def test_files_of_different_schema_are_named(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", 3)
     pq.write_table(pa.table({"image": [1], "label": [1]}), tmp_path / "b.parquet")
     broken(tmp_path, f"{tmp_path}/b.parquet", "'image'", f"{tmp_path}/a.parquet")
+
+
+def test_tensors_of_equal_width_and_different_type_are_not_one_column(tmp_path: Path) -> None:
+    pq.write_table(to_table({"x": np.ones((3, 2), np.float32)}), tmp_path / "a.parquet")
+    pq.write_table(to_table({"x": np.ones((3, 2), np.int32)}), tmp_path / "b.parquet")
+    broken(tmp_path, f"{tmp_path}/b.parquet: column 'x' is int32 [2], but float32 [2] in {tmp_path}/a.parquet")
+    pq.write_table(to_table({"x": np.ones((3, 2), np.float32)}), tmp_path / "b.parquet")
+    assert Dataset.open(str(tmp_path)).num_rows == 6
+
+
+@pytest.mark.parametrize("version", ["", "_v2"])
+def test_ray_tensors_are_the_same_whether_ray_is_loaded_or_not(version: str, tmp_path: Path) -> None:
+    """Ray registers the type when it is imported; else Arrow sees the lists that the tensors are stored as."""
+    metadata = {"ARROW:extension:name": f"ray.data.arrow_tensor{version}", "ARROW:extension:metadata": "[2, 3]"}
+    kind = pa.large_list(pa.float32()) if version else pa.list_(pa.float32())
+    schema = pa.schema([pa.field("x", kind, metadata=metadata)])
+    pq.write_table(pa.table([pa.array([[1.0] * 6] * 4, kind)], schema=schema), tmp_path / "a.parquet")
+    code = "import sys; from elastrain import Dataset; d = Dataset.open(sys.argv[1]); print(d.columns, d.fingerprint)"
+    seen = [
+        subprocess.run([sys.executable, "-c", first + code, str(tmp_path)], capture_output=True, text=True, check=True)
+        for first in ("", "import ray.data; ")
+    ]
+    assert "shape=(2, 3)" in seen[0].stdout
+    assert seen[0].stdout == seen[1].stdout
+
+
+def test_names_inside_lists_are_no_difference(tmp_path: Path) -> None:
+    for name in ("item", "element"):
+        values = pa.array([[1, 2], [3, 4]], pa.list_(pa.field(name, pa.int32())))
+        pq.write_table(pa.table({"x": values}), tmp_path / f"{name}.parquet", use_compliant_nested_type=False)
+    assert Dataset.open(str(tmp_path)).columns[0].shape == (2,)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 11, 50, -1])
@@ -117,12 +152,34 @@ def test_a_pack_that_was_cut_off_does_not_open(tmp_path: Path) -> None:
     broken(tmp_path, "cut off", "again")
 
 
+def test_the_folder_above_the_splits_is_refused(tmp_path: Path) -> None:
+    above = tmp_path / "d"
+    for split in ("train", "test"):
+        write(above / split / "part-00000.parquet", 3)
+        (above / split / MANIFEST).write_text("{}")
+    broken(above, f"{above} holds the splits test, train: give {above}/train")
+    (above / "train" / MANIFEST).rename(above / "train" / PACKING)
+    broken(above, f"{above} holds the splits test, train: give {above}/train")
+    broken(tmp_path, f"{tmp_path} holds the splits d/test, d/train: give {tmp_path}/d/train")
+    for split, name in {"train": PACKING, "test": MANIFEST}.items():
+        (above / split / name).unlink()
+    assert Dataset.open(str(above)).num_rows == 6, "a plain folder may have folders of any name"
+
+
 @pytest.mark.parametrize(
-    ("text", "words"), [("[]", "not a manifest"), ("{}", "not a manifest"), ('{"format": 99}', "format 99")]
+    ("text", "words"),
+    [
+        ("[]", "not a manifest"),
+        ("{}", "not a manifest"),
+        ('{"format": 99}', "format 99"),
+        ('{"format": 1, "sha', "not a JSON document"),
+        ("", "not a JSON document"),
+        ("\udcff", "not a JSON document"),
+    ],
 )
 def test_other_manifests_are_named(text: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / MANIFEST).write_text(text)
-    broken(tmp_path, words)
+    (tmp_path / MANIFEST).write_text(text, errors="surrogateescape")
+    broken(tmp_path, str(tmp_path), words, "`elastrain pack … --overwrite`")
 
 
 def test_a_dataset_opens_on_any_store(tmp_path: Path) -> None:

@@ -19,13 +19,15 @@ from elastrain.data.blocks import (
     arrays_of,
     block_size,
     eval_block_rows,
+    keeps_evaluation,
     train_tasks,
 )
 from elastrain.data.columns import to_table
 from elastrain.data.dataset import MANIFEST, Dataset
 from elastrain.data.feed import FeederLogic, WorkerFeed, grouped
-from elastrain.data.plan import Plan
+from elastrain.data.plan import INDEX_BYTES, Plan
 from elastrain.errors import DataError
+from elastrain.spec.train import Scale
 
 ROWS, SLOTS = 1000, 3
 IMAGES = np.arange(ROWS * 16, dtype=np.uint16).reshape(ROWS, 4, 4)
@@ -96,18 +98,73 @@ def test_blocks_hold_the_plan_from_any_cursor(dataset: Dataset, begin: int, end:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_evaluation_delivers_each_row_once_in_every_round(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", [True, False])
+def test_evaluation_delivers_each_row_once_in_every_round(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, *, kept: bool
+) -> None:
     monkeypatch.setattr(blocks_module, "EVAL_BLOCK_BYTES", 128 * dataset.row_bytes)
+    monkeypatch.setattr(blocks_module, "KEPT_EVAL_BYTES", dataset.row_bytes * ROWS - 1 + kept)
     spec = spec_of(dataset)
     logic = FeederLogic(spec)
     worker = WorkerFeed(Here(logic), spec, begin=0)
+    blocks = list(range(-(-ROWS // eval_block_rows(dataset))))
     for number in (10, 20):
-        blocks = list(range(-(-ROWS // eval_block_rows(dataset))))
         rows = [arrays[INDEX[3]] for _, arrays in worker.evaluation(blocks, number)]
         assert np.array_equal(np.concatenate(rows), np.arange(ROWS))
-    assert len(logic._rounds) == 1, "small data are read once and kept for all rounds"
+        assert len(logic._kept) == kept * len(blocks), "small data are read once and kept for all rounds"
     worker.close()
     logic.close()
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(60)
+@pytest.mark.usefixtures("local_ray")
+def test_workers_evaluate_at_their_own_pace_and_a_lost_one_holds_up_nobody(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data that are not kept: a worker stops half-way, one comes late to blocks that others are done with."""
+    monkeypatch.setattr(blocks_module, "EVAL_BLOCK_BYTES", 8 * dataset.row_bytes)
+    monkeypatch.setattr(blocks_module, "KEPT_EVAL_BYTES", 0)
+    spec = spec_of(dataset)
+    logic = FeederLogic(spec)
+    workers = [WorkerFeed(Here(logic), spec, begin=0) for _ in range(3)]
+    lost, first, late = (worker.evaluation(list(range(125)), 1) for worker in workers)
+    next(lost)
+    assert [index for index, _ in first] == list(range(125))
+    assert [index for index, _ in late] == list(range(125))
+    again = [arrays[INDEX[3]] for _, arrays in workers[1].evaluation(range(0, 125, 2), 2)]
+    assert [len(rows) for rows in again] == [8] * 63
+    for worker in workers:
+        worker.close()
+    logic.close()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_the_room_for_blocks_is_counted_as_transforms_leave_them(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+
+    class Watched(feed_module.Stream):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            given.append(named["block_bytes"])
+            super().__init__(*arguments, **named)
+
+    monkeypatch.setattr(feed_module, "Stream", Watched)
+    wide = replace(spec_of(dataset), transforms=(Scale(name="scale", column="image"),))
+    for spec in (spec_of(dataset), wide):
+        FeederLogic(spec).close()
+    rows = 5 * -(-64 // SLOTS)
+    assert given == [rows * (16 * 2 + 1 + INDEX_BYTES), rows * (16 * 4 + 1 + INDEX_BYTES)]
+
+
+def test_whether_evaluation_is_kept_is_decided_by_what_transforms_leave(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks_module, "KEPT_EVAL_BYTES", ROWS * (16 * 2 + 1))
+    assert keeps_evaluation(dataset, [])
+    assert not keeps_evaluation(dataset, [Scale(name="scale", column="image")])
 
 
 @pytest.mark.ray

@@ -1,12 +1,13 @@
 """Packing as a Ray job: the same bytes whatever happens, proof of what was written, and errors in one sentence."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ import pytest
 import ray
 
 from elastrain import storage
+from elastrain.data import outcome
 from elastrain.data.chunks import Split
 from elastrain.data.columns import Array, Column, from_table
 from elastrain.data.dataset import MANIFEST, PACKING, Dataset, read_footer
-from elastrain.data.pack import _Order, _pieces, pack_dataset
+from elastrain.data.pack import _Order, _pieces, machine_cpus, pack_dataset
 from elastrain.data.shards import ShardWriter, Sums, read_back
 from elastrain.data.sources import PackOptions, open_source
 from elastrain.data.tokens import Windows
-from elastrain.errors import ConflictError, DataError, ElastrainError, StorageError
+from elastrain.errors import ConflictError, DataError, ElastrainError, SpecError, StorageError
 
 WATCHED = """
 import json, sys, time
@@ -209,6 +211,103 @@ def test_pieces_out_of_order_are_noticed() -> None:
         order.complete(1)
 
 
+# --- without Ray: what is left in the folder
+
+COLUMN = Column(name="x", dtype="int64", shape=())
+
+
+def outcome_of(out: str, value: int, names: tuple[str, ...], *, also_files: bool = False) -> None:
+    """Pack rows of one value, in splits of these names, with all that `pack_dataset` does around its Ray job."""
+    files = {outcome.TOKENIZER: b"{}"} if also_files else {}
+    splits = {name: Split(columns=(COLUMN,), chunks=(), reader=_Buggy(), files=files) for name in names}
+    there = outcome.find(out)
+    with outcome.placed(out, there, splits, {"value": value}) as place:
+        packed = {}
+        for name in names:
+            with ShardWriter(place.shards(name), [COLUMN], PackOptions(row_group_bytes=8, shard_bytes=16)) as writer:
+                writer.write({"x": np.full(value, value)})
+                shards, columns = writer.finish()
+            packed[name] = Dataset(
+                url=place.shards(name), columns=columns, shards=shards, fingerprint=str(value), packed=True
+            )
+        outcome.commit(place, packed)
+
+
+def opened(out: str) -> dict[str, str]:
+    """Return the fingerprints of the splits that open, all shards of which are there as they were written."""
+    found = {}
+    for name in ("train", "test", "val"):
+        with contextlib.suppress(DataError):
+            dataset = Dataset.open(f"{out}/{name}")
+            assert dataset.packed
+            for shard in dataset.shards:
+                assert read_footer(f"{out}/{name}/{shard.path}", shard.size_bytes)[1] == shard.footer
+            found[name] = dataset.fingerprint
+    return found
+
+
+class _Killed(BaseException):
+    """No cleaning up: whatever is done afterwards fails, too."""
+
+
+@pytest.mark.parametrize("store", ["local", "memory"])
+def test_a_kill_at_any_moment_of_an_overwrite_leaves_the_old_or_the_new_or_nothing(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, moment, ended = set(), 0, False
+    while not ended:
+        out = f"memory://killed/{moment}" if store == "memory" else str(tmp_path / str(moment))
+        outcome_of(out, 3, ("train", "test"), also_files=True)
+        left = moment
+
+        def dying(operation: Callable[..., Any]) -> Callable[..., Any]:
+            def operate(*arguments: Any, **options: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise _Killed
+                return operation(*arguments, **options)
+
+            return operate
+
+        with monkeypatch.context() as patched:
+            for name in ("staged", "put", "move", "remove"):
+                patched.setattr(storage, name, dying(getattr(storage, name)))
+            try:
+                outcome_of(out, 5, ("train", "val"))
+                ended = True
+            except _Killed:
+                pass
+        found = opened(out)
+        assert len(set(found.values())) < 2, f"killed before operation {moment}: {found}"
+        assert found.get("train") != "5" or found == {"train": "5", "val": "5"}, "train comes last"
+        seen.add(tuple(sorted(found.items())))
+        outcome_of(out, 5, ("train", "val"))
+        assert opened(out) == {"train": "5", "val": "5"}
+        if store == "local":
+            expected = {f"{split}/{name}" for split in ("train", "val") for name in (MANIFEST, *FIVE)}
+            assert set(files_of(Path(out))) == expected
+        moment += 1
+    assert {(("test", "3"), ("train", "3")), (), (("train", "5"), ("val", "5"))} <= seen
+    assert moment > 20
+
+
+FIVE = [f"part-{shard:05}.parquet" for shard in range(3)]
+
+
+def test_what_no_pack_wrote_stays(tmp_path: Path) -> None:
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    outcome_of(str(out), 1, ("train", "test"))
+    outside.mkdir()
+    for path in (outside / "part-00000.parquet", out / "train" / "notes.txt", out / "test" / "more.parquet"):
+        path.write_text("precious")
+    (out / "train" / "linked").symlink_to(outside)
+    outcome_of(str(out), 5, ("train",))
+    expected = {"train/notes.txt", "test/more.parquet", f"train/{MANIFEST}", *(f"train/{name}" for name in FIVE)}
+    assert set(files_of(out)) == expected
+    assert (outside / "part-00000.parquet").read_text() == "precious"
+
+
 # --- with Ray
 
 
@@ -275,6 +374,91 @@ def test_packing_again_conflicts_and_overwriting(tmp_path: Path) -> None:
     with pytest.raises(ConflictError, match="no pack wrote"):
         pack_dataset("digits", str(tmp_path / "theirs"), PackOptions(overwrite=True))
     assert (tmp_path / "theirs" / "train" / "mine.parquet").read_bytes() == b"precious"
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_source_is_never_overwritten_with_itself(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack_dataset("digits", str(out), PackOptions())
+    (tmp_path / "link").symlink_to(out)
+    before = files_of(out)
+    for source in (f"parquet:{out}/train", f"parquet:{tmp_path}/link", f"text:{out}/test/*.parquet"):
+        with pytest.raises(ConflictError, match=r"the source is .*/out/(train|test), which this pack would replace"):
+            pack_dataset(source, str(out), PackOptions(overwrite=True))
+    with pytest.raises(ConflictError, match="which this pack would replace"):
+        pack_dataset(f"parquet:{out}/train", str(tmp_path / "link"), PackOptions(overwrite=True))
+    assert files_of(out) == before
+    pack_dataset(f"parquet:{out}/train", str(tmp_path / "other"), PackOptions(columns=("label",)))
+    (out / "train" / "mine.csv").write_text("x\n1\n2\n")
+    pack_dataset(f"csv:{out}/train/mine.csv", str(out), PackOptions(overwrite=True))
+    assert (out / "train" / "mine.csv").exists(), "what is not replaced may be packed"
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_an_overwrite_that_fails_leaves_the_old_dataset(table: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack_dataset(f"csv:{table}", str(out), PackOptions(**SMALL))
+    before = files_of(out)
+    bad = tmp_path / "bad.csv"
+    bad.write_text("x,y\n" + "3,4\n" * 1_500_000 + "5,\n")
+    with pytest.raises(DataError, match="no value in row 1500000"):
+        pack_dataset(f"csv:{bad}", str(out), PackOptions(overwrite=True, row_group_bytes=20_000, shard_bytes=200_000))
+    assert files_of(out) == before
+    killed = other_process(1, f"csv:{table}", out, {**SMALL, "codec": "zstd", "overwrite": True}, hold=30_000)
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == "held\n"
+    with pytest.raises(ConflictError, match=rf"{out}: in use by process {killed.pid} on .*choose another folder"):
+        pack_dataset(f"csv:{table}", str(out), PackOptions(**SMALL, overwrite=True))
+    assert pack_dataset(f"csv:{table}", str(out), PackOptions(**SMALL))["already"], "to look takes no lock"
+    assert list((out / outcome.BESIDE / "train").glob("part-*.parquet")), "shards of the new dataset are there"
+    killed.send_signal(signal.SIGKILL)
+    killed.wait(timeout=30)
+    killed.stdout.close()
+    assert {name: data for name, data in files_of(out).items() if not name.startswith(".")} == before
+    assert not pack_dataset(f"csv:{table}", str(out), PackOptions(**SMALL, overwrite=True))["already"]
+    assert files_of(out) == before
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_pack_that_lacks_something_is_done_again(tmp_path: Path) -> None:
+    out, source = tmp_path / "out", tmp_path / "a.txt"
+    source.write_text("some text to learn from\n" * 1000)
+    options = PackOptions(context=8, tokenizer="bpe:260")
+    pack_dataset(f"text:{source}", str(out), options)
+    before = files_of(out)
+    shard = out / "test" / "part-00000.parquet"
+    for spoil in (shard.unlink, lambda: shard.write_bytes(before["test/part-00000.parquet"][:-1]), _unlink(out)):
+        spoil()
+        assert not pack_dataset(f"text:{source}", str(out), options)["already"]
+        assert files_of(out) == before
+    (out / "train" / MANIFEST).write_bytes(before[f"train/{MANIFEST}"][:50])
+    with pytest.raises(DataError, match="--overwrite"):
+        Dataset.open(str(out / "train"))
+    with pytest.raises(ConflictError, match=r"train has a manifest that cannot be read.*--overwrite"):
+        pack_dataset(f"text:{source}", str(out), options)
+    pack_dataset(f"text:{source}", str(out), PackOptions(context=8, tokenizer="bpe:260", overwrite=True))
+    assert files_of(out) == before
+
+
+def _unlink(out: Path) -> Callable[[], None]:
+    return (out / outcome.TOKENIZER).unlink
+
+
+def test_credentials_are_refused_and_not_told(tmp_path: Path) -> None:
+    secret = "s3://key:hidden@bucket/x"  # noqa: S105 -- nobody's
+    for name, source, out in (("SOURCE", f"text:{secret}", str(tmp_path)), ("OUT", "digits", secret)):
+        with pytest.raises(SpecError, match=f"^{name}: the URL holds credentials") as caught:
+            pack_dataset(source, out, PackOptions())
+        assert "hidden" not in str(caught.value)
+
+
+def test_a_local_pack_has_the_cpus_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpus, expected in ((1, 2), (2, 2), (64, 64)):
+        monkeypatch.setattr("elastrain.data.pack.get_num_cpus", lambda cpus=cpus, **_: cpus)
+        assert machine_cpus() == expected
 
 
 @pytest.mark.ray

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from elastrain.data.columns import Array, encode, to_table
-from elastrain.data.sources import PackOptions, Split, identity, open_source
+from elastrain.data.sources import PackOptions, Split, identity, open_source, parquet_files
 from elastrain.data.tokens import BPE_PIECE_BYTES, Windows
 from elastrain.errors import DataError, SpecError
 
@@ -54,6 +54,16 @@ def broken(source: str, *words: str, **options: Any) -> None:
 def test_an_unknown_source_is_a_usage_error(source: str) -> None:
     with pytest.raises(SpecError, match="is none of digits"):
         open_source(source, PackOptions())
+
+
+@pytest.mark.parametrize(
+    "source", ["text:s3://key:hidden@bucket/a.txt", "s3://key:hidden@bucket/a", "csv:http://x/?sig=hidden"]
+)
+def test_credentials_in_a_source_are_refused_and_not_told(source: str) -> None:
+    for call in (identity, parquet_files, lambda source: open_source(source, PackOptions())):
+        with pytest.raises(SpecError, match=r"holds credentials.*environment") as caught:
+            call(source)
+        assert "hidden" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,7 @@
 
 import os
 import shutil
-import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ import pytest
 import elastrain
 from elastrain.elastic import session
 from elastrain.elastic.check import check_run
-from elastrain.elastic.lock import locked
-from elastrain.errors import ConflictError, DataError, DivergedError, ResourceError, SpecError, StorageError
+from elastrain.errors import DataError, DivergedError, ResourceError, SpecError, StorageError
+from elastrain.lock import locked
 from elastrain.training.checkpoint import read_weights
 from elastrain.training.export import export_weights
 
@@ -59,6 +57,25 @@ def test_missing_data(cli: Cli) -> None:
 
 def test_an_empty_folder(cli: Cli, tmp_path: Path) -> None:
     refused(train(cli, "x", "--set", f"data.train={tmp_path}"), 4, str(tmp_path), "no Parquet files")
+
+
+def test_the_folder_above_the_splits(cli: Cli, workspace: Path) -> None:
+    above = f"{workspace}/data/digits"
+    refused(
+        train(cli, "x", "--set", "data.train=data/digits"), 4, f"{above} holds the splits test, train: give {above}"
+    )
+
+
+def test_a_manifest_that_cannot_be_read(cli: Cli, broken: Path) -> None:
+    (broken / "_manifest.json").write_bytes((broken / "_manifest.json").read_bytes()[:100])
+    refused(train(cli, "x", "--set", f"data.train={broken}"), 4, "_manifest.json", "elastrain pack … --overwrite")
+
+
+def test_packs_that_are_refused(cli: Cli, workspace: Path) -> None:
+    with locked(f"{workspace}/data/busy", remedy="wait"):
+        refused(cli("pack", "digits", "data/busy"), 3, f"process {os.getpid()}", "choose another folder")
+    (workspace / "file").write_text("in the way")
+    refused(cli("pack", "digits", "file/x"), 5, f"{workspace}/file/x")
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -156,24 +173,49 @@ def test_another_dataset_or_seed_is_refused_and_fresh_starts_over(
     assert "seed: 1" in (workspace / "runs" / "kept" / "spec.yaml").read_text()
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_fresh_removes_nothing_before_the_new_run_can_start(
+    spec_of: Callable[..., Any], cli: Cli, workspace: Path
+) -> None:
+    elastrain.train(spec_of("precious", "budget={steps: 10}", "workers={min: 1, max: 1}"))
+    kept = sorted((workspace / "runs" / "precious").rglob("*"))
+    refused(train(cli, "precious", "--fresh", "--set", "data.slots=100"), 2, "slots")
+    refused(train(cli, "precious", "--fresh", "--address", "127.0.0.1:1"), 6, "127.0.0.1:1")
+    with pytest.raises(ResourceError):
+        elastrain.train(spec_of("precious", "workers.gpus=1"), fresh=True)
+    assert sorted((workspace / "runs" / "precious").rglob("*")) == kept
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_finished_run_is_known_by_its_checkpoint(spec_of: Callable[..., Any], workspace: Path) -> None:
+    changes = ("budget={steps: 10}", "workers={min: 1, max: 1}")
+    first = elastrain.train(spec_of("cut-off", *changes))
+    ledger = next((workspace / "runs" / "cut-off" / "ledger").iterdir())
+    lines = [line for line in ledger.read_text().splitlines(keepends=True) if '"kind": "end"' not in line]
+    ledger.write_text("".join(lines))
+    again = elastrain.train(spec_of("cut-off", *changes))
+    for key in ("step", "samples", "metrics", "weights_sha256"):
+        assert again.result[key] == first.result[key] is not None
+    other = elastrain.train(spec_of("cut-off", *changes, "data.eval=data/digits/train"))
+    assert other.result["metrics"] != first.result["metrics"], "other evaluation data, another evaluation"
+    assert other.weights_sha256 == first.weights_sha256
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_damaged_records_are_named(spec_of: Callable[..., Any], workspace: Path) -> None:
+    elastrain.train(spec_of("records", "budget={steps: 10}"))
+    file = next((workspace / "runs" / "records" / "metrics").iterdir())
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(StorageError, match="damaged") as caught:
+        elastrain.train(spec_of("records", "budget={steps: 20}"))
+    assert str(file) in str(caught.value)
+
+
 def test_two_runs_on_one_directory(cli: Cli, workspace: Path) -> None:
-    with locked(str(workspace / "runs" / "busy")):
+    with locked(str(workspace / "runs" / "busy"), remedy="wait"):
         refused(train(cli, "busy"), 3, f"process {os.getpid()}", "another name")
-
-
-def test_the_lock_of_a_dead_owner_is_taken_over_at_once(tmp_path: Path) -> None:
-    code = (
-        f"from elastrain.elastic.lock import locked\nwith locked({str(tmp_path)!r}):\n print(1, flush=True)\n input()"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.readline()
-    with pytest.raises(ConflictError, match=str(process.pid)), locked(str(tmp_path)):
-        pass
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    with locked(str(tmp_path)):
-        pass
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -63,6 +63,16 @@ def test_any_number_of_workers_trains_on_the_same_batches(
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_bitwise_gives_the_same_weights_on_any_number_of_workers(spec_of: Callable[..., Any]) -> None:
+    def weights(consistency: str, size: int) -> str:
+        changes = (f"consistency={consistency}", "data.slots=5", f"workers={{min: {size}, max: {size}}}", "clip_norm=1")
+        return elastrain.train(spec_of(f"{consistency}-{size}", *changes)).weights_sha256
+
+    assert len({weights("bitwise", size) for size in (1, 2, 3, 5)}) == 1
+    assert weights("sample", 2) != weights("sample", 3), "what a plain all-reduce gives depends on the workers"
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_every_sample_is_trained_on_exactly_once_an_epoch(spec_of: Callable[..., Any]) -> None:
     run = elastrain.train(spec_of("once", "data.slots=5", "data.global_batch=100", "audit=true", "workers.max=3"))
     audit = read_steps(f"{run.url}/audit")

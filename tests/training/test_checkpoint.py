@@ -94,6 +94,13 @@ SETUPS = {
         spec=make_spec(**{"optimizer.name": "full_batch", "data.global_batch": "all"}), kind=Classifier
     ),
     "custom": Setup(spec=make_spec(**{"optimizer.name": "tests.training.test_checkpoint:Halves"}), kind=Classifier),
+    **{
+        name.lower(): Setup(
+            spec=make_spec(**{"optimizer.name": f"tests.training.test_state:{name}", "optimizer.lr": 0.01}),
+            kind=Classifier,
+        )
+        for name in ("Adaptive", "Preconditioned")
+    },
     "fp16": Setup(spec=make_spec(precision="fp16", task_args={"dropout": 0.2}), kind=Classifier),
     "fp64": Setup(spec=make_spec(precision="fp64", schedule={"name": "cosine"}), kind=Classifier),
     "convolution": Setup(spec=make_spec(task_args={"channels_last": True}), kind=Convolution),
@@ -121,7 +128,7 @@ def test_a_state_comes_back_to_the_bit(name: str, tmp_path: Path) -> None:
     ), "safetensors and JSON, nothing that can hold code"
 
 
-@pytest.mark.parametrize("name", ["momentum", "custom", "fp16", "fp64", "convolution", "adversarial", "tied"])
+@pytest.mark.parametrize("name", sorted(SETUPS.keys() - {"sgd", "nesterov", "adam", "adamw", "full_batch"}))
 def test_a_run_resumed_at_any_step_is_the_run_that_was_not_cut(name: str, tmp_path: Path) -> None:
     setup, loop, result = trained(SETUPS[name], tmp_path)
     for step in range(1, setup.steps):
@@ -415,6 +422,22 @@ def test_a_run_keeps_as_many_as_its_spec_says(tmp_path: Path) -> None:
     assert manifests[8]["info"]["metrics"]["val_loss"] == values[8]
 
 
+@pytest.mark.parametrize(("best", "hint"), [("acuracy", "; did you mean 'accuracy'?"), ("f1", "")])
+def test_a_best_that_is_no_metric_is_refused_at_the_first_evaluation(best: str, hint: str, tmp_path: Path) -> None:
+    setup = Setup(spec=make_spec(**{"eval.every_steps": 3}), kind=Classifier, eval_rows=20)
+    with pytest.raises(SpecError) as caught:
+        trained(setup, tmp_path, best=best)
+    assert str(caught.value) == f"checkpoint.best: the metrics are val_loss, accuracy, not {best!r}{hint}"
+    assert newest_whole(str(tmp_path), warn=pytest.fail) == 3, "what was trained up to there is not lost"
+    assert trained(setup, tmp_path / "other", best="accuracy")[2]["step"] == 8
+    assert trained(setup, tmp_path / "none", best=None)[2]["step"] == 8
+
+
+def test_a_run_without_evaluation_has_no_best(tmp_path: Path) -> None:
+    setup = Setup(spec=make_spec(), kind=Classifier)
+    assert trained(setup, tmp_path, best="accuracy")[2]["step"] == 8
+
+
 # --- export
 
 
@@ -482,4 +505,5 @@ def test_numbers_are_json(tmp_path: Path) -> None:
     stored = json.loads((Path(folder(setup.run_url, 8)) / "state.json").read_text())
     assert stored == loop.state.numbers()
     assert (stored["step"], stored["phase"], stored["samples"]) == (8, 0, 8 * 24 - 20)
-    assert stored["optim"]["optim/loss/0/last"] == pytest.approx(0.5 * 0.9**8)
+    kept = dict(dict(stored["optim"]["loss"]["dict"])["state"]["dict"])
+    assert dict(kept[0]["dict"])["last"] == pytest.approx(0.5 * 0.9**8)

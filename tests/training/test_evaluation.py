@@ -19,6 +19,7 @@ from tests.training.harness import (
 )
 from torch import Tensor, nn
 
+from elastrain.data import blocks
 from elastrain.errors import SpecError
 from elastrain.training import evaluation
 from elastrain.training.evaluation import batch_size, evaluate
@@ -77,6 +78,17 @@ def test_every_sample_counts_once_and_the_bits_are_the_same(rows: int, kind: typ
 def test_blocks_are_dealt_to_workers(size: int) -> None:
     given = [rows for _, rows in lockstep(size, lambda group: evaluated(group, 50))]
     assert sorted(row for rows in given for row in rows) == list(range(50))
+
+
+def test_data_that_are_not_kept_are_read_by_one_worker_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks for five workers, two of which have nothing to do."""
+    alone, _ = evaluated(Solo(), 20)
+    shared = [rows for _, rows in lockstep(5, lambda group: evaluated(group, 20))]
+    assert shared == [list(range(20))] * 5, "small data are kept: all read them, and deal out batches"
+    monkeypatch.setattr(blocks, "KEPT_EVAL_BYTES", 0)
+    found = lockstep(5, lambda group: evaluated(group, 20))
+    assert [metrics for metrics, _ in found] == [alone] * 5
+    assert [rows for _, rows in found] == [list(range(7)), list(range(7, 14)), list(range(14, 20)), [], []]
 
 
 def test_metrics_equal_a_pass_over_all_rows() -> None:
@@ -148,6 +160,16 @@ def test_a_metric_may_not_be_called_as_the_loss() -> None:
 
     with pytest.raises(SpecError, match="val_loss"):
         evaluated(Solo(), 5, setup=Setup(spec=make_spec(), kind=Twice))
+
+
+def test_a_metric_that_is_no_ratio_is_named() -> None:
+    class Plain(Classifier):
+        def metrics(self, model: nn.Module, batch: Batch) -> Any:
+            del model
+            return {"accuracy": len(batch["x"])}
+
+    with pytest.raises(SpecError, match=r"metrics\(\): 'accuracy' must be text that names a Ratio"):
+        evaluated(Solo(), 5, setup=Setup(spec=make_spec(), kind=Plain))
 
 
 def test_losses_may_change_the_batch_before_metrics_see_it() -> None:

@@ -1,6 +1,7 @@
 """One step: its gradient is that of the mean loss, and what is done with it is what the spec says."""
 
 import random
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,9 +15,11 @@ from tests.training.harness import (
     Classifier,
     Convolution,
     MemoryFeed,
+    Seat,
     Setup,
     Tokens,
     Variational,
+    lockstep,
     losses_of,
     make_spec,
     number,
@@ -25,11 +28,11 @@ from tests.training.harness import (
 )
 from torch import Tensor, nn
 
-from elastrain.errors import SpecError
+from elastrain.errors import DivergedError, SpecError
 from elastrain.observe.ledger import Clock
 from elastrain.training import precision
 from elastrain.training.batches import Batches
-from elastrain.training.reduce import GroupLost, Solo, slots_of
+from elastrain.training.reduce import Group, GroupLost, Solo, slots_of
 from elastrain.training.state import TrainState, digest
 from elastrain.training.step import StepResult, run_step
 from elastrain.training.task import Batch, Loss, Losses, Task
@@ -160,6 +163,40 @@ def test_an_overflow_skips_the_update_and_halves_the_scale(monkeypatch: pytest.M
     steps(setup, state, 2)
     assert digest(state.model.state_dict()) != before
     assert (state.scale.value, state.scale.good_steps) == (512.0, 0)
+
+
+class Rooted(Classifier):
+    """Its loss is finite, its gradient is not: the square root at 0."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Losses:
+        """A loss that is 0."""
+        return {"loss": Loss((model(number(batch["x"])) * 0.0).sqrt().sum(), len(batch["x"]))}
+
+
+def test_a_gradient_that_never_was_finite_is_no_overflow() -> None:
+    setup = Setup(spec=make_spec(precision="fp16", **{"budget.steps": 40}), kind=Rooted)
+
+    def work(group: Group) -> tuple[int, str]:
+        loop = setup.loop(Seat(lambda _: group))
+        with pytest.raises(DivergedError) as caught:
+            loop.run()
+        return loop.state.step, str(caught.value)
+
+    (step, text), other = lockstep(2, work)
+    assert (step, text) == other
+    assert step == 16, "2^16 is halved sixteen times, then there is nothing to skip for"
+    assert re.fullmatch(r"step 16: the gradient is not finite even with .*, use precision bf16 or fp32, .*", text)
+
+
+def test_an_overflow_at_a_scale_above_one_is_skipped() -> None:
+    setup = Setup(spec=make_spec(precision="fp16"), kind=Rooted)
+    state = setup.state()
+    state.scale.value = 2.0
+    steps(setup, state, 1)
+    assert (state.step, state.scale.value) == (1, 1.0)
+    with pytest.raises(DivergedError):
+        steps(setup, state, 1)
+    assert state.step == 1
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])

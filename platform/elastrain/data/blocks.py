@@ -3,7 +3,7 @@
 What a read task does is data and a function of files: it needs no Ray, so that a check may read a block by itself.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ INDEX = ("elastrain.epoch", "elastrain.step", "elastrain.slot", "elastrain.row")
 ERROR, MESSAGE = "elastrain.error", "elastrain.message"
 EVALUATION = -1  # the slot of evaluation blocks
 EVAL_BLOCK_BYTES = 8 << 20
+KEPT_EVAL_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +92,11 @@ def eval_block_rows(dataset: Dataset) -> int:
     return max(1, EVAL_BLOCK_BYTES // max(1, dataset.row_bytes))
 
 
+def keeps_evaluation(dataset: Dataset, steps: Sequence[Any]) -> bool:
+    """Say whether evaluation data, as these transforms leave them, are small enough to be kept between evaluations."""
+    return dataset.num_rows * transforms.delivered_bytes(steps, dataset.columns) <= KEPT_EVAL_BYTES
+
+
 def block_size(plan: Plan, slot: int, block: int, begin: int, end: int) -> int:
     """Return how many rows a block has for the steps [begin, end)."""
     first, last = max(begin, block * plan.block_steps), min(end, (block + 1) * plan.block_steps)
@@ -110,16 +116,6 @@ def train_tasks(spec: FeedSpec) -> Iterator[tuple[Address, Callable[[], ReadBloc
                 yield (slot, block), lambda slot=slot, block=block: _train_task(spec, slot, block)  # type: ignore[misc]
 
 
-def eval_tasks(spec: FeedSpec) -> Iterator[tuple[Address, Callable[[], ReadBlock]]]:
-    """Yield address and work of each evaluation block, in the order of the rows."""
-    dataset = spec.evaluation
-    if dataset is None:
-        return
-    size, total = eval_block_rows(dataset), dataset.num_rows
-    for index, first in enumerate(range(0, total, size)):
-        yield (EVALUATION, index), lambda first=first: _eval_task(spec, dataset, first, min(first + size, total))  # type: ignore[misc]
-
-
 def _train_task(spec: FeedSpec, slot: int, index: int) -> ReadBlock:
     block = spec.plan.block(slot, index)
     firsts = np.concatenate([first for first, _ in block.ranges])
@@ -135,11 +131,16 @@ def _train_task(spec: FeedSpec, slot: int, index: int) -> ReadBlock:
     )
 
 
-def _eval_task(spec: FeedSpec, dataset: Dataset, first: int, last: int) -> ReadBlock:
+def eval_task(spec: FeedSpec, index: int) -> ReadBlock:
+    """Return the work of one evaluation block; its columns are the training data's, with their statistics."""
+    dataset = spec.evaluation
+    assert dataset is not None
+    size = eval_block_rows(dataset)
+    first, last = index * size, min((index + 1) * size, dataset.num_rows)
     ends = np.cumsum(dataset.group_rows)
     groups = np.arange(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last, side="left") + 1)
     return ReadBlock(
-        columns=dataset.columns,
+        columns=spec.train.columns,
         sources=tuple(sources_of(dataset, groups)),
         transforms=spec.transforms,
         seed=spec.plan.seed,

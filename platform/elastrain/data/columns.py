@@ -5,9 +5,9 @@ bytes, ours sees an array without a copy. Scalars, lists of one length, fixed-si
 encoded images are understood as they are found.
 """
 
-import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,15 @@ from elastrain.errors import DataError
 
 Array = npt.NDArray[Any]
 DTYPE, SHAPE, VALUES = b"elastrain.dtype", b"elastrain.shape", b"elastrain.values"
+RAY_TENSORS = (b"ray.data.arrow_tensor", b"ray.data.arrow_tensor_v2")
 IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF")
 
 
 def describe(field: pa.Field) -> Column | None:
-    """Return what a Parquet field holds, or None if only its values tell (lists) or it is no number at all."""
+    """Return what a Parquet field holds, or None if only its values tell (lists) or it is no number at all.
+
+    Raises DataError for a Ray tensor whose shape is pickled.
+    """
     metadata: Mapping[bytes, bytes] = field.metadata or {}
     if DTYPE in metadata:
         values = metadata.get(VALUES)
@@ -37,6 +41,9 @@ def describe(field: pa.Field) -> Column | None:
     shape: tuple[int, ...] = ()
     if isinstance(kind, pa.BaseExtensionType):
         shape, kind = tuple(getattr(kind, "shape", ())), _element(kind.storage_type)
+    elif metadata.get(b"ARROW:extension:name") in RAY_TENSORS:
+        # What the branch above sees once somebody has imported ray.data, which registers the type.
+        shape, kind = _ray_shape(field), _element(kind)
     while pa.types.is_fixed_size_list(kind):
         shape, kind = (*shape, kind.list_size), kind.value_type
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
@@ -47,12 +54,13 @@ def describe(field: pa.Field) -> Column | None:
 def describe_values(field: pa.Field, sample: pa.ChunkedArray, *, where: str) -> Column:
     """Return what a column holds, looking at `sample` (one row or more) where the type does not tell.
 
-    Raises DataError if the values are no numbers, no lists of one length and no images.
+    Encoded images have dtype `image` and shape () here; `describe_image` tells what they are once decoded. Raises
+    DataError if the values are no numbers, no lists of one length and no images.
     """
     known = describe(field)
     if known is not None:
         return known
-    if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
+    if _is_binary(field.type):
         if len(sample) and (sample[0].as_py() or b"").startswith(IMAGE_STARTS):
             return Column(name=field.name, dtype="image", shape=())
     elif _is_list(field.type) and len(sample):
@@ -64,20 +72,32 @@ def describe_values(field: pa.Field, sample: pa.ChunkedArray, *, where: str) -> 
     )
 
 
+def describe_image(column: Column, sample: pa.ChunkedArray, *, where: str) -> Column:
+    """Return what a column of encoded images holds once decoded: uint8 (height, width, 3), as large as the first.
+
+    Raises DataError, naming `where`, if the first is no image of 8 bits a channel.
+    """
+    from elastrain.data.images import decode_image  # noqa: PLC0415 -- it builds on this module
+
+    first = decode_image(sample[0].as_py(), None, None, f"{where}: column {column.name!r}, row 0")
+    return replace(column, dtype="uint8", shape=(*first.shape[:2], 3))
+
+
 def decode(values: pa.ChunkedArray, column: Column, *, where: str) -> Array:
     """Return a column as an array of shape (rows, *column.shape); no copy where the bytes lie as they should.
 
-    Raises DataError, naming `where`, on nulls, on lists of unequal length and on bytes that are no image.
+    Encoded images come as RGB. Raises DataError, naming `where`, on nulls, on lists of unequal length, on bytes that
+    are no image of 8 bits a channel, and on whatever has another shape than the column.
     """
     array = _joined(values)
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
     if array.null_count:
         raise DataError(f"{where}: column {column.name!r} has {array.null_count} nulls; fill or drop these rows first")
-    if column.dtype == "image":
+    if _is_binary(array.type) and len(column.shape) == 3:
         return _images(array, column, where)
     if pa.types.is_fixed_size_binary(array.type):
-        return _from_fixed_binary(array, column)
+        return _from_fixed_binary(array, column, where)
     rows = len(array)
     while _is_list(array.type):
         array = _flattened(array, column, where)
@@ -136,6 +156,20 @@ def _element(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
+def _ray_shape(field: pa.Field) -> tuple[int, ...]:
+    try:
+        return tuple(json.loads(field.metadata[b"ARROW:extension:metadata"]))
+    except ValueError as error:  # what pickle wrote may run anything when it is read
+        raise DataError(
+            f"column {field.name!r} is a tensor whose shape is pickled, as Ray 2.49 to 2.54 wrote it; write it again "
+            f"with a newer Ray"
+        ) from error
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
 def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
@@ -154,24 +188,24 @@ def _flattened(array: pa.Array, column: Column, where: str) -> pa.Array:
     return flat
 
 
-def _from_fixed_binary(array: pa.FixedSizeBinaryArray, column: Column) -> Array:
+def _from_fixed_binary(array: pa.FixedSizeBinaryArray, column: Column, where: str) -> Array:
     width = array.type.byte_width
+    if width != column.row_bytes:
+        raise DataError(
+            f"{where}: column {column.name!r} holds {width} bytes a row, where {column.dtype}{list(column.shape)} has "
+            f"{column.row_bytes}; restore the file, or pack the data again"
+        )
     data = array.buffers()[1]
     start = array.offset * width
     raw = np.frombuffer(data, dtype=np.uint8, count=len(array) * width, offset=start) if data else np.empty(0, np.uint8)
-    dtype, shape = (column.dtype, column.shape) if column.row_bytes == width else ("uint8", (width,))
-    return raw.view(dtype).reshape(len(array), *shape)
+    return raw.view(column.dtype).reshape(len(array), *column.shape)
 
 
 def _images(array: pa.Array, column: Column, where: str) -> Array:
-    try:
-        from PIL import Image, UnidentifiedImageError  # noqa: PLC0415 -- an extra
-    except ImportError as error:
-        raise DataError(f"{where}: reading images needs Pillow: pip install 'elastrain[images]'") from error
-    try:
-        decoded = [np.asarray(Image.open(io.BytesIO(value.as_py())).convert("RGB")) for value in array]
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{where}: column {column.name!r} holds bytes that are no image ({error})") from error
-    if len({image.shape for image in decoded}) > 1:
-        raise DataError(f"{where}: images of column {column.name!r} differ in size; pack them with --image-size")
-    return np.stack(decoded) if decoded else np.empty((0, 0, 0, 3), np.uint8)
+    from elastrain.data.images import decode_image  # noqa: PLC0415 -- it builds on this module
+
+    images = np.empty((len(array), *column.shape), np.uint8)
+    for row, value in enumerate(array):
+        place = f"{where}: column {column.name!r}, row {row}"
+        images[row] = decode_image(value.as_py(), column.shape, None, place)
+    return images

@@ -5,14 +5,13 @@ train/part-00000.parquet …      the rows
 train/_manifest.json            written last: the dataset exists if and only if this file does
 train/_packing.json             there only while `pack` runs or after it was killed
 ```
-A plain Parquet folder has no manifest; one is built from the footers. Neither torch nor Ray is known here.
+A plain Parquet folder has no manifest; `footers` makes up for it. Neither torch nor Ray is known here.
 """
 
 import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
@@ -24,13 +23,11 @@ from elastrain import storage
 from elastrain.errors import DataError, StorageError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     import pyarrow.parquet as pq
-
 
 MANIFEST, PACKING = "_manifest.json", "_packing.json"
 FORMAT = 1
-FOOTER_READERS = 8
+AGAIN = "restore it, or pack the data again with `elastrain pack … --overwrite`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +35,7 @@ class Column:
     """What a column holds: numpy dtype name, shape of one row, and for integers how many values there are.
 
     `num_values` is 1 + the largest value (classes, vocabulary), None where unknown. `mean` and `std` are over all
-    elements of the column. An encoded image has dtype `image` and an unknown shape ().
+    elements of the column. Encoded images are described as what they decode to: uint8 (height, width, 3).
     """
 
     name: str
@@ -50,9 +47,7 @@ class Column:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row in memory; an encoded image counts as 64 KiB."""
-        if self.dtype == "image":
-            return 65536
+        """Bytes of one row in memory."""
         return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
 
 
@@ -89,13 +84,15 @@ class Dataset:
     def open(cls, url: str) -> Self:
         """Return the dataset at `url`: a packed one, a folder of Parquet files, or one Parquet file.
 
-        Raises DataError if there is nothing to read, a pack was cut off, or the files do not fit together;
-        StorageError if storage does not answer.
+        Raises DataError if there is nothing to read, a pack was cut off, the manifest is broken, or the files do not
+        fit together; StorageError if storage does not answer.
         """
         try:
-            return cls.from_manifest(url, storage.read_json(storage.join(url, MANIFEST)))
+            return cls.from_manifest(url, json.loads(storage.read_bytes(storage.join(url, MANIFEST))))
         except FileNotFoundError:
             pass
+        except ValueError as error:
+            raise DataError(f"{url}/{MANIFEST}: not a JSON document ({error}); {AGAIN}") from error
         except StorageError:
             if storage.exists(storage.join(url, MANIFEST)):
                 raise
@@ -103,14 +100,16 @@ class Dataset:
             raise DataError(
                 f"{url}: a pack of this dataset was cut off; run the same `elastrain pack` again to finish it"
             )
-        return cls(**_from_footers(url))
+        from elastrain.data.footers import read_footers  # noqa: PLC0415 -- it builds on this module, and loads pyarrow
+
+        return cls(**read_footers(url))
 
     @classmethod
     def from_manifest(cls, url: str, manifest: Mapping[str, Any]) -> Self:
         """Return the dataset that a manifest describes; raises DataError if it is no manifest of ours."""
         try:
             if manifest["format"] != FORMAT:
-                raise DataError(f"{url}: manifest format {manifest['format']}, this version reads {FORMAT}; pack again")
+                raise DataError(f"{url}: manifest format {manifest['format']}, this version reads {FORMAT}; {AGAIN}")
             return cls(
                 url=url,
                 columns=tuple(Column(**{**c, "shape": tuple(c["shape"])}) for c in manifest["columns"]),
@@ -121,9 +120,7 @@ class Dataset:
                 info=manifest.get("info", {}),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{url}/{MANIFEST}: not a manifest of Elastrain ({error!r}); pack the data again"
-            ) from error
+            raise DataError(f"{url}/{MANIFEST}: not a manifest of Elastrain ({error!r}); {AGAIN}") from error
 
     def manifest(self) -> dict[str, Any]:
         """Return the JSON document that `from_manifest` reads."""
@@ -231,119 +228,6 @@ def _tail(file: Any, size_bytes: int, url: str) -> bytes:
     if length + 4 > size_bytes:
         raise DataError(f"{url}: a broken Parquet footer; restore the file, or leave it out")
     return data[-length:] if length <= guess else bytes(file.read_at(length, size_bytes - length))
-
-
-def _from_footers(url: str) -> dict[str, Any]:
-    """Return the fields of a dataset of plain Parquet files, read from their footers."""
-    root, files = _parquet_files(url)
-    with ThreadPoolExecutor(FOOTER_READERS) as pool:
-        footers = list(pool.map(lambda f: read_footer(storage.join(root, f.path), f.size_bytes), files))
-    schema = footers[0][0].schema.to_arrow_schema()
-    for file, (metadata, _) in zip(files, footers, strict=True):
-        _same_schema(schema, metadata.schema.to_arrow_schema(), f"{root}/{files[0].path}", f"{root}/{file.path}")
-    shards = tuple(
-        Shard(
-            path=file.path,
-            size_bytes=file.size_bytes,
-            row_groups=tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)),
-            footer=footer,
-        )
-        for file, (metadata, footer) in zip(files, footers, strict=True)
-    )
-    columns, unusable = _describe(root, files, schema, [metadata for metadata, _ in footers])
-    if sum(sum(shard.row_groups) for shard in shards) == 0:
-        raise DataError(f"{url}: the Parquet files hold no rows")
-    return {
-        "url": root,
-        "columns": columns,
-        "shards": shards,
-        "fingerprint": fingerprint(columns, shards),
-        "packed": False,
-        "unusable": unusable,
-    }
-
-
-def _parquet_files(url: str) -> tuple[str, list[storage.FileInfo]]:
-    """Return the folder and the Parquet files in it; a single file counts as a folder of one."""
-    if url.endswith((".parquet", ".pq")) and storage.is_local(url) and storage.local_path(url).is_file():
-        path = storage.local_path(url)
-        return str(path.parent), [storage.FileInfo(path=path.name, size_bytes=path.stat().st_size)]
-    try:
-        files = [file for file in storage.list_files(url) if file.path.endswith((".parquet", ".pq"))]
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{url}: no such dataset; check the path, or make it with `elastrain pack SOURCE OUT`"
-        ) from error
-    except StorageError as error:
-        raise DataError(f"{url}: not a folder of Parquet files ({error})") from error
-    if not files:
-        raise DataError(f"{url}: no Parquet files in this folder; make a dataset with `elastrain pack SOURCE OUT`")
-    return url, files
-
-
-def _same_schema(first: "pa.Schema", other: "pa.Schema", first_name: str, name: str) -> None:
-    if first.equals(other):
-        return
-    held, given = dict(zip(first.names, first.types, strict=True)), dict(zip(other.names, other.types, strict=True))
-    for column in {**held, **given}:
-        if held.get(column) != given.get(column):
-            raise DataError(
-                f"{name}: column {column!r} is {given.get(column, 'missing')}, but {held.get(column, 'missing')} in "
-                f"{first_name}; a dataset has one schema: rewrite or leave out the file"
-            )
-
-
-def _describe(
-    root: str, files: list[storage.FileInfo], schema: "pa.Schema", footers: list["pq.FileMetaData"]
-) -> tuple[tuple[Column, ...], dict[str, str]]:
-    """Return the readable columns of plain Parquet files and, for the others, why not."""
-    import pyarrow.parquet as pq  # noqa: PLC0415
-
-    from elastrain.data.columns import describe_values  # noqa: PLC0415
-
-    columns, unusable = [], {}
-    filled = next((i for i, footer in enumerate(footers) if footer.num_rows), 0)
-    where = storage.join(root, files[filled].path)
-    with storage.open_arrow(where) as source:
-        file = pq.ParquetFile(source, metadata=footers[filled])
-        for item in schema:
-            try:
-                column = describe_values(item, _sample(file, item.name, where), where=where)
-                columns.append(
-                    replace(column, num_values=column.num_values or _num_values(item.name, column.dtype, footers))
-                )
-            except DataError as error:
-                unusable[item.name] = str(error)
-    return tuple(columns), unusable
-
-
-def _sample(file: "pq.ParquetFile", name: str, where: str) -> "pa.ChunkedArray":
-    import pyarrow as pa  # noqa: PLC0415
-
-    try:
-        for batch in file.iter_batches(batch_size=64, columns=[name]):
-            if batch.num_rows:
-                return pa.Table.from_batches([batch]).column(0)
-    except (pa.ArrowException, OSError, IndexError) as error:
-        raise DataError(f"{where}: column {name!r} cannot be read ({_first_line(error)})") from error
-    return pa.chunked_array([], file.schema_arrow.field(name).type)
-
-
-def _num_values(name: str, dtype: str, footers: list["pq.FileMetaData"]) -> int | None:
-    """Return 1 + the largest value of an integer column from the footers' statistics, None where they do not tell."""
-    if not np.issubdtype(np.dtype(dtype) if dtype != "image" else np.dtype("O"), np.integer):
-        return None
-    index = next((i for i in range(footers[0].num_columns) if footers[0].schema.column(i).path == name), None)
-    if index is None:
-        return None
-    chunks = (footer.row_group(g).column(index) for footer in footers for g in range(footer.num_row_groups))
-    limits = [
-        (c.statistics.min, c.statistics.max) if c.statistics and c.statistics.has_min_max else None for c in chunks
-    ]
-    known = [limit for limit in limits if limit is not None]
-    if len(known) < len(limits) or not known or not isinstance(known[0][0], int) or min(low for low, _ in known) < 0:
-        return None
-    return int(max(high for _, high in known)) + 1
 
 
 def _shard(entry: Mapping[str, Any]) -> Shard:

@@ -6,6 +6,9 @@ plan ─► read tasks (Ray Data) ─► Feeder actor: address → block ─► 
 The pipeline does not know the workers. A read task makes some blocks that follow each other, each row of which carries
 epoch, step, slot and its index in the dataset, and the worker compares them with the plan. What no worker has committed
 past stays with the feeder, so that a block can be asked for again.
+
+A block of evaluation is read when a worker asks for it, in any order and as often as wanted: so nobody waits for what
+another worker has used up, or a lost one never fetched.
 """
 
 import contextlib
@@ -26,7 +29,6 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from elastrain.data.blocks import (
-    EVAL_BLOCK_BYTES,
     EVALUATION,
     INDEX,
     Address,
@@ -35,17 +37,17 @@ from elastrain.data.blocks import (
     arrays_of,
     block_size,
     eval_block_rows,
-    eval_tasks,
+    eval_task,
+    keeps_evaluation,
     train_tasks,
 )
 from elastrain.data.columns import Array
-from elastrain.data.plan import AHEAD_BYTES
+from elastrain.data.plan import AHEAD_BYTES, INDEX_BYTES
+from elastrain.data.transforms import delivered_bytes
 from elastrain.errors import DataError, ElastrainError, StorageError, ours
 
 LEASE = 512  # blocks of one Ray Data execution: the work of each is an object in the driver
-KEPT_EVAL_BYTES = 256 << 20
 CLOSE_S = 10.0
-EVAL_AHEAD_BYTES = 64 << 20
 MAX_BLOCKS_A_TASK = 8
 
 
@@ -189,14 +191,20 @@ class Stream:
             return not self._closed
 
 
+def read_block(task: ReadBlock) -> pa.Table:
+    """Do the work of one block by itself."""
+    return task()
+
+
 class FeederLogic:
-    """The feeder without its actor: the training stream, and one stream a round of evaluation."""
+    """The feeder without its actor: the training stream, and the blocks of evaluation."""
 
     def __init__(self, spec: FeedSpec) -> None:
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         self._spec = spec
         plan = spec.plan
-        block_bytes = plan.block_steps * plan.row_bytes * -(-plan.global_batch // plan.slots)
+        row_bytes = delivered_bytes(spec.transforms, spec.train.columns) + INDEX_BYTES
+        block_bytes = plan.block_steps * row_bytes * -(-plan.global_batch // plan.slots)
         self._train = Stream(
             train_tasks(spec),
             capacity=2 * plan.slots,
@@ -204,49 +212,31 @@ class FeederLogic:
             block_bytes=block_bytes,
             ahead_bytes=max(AHEAD_BYTES, plan.slots * block_bytes),
         )
-        self._rounds: dict[int, Stream] = {}
+        # No CPU: workers hold theirs while they wait, and what reads ahead for training may hold all others.
+        self._read: Any = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(read_block)
+        self._keeps = spec.evaluation is not None and keeps_evaluation(spec.evaluation, spec.transforms)
+        self._kept: dict[int, Any] = {}
         self._lock = threading.Lock()
 
-    def get(self, addresses: Sequence[Address], evaluation: int = 0) -> list[Any]:
-        """Return references to blocks once they are there; `evaluation` is the round where they are evaluation's."""
-        stream = self._round(evaluation) if addresses and addresses[0][0] == EVALUATION else self._train
-        return stream.get(addresses)
+    def get(self, addresses: Sequence[Address]) -> list[Any]:
+        """Return references to training blocks once they are there."""
+        return self._train.get(addresses)
+
+    def evaluation(self, index: int) -> list[Any]:
+        """Return a reference to an evaluation block that is being read; kept, if the data are small, for all rounds."""
+        with self._lock:
+            reference = self._kept.get(index) or self._read.remote(eval_task(self._spec, index))
+            if self._keeps:
+                self._kept[index] = reference
+        return [reference]
 
     def release_before(self, block: int) -> None:
         """Forget training blocks (slot, j) with j < `block`: every worker has committed past them."""
         self._train.release(lambda address: address[1] < block)
 
-    def release_evaluation(self, evaluation: int, index: int) -> None:
-        """Forget one block of a round, unless the evaluation data are small enough to keep for the next."""
-        if not self._kept():
-            self._round(evaluation).release(lambda address: address[1] == index)
-
     def close(self) -> None:
         """Stop all reading."""
         self._train.close()
-        for stream in self._rounds.values():
-            stream.close()
-
-    def _kept(self) -> bool:
-        data = self._spec.evaluation
-        return data is not None and data.num_rows * data.row_bytes <= KEPT_EVAL_BYTES
-
-    def _round(self, evaluation: int) -> Stream:
-        """Return the stream of a round; small data are read once and serve all rounds."""
-        with self._lock:
-            key = 0 if self._kept() else evaluation
-            for other in [old for old in self._rounds if old < key]:
-                self._rounds.pop(other).close()
-            if key not in self._rounds:
-                capacity = 1 << 30 if self._kept() else 64
-                self._rounds[key] = Stream(
-                    eval_tasks(self._spec),
-                    capacity=capacity,
-                    reading=self._spec.reading,
-                    block_bytes=EVAL_BLOCK_BYTES,
-                    ahead_bytes=EVAL_AHEAD_BYTES,
-                )
-            return self._rounds[key]
 
 
 class WorkerFeed:
@@ -278,24 +268,24 @@ class WorkerFeed:
         self._feeder.release_before.remote(block)
 
     def evaluation(self, blocks: Sequence[int], evaluation: int) -> Iterator[tuple[int, dict[str, Array]]]:
-        """Yield (index, columns) of these evaluation blocks of a round, one fetched ahead."""
-        fetched = [(i, self._pool.submit(self._fetch, (EVALUATION, i), evaluation)) for i in blocks[:2]]
+        """Yield (index, columns) of these evaluation blocks, two fetched ahead; every round is read alike."""
+        del evaluation
+        addresses = [(EVALUATION, index) for index in blocks]
+        ahead = [self._pool.submit(self._fetch, address) for address in addresses[:2]]
         for place, index in enumerate(blocks):
-            _, future = fetched.pop(0)
-            arrays = future.result()
-            if place + 2 < len(blocks):
-                later = blocks[place + 2]
-                fetched.append((later, self._pool.submit(self._fetch, (EVALUATION, later), evaluation)))
+            arrays = ahead.pop(0).result()
+            ahead += [self._pool.submit(self._fetch, address) for address in addresses[place + 2 : place + 3]]
             yield index, arrays
-            self._feeder.release_evaluation.remote(evaluation, index)
 
     def close(self) -> None:
         """Stop fetching."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _fetch(self, address: Address, evaluation: int = 0) -> dict[str, Array]:
+    def _fetch(self, address: Address) -> dict[str, Array]:
+        slot, index = address
         try:
-            table = ray.get(ray.get(self._feeder.get.remote([address], evaluation))[0])
+            asked = self._feeder.evaluation.remote(index) if slot == EVALUATION else self._feeder.get.remote([address])
+            table = ray.get(ray.get(asked)[0])
         except Exception as error:
             raise (ours(error) or StorageError(f"block {address} did not arrive: {error!r}"[:2000])) from error
         arrays = arrays_of(table, where=f"block {address}")

@@ -1,27 +1,52 @@
 """What a pack leaves in its folder: markers while it runs, manifests at its end, and nothing in between that opens.
 
-Every split gets a marker before the first shard, and its manifest after the last shard of all splits.
+Every split gets a marker before the first shard, and its manifest after the last shard of all splits. Where a finished
+dataset is to be replaced, the shards are written beside it, and it is touched only when all of them are proven.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from elastrain import storage
 from elastrain.data.chunks import Split
 from elastrain.data.dataset import MANIFEST, PACKING, Dataset
-from elastrain.errors import ConflictError
+from elastrain.errors import ConflictError, DataError, ElastrainError
 
 TOKENIZER = "tokenizer.json"
+BESIDE = ".new"  # below OUT, and hidden: shards that will replace those of a finished dataset
+SHARD = re.compile(r"part-\d{5,}\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """A split that is there: whether it is finished, what was packed, and the names of all splits of that pack."""
+    """A split that is there: whether it is finished, what was packed, and the names of all splits of that pack.
+
+    Of a manifest that cannot be read, neither is known.
+    """
 
     finished: bool
     pack: Mapping[str, Any]
     splits: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a pack of `splits` writes: in `out`, or in `base` beside the splits `old` that it will replace."""
+
+    out: str
+    base: str
+    pack: Mapping[str, Any]
+    splits: Mapping[str, Split]
+    old: tuple[str, ...]
+
+    def shards(self, name: str) -> str:
+        """Return the folder that the shards of a split are written to."""
+        return storage.join(self.base, name)
 
 
 def find(out: str) -> dict[str, Found]:
@@ -38,22 +63,37 @@ def find(out: str) -> dict[str, Found]:
 def _noted(url: str) -> Found | None:
     for name in (MANIFEST, PACKING):
         try:
-            held = storage.read_json(storage.join(url, name))
+            held = json.loads(storage.read_bytes(storage.join(url, name)))
+            noted = held.get("info", {}) if name == MANIFEST else held
+            return Found(finished=name == MANIFEST, pack=noted.get("pack") or {}, splits=tuple(noted.get("splits", ())))
         except FileNotFoundError:
             continue
-        noted = held.get("info", {}) if name == MANIFEST else held
-        return Found(finished=name == MANIFEST, pack=noted.get("pack") or {}, splits=tuple(noted.get("splits", ())))
+        except (ValueError, TypeError, AttributeError):
+            return Found(finished=name == MANIFEST, pack={}, splits=())
     return None
 
 
 def finished(out: str, there: Mapping[str, Found], pack: Mapping[str, Any]) -> dict[str, Dataset] | None:
-    """Return the datasets if this very pack is there as a whole, else None."""
+    """Return the datasets if this very pack is there as a whole, every shard of it, else None."""
     names = next((held.splits for held in there.values() if held.pack == pack), ())
     if not names or any(name not in there or not there[name].finished or there[name].pack != pack for name in names):
         return None
+    try:
+        found = {name: Dataset.open(storage.join(out, name)) for name in names}
+    except DataError:  # a manifest of another version, say
+        return None
+    if not all(_is_whole(out, dataset) for dataset in found.values()):
+        return None
     for name in names:  # of a pack that was killed after its last manifest
         storage.remove(storage.join(out, name, PACKING))
-    return {name: Dataset.open(storage.join(out, name)) for name in names}
+    return found
+
+
+def _is_whole(out: str, dataset: Dataset) -> bool:
+    sizes = {file.path: file.size_bytes for file in storage.list_files(dataset.url)}
+    if any(sizes.get(shard.path) != shard.size_bytes for shard in dataset.shards):
+        return False
+    return not str(dataset.info.get("tokenizer")).endswith(TOKENIZER) or storage.exists(storage.join(out, TOKENIZER))
 
 
 def refuse_others(out: str, there: Mapping[str, Found], pack: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -63,7 +103,9 @@ def refuse_others(out: str, there: Mapping[str, Found], pack: Mapping[str, Any],
             continue
         options, wanted = held.pack.get("options", {}), pack["options"]
         differing = [f"{key} {options.get(key)}" for key in wanted if options.get(key) != wanted[key]]
-        if held.pack.get("source") != pack["source"]:
+        if not held.pack:
+            why = "has a manifest that cannot be read, or one that no pack wrote"
+        elif held.pack.get("source") != pack["source"]:
             why = f"holds a pack of {held.pack.get('source', 'something else')}"
         elif differing:
             why = f"was packed with {', '.join(differing)}"
@@ -72,49 +114,96 @@ def refuse_others(out: str, there: Mapping[str, Found], pack: Mapping[str, Any],
         raise ConflictError(f"{out}/{name} {why}; choose another folder, or replace it with --overwrite")
 
 
-def prepare(out: str, there: Mapping[str, Found], splits: Mapping[str, Split], pack: Mapping[str, Any]) -> None:
-    """Mark every split as unfinished and clear what an earlier pack left; nothing opens from here on.
+def refuse_own_source(out: str, there: Mapping[str, Found], files: Iterable[str]) -> None:
+    """Raise ConflictError if one of the source's Parquet files is a shard that the pack would replace."""
+    places = {_real(storage.join(out, name)): name for name in there}
+    for file in files:
+        folder, _, path = _real(file).rpartition("/")
+        if folder in places and SHARD.fullmatch(path):
+            held = f"{out}/{places[folder]}"
+            raise ConflictError(f"{file}: the source is {held}, which this pack would replace; choose another folder")
 
+
+def _real(url: str) -> str:
+    return os.path.realpath(storage.local_path(url)) if storage.is_local(url) else url
+
+
+@contextlib.contextmanager
+def placed(
+    out: str, there: Mapping[str, Found], splits: Mapping[str, Split], pack: Mapping[str, Any]
+) -> Iterator[Place]:
+    """Yield where to write the shards, then `commit`; what an earlier pack left unfinished is cleared before.
+
+    A finished dataset stays as it is until `commit`, and after any error before that; so there must be room for both.
     Raises ConflictError if a split's folder holds files that no pack wrote, StorageError if it cannot be written.
     """
     for name in splits:
         url = storage.join(out, name)
         if name not in there and storage.exists(url) and storage.list_files(url):
             raise ConflictError(f"{url}: there are files that no pack wrote; choose another folder")
-    for name in {**there, **splits}:
-        _clear(storage.join(out, name), {"pack": pack, "splits": list(splits)})
-        if name not in splits:
-            storage.remove(storage.join(out, name))
-    if there:
-        storage.remove(storage.join(out, TOKENIZER))
-    for name, data in next(iter(splits.values())).files.items():
-        storage.put(storage.join(out, name), data)
+    beside = storage.join(out, BESIDE)
+    storage.remove(beside)  # of a pack that was killed
+    if not any(held.finished for held in there.values()):
+        place = Place(out=out, base=out, pack=pack, splits=splits, old=tuple(there))
+        _clear(place)
+        yield place
+        return
+    try:
+        yield Place(out=out, base=beside, pack=pack, splits=splits, old=tuple(there))
+    finally:
+        with contextlib.suppress(ElastrainError):  # what went wrong before tells more
+            storage.remove(beside)
 
 
-def _clear(url: str, marker: Mapping[str, Any]) -> None:
-    storage.put_json(storage.join(url, PACKING), marker)
-    storage.remove(storage.join(url, MANIFEST))
+def _clear(place: Place) -> None:
+    """Mark every split as unfinished, then remove what earlier packs left; nothing opens from here on."""
+    urls = [storage.join(place.out, name) for name in dict.fromkeys((*place.splits, *place.old))]
+    for url in urls:
+        storage.put_json(storage.join(url, PACKING), {"pack": place.pack, "splits": list(place.splits)})
+    for url in urls:
+        storage.remove(storage.join(url, MANIFEST))
+    for url in urls:
+        _remove_shards(url)
+    for url in urls[len(place.splits) :]:
+        storage.remove(storage.join(url, PACKING))
+        if storage.is_local(url):
+            with contextlib.suppress(OSError):  # what no pack wrote stays
+                storage.local_path(url).rmdir()
+    if place.old:
+        storage.remove(storage.join(place.out, TOKENIZER))
+
+
+def _remove_shards(url: str) -> None:
     for file in storage.list_files(url):
-        storage.remove(storage.join(url, file.path))
+        if SHARD.fullmatch(file.path):
+            storage.remove(storage.join(url, file.path))
     if storage.is_local(url):
         for path in storage.local_path(url).glob(".*.tmp"):  # what a killed pack was writing
             path.unlink()
 
 
-def commit(out: str, packed: Mapping[str, Dataset], pack: Mapping[str, Any]) -> dict[str, Dataset]:
+def commit(place: Place, packed: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """Write the manifests, `train` last, then remove the markers: if `train` opens, the whole pack is there.
 
     Integer columns get as many values as in the split that has most, so that a model made for one fits all.
     """
+    if place.base != place.out:
+        _clear(place)
+        for name, dataset in packed.items():
+            for shard in dataset.shards:
+                storage.move(storage.join(dataset.url, shard.path), storage.join(place.out, name, shard.path))
+    for name, data in next(iter(place.splits.values())).files.items():
+        storage.put(storage.join(place.out, name), data)
     counts = [{c.name: c.num_values for c in dataset.columns} for dataset in packed.values()]
     done = {}
     for name in reversed(list(packed)):
         columns = [replace(c, num_values=_most([held[c.name] for held in counts])) for c in packed[name].columns]
-        info = {**packed[name].info, "pack": pack, "splits": list(packed)}
-        done[name] = replace(packed[name], columns=tuple(columns), info=info)
-        storage.put_json(storage.join(out, name, MANIFEST), done[name].manifest())
+        info = {**packed[name].info, "pack": place.pack, "splits": list(packed)}
+        url = storage.join(place.out, name)
+        done[name] = replace(packed[name], url=url, columns=tuple(columns), info=info)
+        storage.put_json(storage.join(url, MANIFEST), done[name].manifest())
     for name in packed:
-        storage.remove(storage.join(out, name, PACKING))
+        storage.remove(storage.join(place.out, name, PACKING))
     return {name: done[name] for name in packed}
 
 

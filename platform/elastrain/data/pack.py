@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from ray._private.utils import get_num_cpus
 from ray.data import DataContext, ExecutionOptions, ExecutionResources
 from ray.exceptions import NodeDiedError, OutOfDiskError, OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
@@ -26,13 +27,15 @@ from elastrain.data.chunks import Arrays, PackOptions, Reader, Split
 from elastrain.data.columns import from_table, to_table
 from elastrain.data.dataset import Dataset, fingerprint
 from elastrain.data.shards import ShardWriter
-from elastrain.data.sources import identity, open_source
+from elastrain.data.sources import identity, open_source, parquet_files, refuse_credentials
 from elastrain.data.tokens import Windows
 from elastrain.errors import DataError, ElastrainError, ResourceError, StorageError, error_named
+from elastrain.lock import locked
 
 PACK_FORMAT = 1  # one more whenever the same source and options give other bytes than before
 BLOCK_BYTES = 32 << 20  # how many bytes of pieces a task hands over at once
 IN_FLIGHT_BYTES = 64 << 20  # for each CPU, what may lie between the tasks and the writer
+LEAST_CPUS = 2  # one to read while the other writes
 EMPTY = pa.py_buffer(b"")
 Progress = Callable[[str, int, int | None], None]
 SCHEMA = pa.schema(
@@ -52,7 +55,8 @@ def pack_dataset(source: str, out: str, options: PackOptions, *, progress: Progr
     Args:
         source: `digits`, `idx:DIR`, `csv:PATH`, `parquet:PATH`, `text:GLOB` or `images:DIR`.
         out: A folder or any fsspec URL. A pack of the same source and options that is there already is kept; what a
-            killed one left is done again.
+            killed one left, or what lacks a shard, is done again. A dataset that is there stays until the new one is
+            whole.
         options: How to pack.
         progress: Called with the split, its rows so far, and all its rows where they are known before.
 
@@ -60,25 +64,44 @@ def pack_dataset(source: str, out: str, options: PackOptions, *, progress: Progr
         `dataset`, `splits` (rows, bytes, shards and fingerprint of each), `columns`, `already` and `wall_s`.
 
     Raises:
-        SpecError: There is no such kind of source.
+        SpecError: There is no such kind of source, or a URL holds credentials.
         DataError: The source is missing, broken, or does not fit in columns of numbers.
-        ConflictError: `out` holds something else and `options.overwrite` is not set.
+        ConflictError: `out` holds something else and `options.overwrite` is not set, holds the source itself, or is
+            being packed into by another process.
         StorageError: Reading or writing failed; a full disk included.
         ResourceError: A task died, most likely for lack of memory.
     """
     begin = time.monotonic()
+    refuse_credentials("OUT", out)
     out = storage.absolute(out)
     marker = {"format": PACK_FORMAT, **identity(source), "options": options.identity()}
-    there = outcome.find(out)
-    done = None if options.overwrite else outcome.finished(out, there, marker)
+    done = None if options.overwrite else outcome.finished(out, outcome.find(out), marker)
     already = done is not None
     if done is None:
-        outcome.refuse_others(out, there, marker, overwrite=options.overwrite)
-        splits = open_source(source, options)
-        outcome.prepare(out, there, splits, marker)
-        packed = {name: _pack_split(source, out, name, split, options, progress) for name, split in splits.items()}
-        done = outcome.commit(out, packed, marker)
+        with locked(out, remedy="choose another folder"):
+            done = _pack(source, out, options, marker, progress)
     return {**_result(out, done), "already": already, "wall_s": time.monotonic() - begin}
+
+
+def _pack(
+    source: str, out: str, options: PackOptions, marker: Mapping[str, Any], progress: Progress | None
+) -> dict[str, Dataset]:
+    there = outcome.find(out)
+    outcome.refuse_others(out, there, marker, overwrite=options.overwrite)
+    if there:
+        outcome.refuse_own_source(out, there, parquet_files(source))
+    splits = open_source(source, options)
+    with outcome.placed(out, there, splits, marker) as place:
+        packed = {
+            name: _pack_split(source, place.shards(name), name, split, options, progress)
+            for name, split in splits.items()
+        }
+        return outcome.commit(place, packed)
+
+
+def machine_cpus() -> int:
+    """Return the CPUs of an embedded Ray that packs: all that this machine, or its container, gives us."""
+    return max(LEAST_CPUS, int(get_num_cpus(override_docker_cpu_warning=True)))
 
 
 def _result(out: str, done: Mapping[str, Dataset]) -> dict[str, Any]:
@@ -94,9 +117,8 @@ def _result(out: str, done: Mapping[str, Dataset]) -> dict[str, Any]:
 
 
 def _pack_split(
-    source: str, out: str, name: str, split: Split, options: PackOptions, progress: Progress | None
+    source: str, url: str, name: str, split: Split, options: PackOptions, progress: Progress | None
 ) -> Dataset:
-    url = storage.join(out, name)
     windows = Windows(split.window) if split.window is not None else None
     with ShardWriter(url, split.columns, options) as writer:
         for arrays in _pieces(split):

@@ -3,7 +3,7 @@
 The first file decides the schema, and all others must agree. Strings become class indices in the label's column.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -25,8 +25,9 @@ from elastrain.data.chunks import (
     first_line,
     grouped,
 )
-from elastrain.data.columns import Array, Column, decode, describe, describe_values
-from elastrain.data.dataset import FOOTER_READERS, read_footer
+from elastrain.data.columns import Array, Column, decode, describe_values
+from elastrain.data.dataset import read_footer
+from elastrain.data.footers import FOOTER_READERS, PARQUET, same_schema
 from elastrain.data.images import decode_image
 from elastrain.data.tables import Part, as_classes, chosen, class_names, no_numbers, split_files
 from elastrain.errors import DataError
@@ -90,12 +91,12 @@ def open_parquet(source: str, options: PackOptions) -> dict[str, Split]:
 
     Raises DataError naming file and column if one cannot be read, or the files do not fit together.
     """
-    files = find(source, (".parquet", ".pq"))
+    files = find(source, PARQUET)
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
         footers = list(pool.map(lambda file: read_footer(files.url(file), file.size_bytes)[0], files.files))
     schemas = [footer.schema.to_arrow_schema() for footer in footers]
     for file, schema in zip(files.files, schemas, strict=True):
-        _same(schemas[0], schema, files.url(files.files[0]), files.url(file))
+        same_schema(schemas[0], schema, files.url(files.files[0]), files.url(file))
     filled = next((place for place, footer in enumerate(footers) if footer.num_rows), None)
     if filled is None:
         raise DataError(f"{source}: the Parquet files hold no rows")
@@ -194,22 +195,3 @@ def _batches(url: str, groups: range | None, names: Sequence[str], rows: int) ->
             yield from file.iter_batches(rows, row_groups=kept, columns=list(names), use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{url}: cannot be read ({first_line(error)}); restore it, or leave it out") from error
-
-
-def _same(first: pa.Schema, other: pa.Schema, first_url: str, url: str) -> None:
-    held, given = _kinds(first), _kinds(other)
-    for name in {**held, **given}:
-        if held.get(name) != given.get(name):
-            raise DataError(
-                f"{url}: column {name!r} is {given.get(name, 'missing')}, but {held.get(name, 'missing')} in "
-                f"{first_url}; a dataset has one schema: rewrite or leave out the file"
-            )
-
-
-def _kinds(schema: pa.Schema) -> Mapping[str, str]:
-    """Return what each column holds, in words that differ whenever columns do not fit together."""
-    found = {}
-    for field in schema:
-        column = describe(field)
-        found[field.name] = f"{column.dtype} {list(column.shape)}" if column and column.shape else str(field.type)
-    return found

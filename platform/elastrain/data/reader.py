@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from elastrain import storage
-from elastrain.data.columns import Array, Column, decode
+from elastrain.data.columns import Array, Column, decode, describe
 from elastrain.data.dataset import Dataset, read_footer
 from elastrain.data.plan import Ints
 from elastrain.errors import DataError
@@ -73,11 +73,25 @@ def read_rows(columns: Sequence[Column], sources: Sequence[Source], rows: Ints) 
     return result
 
 
-def read_group(columns: Sequence[Column], source: Source) -> dict[str, Array]:
-    """Return a whole row group; raises DataError, naming the file, if it is not what the manifest says."""
+def read_first(dataset: Dataset, most: int) -> dict[str, Array]:
+    """Return the first rows of a dataset, at most `most` of them; raises DataError as `read_rows` does."""
+    source = sources_of(dataset, np.flatnonzero(dataset.group_rows)[:1])[0]
+    return read_group(dataset.columns, source, most=most)
+
+
+def read_group(columns: Sequence[Column], source: Source, *, most: int | None = None) -> dict[str, Array]:
+    """Return a whole row group, or its first `most` rows.
+
+    Raises DataError, naming the file, if it is not what the manifest says.
+    """
+    names = [column.name for column in columns]
     try:
         file = _opened(source.url, source.size_bytes, source.footer)
-        table = file.read_row_group(source.group, columns=[column.name for column in columns], use_threads=False)
+        if most is None:
+            table = file.read_row_group(source.group, columns=names, use_threads=False)
+        else:
+            batches = file.iter_batches(most, row_groups=[source.group], columns=names, use_threads=False)
+            table = pa.Table.from_batches([next(batches)])
     except (pa.ArrowException, OSError) as error:
         _opened.cache_clear()
         raise DataError(
@@ -85,12 +99,24 @@ def read_group(columns: Sequence[Column], source: Source) -> dict[str, Array]:
             f"restore the file, or pack the data again"
         ) from error
     where = f"{source.url} row group {source.group}"
-    if table.num_rows != source.num_rows:
-        raise DataError(f"{where}: {table.num_rows} rows where the manifest says {source.num_rows}; restore the file")
-    missing = [column.name for column in columns if column.name not in table.column_names]
-    if missing:
-        raise DataError(f"{where}: no column {missing[0]!r}; it has {', '.join(table.column_names)}")
+    expected = source.num_rows if most is None else min(most, source.num_rows)
+    if table.num_rows != expected:
+        raise DataError(f"{where}: {table.num_rows} rows where the manifest says {expected}; restore the file")
+    for column in columns:
+        _check_kind(table.schema, column, where)
     return {column.name: decode(table.column(column.name), column, where=where) for column in columns}
+
+
+def _check_kind(schema: pa.Schema, column: Column, where: str) -> None:
+    """Raise DataError if a file's column is missing or another than the dataset's."""
+    if column.name not in schema.names:
+        raise DataError(f"{where}: no column {column.name!r}; it has {', '.join(schema.names)}")
+    held = describe(schema.field(column.name))
+    if held is not None and (held.dtype, held.shape) != (column.dtype, column.shape):
+        raise DataError(
+            f"{where}: column {column.name!r} holds {held.dtype}{list(held.shape)}, where the dataset has "
+            f"{column.dtype}{list(column.shape)}; restore the file, or pack the data again"
+        )
 
 
 @lru_cache(maxsize=OPEN_FILES)

@@ -13,6 +13,7 @@ from elastrain.data.images import open_images
 from elastrain.data.parquet_files import open_parquet
 from elastrain.data.tokens import open_text
 from elastrain.errors import SpecError
+from elastrain.spec.problems import holds_credentials
 
 __all__ = ["KINDS", "Arrays", "PackOptions", "Reader", "Split", "identity", "open_source"]
 
@@ -47,7 +48,26 @@ def identity(source: str) -> dict[str, str]:
     return {"source": f"{kind}:{storage.absolute(rest)}", "files": signature(find(rest))}
 
 
+def parquet_files(source: str) -> list[str]:
+    """Return the Parquet files that a source reads as such or as text: they may be shards of a pack.
+
+    Raises as `open_source` does.
+    """
+    kind, rest = _parts(source)
+    if kind not in ("parquet", "text"):
+        return []
+    files = find(rest)
+    return [files.url(file) for file in files.files if file.path.endswith(".parquet")]
+
+
+def refuse_credentials(name: str, url: str) -> None:
+    """Raise SpecError, without telling the URL, if it holds a secret: manifests and messages name it for everybody."""
+    if holds_credentials(url):
+        raise SpecError(f"{name}: the URL holds credentials, and is stored and shown; take them from the environment")
+
+
 def _parts(source: str) -> tuple[str, str]:
+    refuse_credentials("SOURCE", source)
     kind, _, rest = source.partition(":")
     if kind not in KINDS or (not rest) != (kind == "digits"):
         forms = "digits, idx:DIR, csv:PATH, parquet:PATH, text:GLOB or images:DIR"

@@ -13,13 +13,12 @@ import torch
 
 from elastrain import storage
 from elastrain.data.blocks import (
-    EVALUATION,
     FeedSpec,
     ReadBlock,
     arrays_of,
     block_size,
     eval_block_rows,
-    eval_tasks,
+    eval_task,
     train_tasks,
 )
 from elastrain.data.columns import Array
@@ -27,10 +26,10 @@ from elastrain.data.dataset import Dataset
 from elastrain.data.forecast import forecast_run
 from elastrain.data.plan import Plan
 from elastrain.data.transforms import check_transforms
-from elastrain.elastic.session import embedded_cpus, place_workers, ray_session
+from elastrain.elastic.session import embedded_cpus, fitting, place_workers, ray_session
 from elastrain.errors import ResourceError, SpecError, StorageError
 from elastrain.observe.ledger import Clock
-from elastrain.spec.train import TrainSpec
+from elastrain.spec.train import TrainSpec, WorkersSpec
 from elastrain.training.batches import Batches
 from elastrain.training.evaluation import evaluate
 from elastrain.training.loop import choose_device, fix_threads
@@ -53,8 +52,7 @@ def check_run(spec: TrainSpec, *, address: str | None = None) -> dict[str, Any]:
     found.append(("step", detail))
     found.append(("memory", _memory(spec, state_bytes)))
     with ray_session(address, cpus=embedded_cpus(spec.workers)):
-        size = place_workers(spec.workers, say=lambda _: None, stop=lambda: True, pause=lambda: None)
-        found.append(("workers", f"{size} of {spec.workers.min} to {spec.workers.max} workers fit"))
+        found.append(("workers", _placement(spec.workers)))
     return {"ok": True, "run": run_url, "checks": [{"name": name, "found": text} for name, text in found]}
 
 
@@ -78,7 +76,7 @@ def _storage(run_url: str) -> str:
 def _feed(spec: TrainSpec) -> FeedSpec:
     train = Dataset.open(spec.data.train).select(spec.data.columns)
     evaluation = Dataset.open(spec.data.eval).select(spec.data.columns) if spec.data.eval else None
-    check_transforms(spec.data.transforms, train.columns)
+    check_transforms(spec.data.transforms, train, evaluation)
     plan = Plan.of(train, seed=spec.data.seed, global_batch=spec.data.global_batch, slots=spec.num_slots)
     return FeedSpec(
         plan=plan,
@@ -112,7 +110,7 @@ class DirectFeed:
     def evaluation(self, blocks: Sequence[int], evaluation: int) -> Iterator[tuple[int, dict[str, Array]]]:
         """Yield the first rows of the first evaluation block."""
         del blocks, evaluation
-        arrays = _read(next(make for address, make in eval_tasks(self._spec) if address == (EVALUATION, 0))())
+        arrays = _read(eval_task(self._spec, 0))
         yield 0, {name: array[: self._eval_rows] for name, array in arrays.items()}
 
 
@@ -148,6 +146,16 @@ def _one_step(spec: TrainSpec, feed: FeedSpec) -> tuple[str, int]:
         metrics = evaluate(state, direct, feed.plan, feed.evaluation, Solo(), block_rows=rows, number=0)
         text += f"; evaluation gives {', '.join(metrics)}"
     return text, sum(t.numel() * t.element_size() for t in state.tensors().values())
+
+
+def _placement(workers: WorkersSpec) -> str:
+    """Say how many workers fit now; raises ResourceError if the cluster can never hold as many as it must."""
+    try:
+        size = place_workers(workers, say=lambda _: None, stop=lambda: True, pause=lambda: None)
+    except InterruptedError:
+        free = fitting(workers, "free")
+        return f"{free} of {workers.min} to {workers.max} workers fit now; a run would wait for room"
+    return f"{size} of {workers.min} to {workers.max} workers fit"
 
 
 def _memory(spec: TrainSpec, state_bytes: int) -> str:

@@ -1,6 +1,6 @@
 """What a run directory already holds: is this the same run, and from where does it go on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,40 +18,41 @@ PARTS = ("checkpoints", "metrics", "audit", "ledger", "report.html", PLAN, SPEC)
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """The newest whole checkpoint: its step, and whether it is the end of a run."""
+    """The newest whole checkpoint: its step and what was noted with it (`complete` at the end of a run)."""
 
     step: int
-    complete: bool
+    info: Mapping[str, Any]
 
 
 def resumable(run: str, *, warn: Callable[[str], None]) -> Resume | None:
     """Return where the run goes on, None for its beginning; broken checkpoints are passed over with a warning."""
     step = newest_whole(run, warn=warn)
-    return None if step is None else Resume(step, bool(read_manifests(run)[step]["info"].get("complete")))
+    return None if step is None else Resume(step, read_manifests(run)[step]["info"])
 
 
 def prepare(spec: TrainSpec, dataset: Dataset, run: str, *, fresh: bool) -> tuple[TrainSpec, Plan]:
-    """Return spec and plan with what the run had fixed before; store both if it is new.
+    """Return spec and plan with what the run had fixed before, unless it starts afresh; writes nothing.
 
     Raises ConflictError, saying what changed, if the directory holds a run that is another one.
     """
-    if fresh:
-        for part in PARTS:
-            storage.remove(storage.join(run, part))
-    stored = _stored(run)
+    stored = None if fresh else _stored(run)
     if stored is None:
         spec = _with_slots(spec, spec.num_slots)
-        plan = _plan(spec, dataset)
-        storage.put(storage.join(run, SPEC), dump(spec).encode())
-        storage.put_json(storage.join(run, PLAN), plan.identity())
-        return spec, plan
+        return spec, _plan(spec, dataset)
     old, identity = stored
     if spec.data.slots is None:
         spec = _with_slots(spec, int(identity["slots"]))
     plan = _plan(spec, dataset)
     _compare(run, changed(old, spec), identity, plan.identity())
-    storage.put(storage.join(run, SPEC), dump(spec).encode())
     return spec, plan
+
+
+def begin(run: str, spec: TrainSpec, plan: Plan, *, fresh: bool) -> None:
+    """Store what the run is; `fresh` removes what it was before."""
+    for part in PARTS if fresh else ():
+        storage.remove(storage.join(run, part))
+    storage.put(storage.join(run, SPEC), dump(spec).encode())
+    storage.put_json(storage.join(run, PLAN), plan.identity())
 
 
 def _compare(run: str, differences: list[str], old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -30,11 +30,10 @@ METRICS = pa.schema(
 class Host:
     """The run's memory while it runs: `workers` report to it, the driver polls it."""
 
-    def __init__(self, run: str, attempt: int, expected: int, resume_step: int) -> None:
-        self.membership = Membership(expected=expected)
+    def __init__(self, run: str, attempt: int, expected: int, resume_step: int, *, alike: bool) -> None:
+        self.membership = Membership(expected=expected, alike=alike)
         self._ledger = Ledger(run, attempt)
-        self._audit = StepLog(storage.join(run, "audit"), AUDIT, resume_step=resume_step)
-        self._metrics = StepLog(storage.join(run, "metrics"), METRICS, resume_step=resume_step)
+        self._run = run
         self._step, self._resume_step = resume_step, resume_step
         self._last: dict[str, Any] = {}
         self._ended: float | None = None  # when the step before ended; a step after a start has time_s 0
@@ -42,7 +41,13 @@ class Host:
         self._spent: dict[str, dict[str, float]] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        self._logs: dict[str, StepLog] = {}
         self._writer = threading.Thread(target=self._write, daemon=True)
+
+    def open(self) -> None:
+        """Go on with the run's records, before workers report; raises StorageError."""
+        for name, schema in (("audit", AUDIT), ("metrics", METRICS)):
+            self._logs[name] = StepLog(storage.join(self._run, name), schema, resume_step=self._resume_step)
         self._writer.start()
 
     def enter(self, worker: Worker) -> tuple[int, list[Worker]] | None:
@@ -70,7 +75,7 @@ class Host:
         """Take over (step, slot, columns) lines; when this returns they are out of the worker's hands."""
         with self._lock:
             for step, slot, columns in lines:
-                self._audit.add(step, slot, columns)
+                self._logs["audit"].add(step, slot, columns)
 
     @ray.method(concurrency_group=RECORDS)
     def report(self, worker: str, status: Mapping[str, Any]) -> None:
@@ -86,7 +91,7 @@ class Host:
                 self._ended = ended
                 counts, values = (step, epoch, samples), (loss, lr, grad_norm, taken, ended)
                 numbers = [np.array([v], np.int64) for v in counts] + [np.array([v], np.float64) for v in values]
-                self._metrics.add(int(step), 0, dict(zip(METRICS.names, numbers, strict=True)))
+                self._logs["metrics"].add(int(step), 0, dict(zip(METRICS.names, numbers, strict=True)))
                 self._last = {"step": step, "loss": loss}
 
     @ray.method(concurrency_group=RECORDS)
@@ -122,7 +127,8 @@ class Host:
         with self._lock:
             self._ledger.event("end", outcome=outcome, **fields)
         self._closing.set()
-        self._writer.join()
+        if self._writer.is_alive():
+            self._writer.join()
         self._flush()
 
     def _write(self) -> None:
@@ -138,6 +144,6 @@ class Host:
 
     def _flush(self) -> None:
         with self._lock:
-            self._audit.flush(self._step)
-            self._metrics.flush(self._step)
+            for log in self._logs.values():
+                log.flush(self._step)
             self._ledger.flush()

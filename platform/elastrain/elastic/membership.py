@@ -8,6 +8,8 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+from elastrain.errors import ResourceError
+
 JOIN_S = 600.0
 
 
@@ -19,13 +21,18 @@ class Worker:
     node: str
     place: int
     store: tuple[str, int]
+    arithmetic: str = ""
 
 
 @dataclass(slots=True)
 class Membership:
-    """Generations of `expected` workers. `failure` is (error class name, message) of what ended the run."""
+    """Generations of `expected` workers, `alike` in their arithmetic if asked.
+
+    `failure` is (error class name, message) of what ended the run.
+    """
 
     expected: int
+    alike: bool = False
     generation: int = 0
     members: list[Worker] = field(default_factory=list)
     entered: dict[str, Worker] = field(default_factory=dict)
@@ -39,13 +46,26 @@ class Membership:
         with self._changed:
             before = self.generation
             self.entered[worker.name] = worker
-            if len(self.entered) == self.expected:
+            if len(self.entered) == self.expected and not self._unlike():
                 self.generation += 1
                 self.members, self.entered = list(self.entered.values()), {}
                 self._changed.notify_all()
             self._changed.wait_for(lambda: self.generation != before or self.failure is not None, timeout=JOIN_S)
             formed = self.generation != before and self.failure is None
             return (self.generation, list(self.members)) if formed else None
+
+    def _unlike(self) -> bool:
+        """Say whether the workers would compute other bits than each other, which ends the run."""
+        kinds = {worker.arithmetic: worker.node for worker in self.entered.values()}
+        if not self.alike or len(kinds) == 1:
+            return False
+        named = "; ".join(f"node {node[:12]}: {kind}" for kind, node in sorted(kinds.items()))
+        self.failure = self.failure or (
+            ResourceError.__name__,
+            f"consistency: bitwise needs workers that compute alike ({named}); use nodes of one kind, or sample",
+        )
+        self._changed.notify_all()
+        return True
 
     def ask_stop(self) -> None:
         """Ask the workers to stop at the next step boundary, after a commit."""

@@ -23,14 +23,14 @@ from elastrain.data.plan import Plan
 from elastrain.data.transforms import check_transforms
 from elastrain.elastic.cells import end_cell, start_cell
 from elastrain.elastic.config import WORKER_LOST, WorkerConfig
-from elastrain.elastic.history import prepare, resumable
+from elastrain.elastic.history import Resume, begin, prepare, resumable
 from elastrain.elastic.host import RECORDS, Host
-from elastrain.elastic.lock import locked
 from elastrain.elastic.session import embedded_cpus, fitting, place_workers, ray_session, reading_resources
-from elastrain.errors import Interrupted, ResourceError, SpecError, error_named
+from elastrain.errors import Interrupted, ResourceError, error_named, ours
+from elastrain.lock import locked
 from elastrain.observe.ledger import Ledger
 from elastrain.observe.progress import LiveLine, Status
-from elastrain.observe.report import read_report, write_html
+from elastrain.observe.report import TRAIN_KEYS, read_report, write_html
 from elastrain.spec.document import resolve
 from elastrain.spec.train import TrainSpec
 
@@ -38,19 +38,6 @@ POLL_S = 0.2
 END_S = 15.0
 MAX_RESTARTS_WITHOUT_PROGRESS = 3
 RELEASE_S = 10.0
-KEYS = (
-    "run",
-    "step",
-    "resumed_from",
-    "samples",
-    "metrics",
-    "weights_sha256",
-    "wall_s",
-    "goodput",
-    "workers",
-    "restarts",
-    "resizes",
-)
 
 
 class WorkerLost(ResourceError):  # noqa: N818 -- an event: the run starts again from its last checkpoint
@@ -96,9 +83,8 @@ class Job:
     evaluation: Dataset | None
     num_steps: int
     line: LiveLine
-    started: float = field(default_factory=time.time)
     stop: threading.Event = field(default_factory=threading.Event)
-    lost: tuple[float, int] | None = None  # when a worker was lost, and the step that had been reached
+    losses: list[tuple[float, int]] = field(default_factory=list)  # not recovered from: when, and the step reached
     size: int = 0  # workers of the attempt before
 
     def warn(self, message: str) -> None:
@@ -113,14 +99,12 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False) -
     with the call. Raises SpecError, ConflictError, DataError, StorageError, ResourceError, DivergedError; Interrupted
     after a commit if the user stopped it (SIGINT or SIGTERM).
     """
-    if spec.consistency == "bitwise":
-        raise SpecError("consistency: bitwise is not available yet; sample gives the same samples and order at any W")
     spec = resolve(spec, base=Path.cwd(), cwd=Path.cwd())
     run_url = storage.absolute(storage.join(spec.storage, spec.name))
     train_data = Dataset.open(spec.data.train).select(spec.data.columns)
     evaluation = Dataset.open(spec.data.eval).select(spec.data.columns) if spec.data.eval else None
-    check_transforms(spec.data.transforms, train_data.columns)
-    with locked(run_url), LiveLine() as line:
+    check_transforms(spec.data.transforms, train_data, evaluation)
+    with locked(run_url, remedy="give this run another name"), LiveLine() as line:
         asked = spec.workers.max
         spec, plan = prepare(spec, train_data, run_url, fresh=fresh)
         steps = spec.budget.steps or (spec.budget.epochs or 0) * plan.steps_per_epoch
@@ -129,11 +113,13 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False) -
         )
         if asked > plan.slots:
             job.warn(f"the run was begun with {plan.slots} slots, so no more than that many workers can be used")
-        resume = resumable(run_url, warn=job.warn)
-        if resume is not None and resume.complete and resume.step >= steps:
-            return _finished(job, resume.step)
+        resume = None if fresh else resumable(run_url, warn=job.warn)
+        if resume is not None and resume.step >= steps and _is_end(resume, evaluation):
+            return _finished(job, resume)
         # Ray takes SIGTERM for itself when it starts, so ours comes after it
         with ray_session(address, cpus=embedded_cpus(spec.workers)), _stopping(job):
+            _placed(job)  # what cannot be placed removes nothing
+            begin(run_url, spec, plan, fresh=fresh)
             return _attempts(job)
 
 
@@ -149,17 +135,17 @@ def _attempts(job: Job) -> Run:
         except (WorkerLost, ray.exceptions.RayError) as error:
             if idle + 1 >= MAX_RESTARTS_WITHOUT_PROGRESS:
                 raise ResourceError(f"{error}; {idle + 1} tries from step {step} came to nothing") from error
-            job.lost = job.lost or (time.time(), step)
+            job.losses = job.losses or [(time.time(), step)]
             job.warn(f"{error}; starting again from step {step}")
             continue
         if result["stopped"]:
             raise Interrupted(f"stopped at step {result['step']} after a commit; the same command goes on from there")
-        return _finished(job, resume.step if resume else 0)
+        return _finished(job, resume)
 
 
 def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
     """Start feeder, host and cell, watch them to the end, and close the attempt's ledger whatever happens."""
-    spec, begin = job.spec, resume or 0
+    spec, first = job.spec, resume or 0
     size = _placed(job)
     cell = start_cell()
     feed = FeedSpec(
@@ -167,12 +153,13 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
         train=job.train,
         evaluation=job.evaluation,
         transforms=spec.data.transforms,
-        begin=begin,
+        begin=first,
         end=job.num_steps,
         reading=reading_resources(spec.workers, size),
     )
     feeder = _actor(FeederLogic, size, feed)
-    host = _actor(Host, size, job.run_url, Ledger.next_attempt(job.run_url), size, begin)
+    attempt, alike = Ledger.next_attempt(job.run_url), spec.consistency == "bitwise"
+    host = _actor(Host, size, job.run_url, attempt, size, first, alike=alike)
     config = WorkerConfig(
         host=host,
         feeder=feeder,
@@ -181,13 +168,19 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
         num_steps=job.num_steps,
         run_url=job.run_url,
         resume=resume,
-        info={"plan": job.plan.identity(), "versions": versions(), "threads": max(1, int(spec.workers.cpus))},
+        info={
+            "plan": job.plan.identity(),
+            "versions": versions(),
+            "threads": max(1, int(spec.workers.cpus)),
+            "evaluation": _evaluated(job.evaluation),
+        },
         launched=time.time(),
     )
-    host.event.remote("start", {"step": begin, "workers": size, "host": socket.gethostname(), "versions": versions()})
+    host.event.remote("start", {"step": first, "workers": size, "host": socket.gethostname(), "versions": versions()})
     ended = cell.run.remote(config, name=spec.name, size=size, cpus=spec.workers.cpus, gpus=spec.workers.gpus)
     outcome: dict[str, Any] = {"outcome": "failed", "error": "the driver broke off"}
     try:
+        _ready(host)
         result = _watch(job, host, ended, size)
         outcome = {"outcome": "interrupted" if result["stopped"] else "done", "result": result}
         ray.wait([ended], timeout=END_S)
@@ -200,12 +193,12 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
     return result
 
 
-def _actor(kind: type, size: int, *arguments: Any) -> Any:
+def _actor(kind: type, size: int, *arguments: Any, **named: Any) -> Any:
     """Start an actor beside the driver, with a thread for each worker that may wait in it, and some more."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote: Any = ray.remote  # its types lack concurrency groups
     made = remote(concurrency_groups={RECORDS: 1})(kind)
-    return made.options(num_cpus=0, max_concurrency=2 * size + 8, scheduling_strategy=here).remote(*arguments)
+    return made.options(num_cpus=0, max_concurrency=2 * size + 8, scheduling_strategy=here).remote(*arguments, **named)
 
 
 def _close(host: Any, feeder: Any, outcome: dict[str, Any]) -> None:
@@ -234,24 +227,32 @@ def _watch(job: Job, host: Any, ended: Any, size: int) -> dict[str, Any]:
         if now["failure"]:
             name, message = now["failure"]
             if name == WORKER_LOST:
-                job.lost = (time.time(), now["step"])
+                job.losses.append((time.time(), now["step"]))
                 raise WorkerLost(message)
             raise error_named(name, message)
         gone = gone + POLL_S if done else 0.0
         if gone > 1.0:  # the workers' last words had time to arrive
-            job.lost = (time.time(), now["step"])
+            job.losses.append((time.time(), now["step"]))
             said = ray.get(ended).strip().splitlines()
             raise WorkerLost("a worker was lost" + (f" ({said[-1][:300]})" if said else ""))
 
 
+def _ready(host: Any) -> None:
+    """Wait for the host; raises StorageError if the run's records cannot be gone on with."""
+    try:
+        ray.get(host.open.remote())
+    except ray.exceptions.RayTaskError as error:
+        raise (ours(error) or error) from error
+
+
 def _note_recovery(job: Job, host: Any, now: Mapping[str, Any]) -> None:
-    if job.lost is not None and now["step"] > job.lost[1] and now["last"]:
-        when, step = job.lost
+    """Once a step is done that was not done before, or nothing is left to do, note what each loss has cost."""
+    if job.losses and now["last"] and (now["outcome"] or now["step"] > max(step for _, step in job.losses)):
         resumed = now["resume_step"]
-        host.event.remote(
-            "restart", {"step": resumed, "recovery_s": time.time() - when, "steps_redone": step - resumed}
-        )
-        job.lost = None
+        for when, step in job.losses:
+            cost = {"recovery_s": time.time() - when, "steps_redone": step - resumed}
+            host.event.remote("restart", {"step": resumed, **cost})
+        job.losses.clear()
 
 
 class _Rate:
@@ -302,11 +303,24 @@ def _placed(job: Job) -> int:
     return job.size
 
 
-def _finished(job: Job, resumed_from: int) -> Run:
+def _evaluated(evaluation: Dataset | None) -> str | None:
+    return None if evaluation is None else evaluation.fingerprint
+
+
+def _is_end(resume: Resume, evaluation: Dataset | None) -> bool:
+    """Say whether a checkpoint is the end of a run that was evaluated on these data."""
+    return bool(resume.info.get("complete")) and resume.info.get("evaluation") == _evaluated(evaluation)
+
+
+def _finished(job: Job, resume: Resume | None) -> Run:
     """Return the run with its result, and write report.html."""
     report = read_report(job.run_url)
-    result = {key: report.get(key) for key in KEYS}
-    result["resumed_from"] = resumed_from
+    if resume is not None and resume.step >= job.num_steps and _is_end(resume, job.evaluation):
+        # The checkpoint knows, whatever became of the records of the attempt that wrote it or of later ones.
+        known = {key: resume.info[key] for key in ("metrics", "weights_sha256", "samples")}
+        report = {**report, "step": resume.step, **known}
+    result = {key: report.get(key) for key in TRAIN_KEYS}
+    result["resumed_from"] = resume.step if resume else 0
     write_html(job.run_url, report)
     return Run(job.run_url, result)
 

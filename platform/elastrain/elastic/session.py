@@ -8,7 +8,6 @@ import shlex
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -21,21 +20,14 @@ READERS = 2
 CONNECT_S = 5.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Session:
-    """A Ray that is ours to use: whether it was started by us, and its nodes as (free, total) resources."""
-
-    embedded: bool
-
-
 @contextlib.contextmanager
-def ray_session(address: str | None, *, cpus: float) -> Iterator[Session]:
+def ray_session(address: str | None, *, cpus: float) -> Iterator[None]:
     """Connect to `address`, else `RAY_ADDRESS`, else start a local Ray with at least `cpus` logical CPUs.
 
     An open connection of this process is used as it is. Raises ResourceError if no Ray answers at the address.
     """
     if ray.is_initialized():
-        yield Session(embedded=False)
+        yield
         return
     target = address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray will do anyway; unset it warns
@@ -52,7 +44,7 @@ def ray_session(address: str | None, *, cpus: float) -> Iterator[Session]:
         where = f"no Ray answers at {target}" if target else "a local Ray did not start"
         raise ResourceError(f"{where}: {error}") from error
     try:
-        yield Session(embedded=not target or target == "local")
+        yield
     finally:
         ray.shutdown()
 

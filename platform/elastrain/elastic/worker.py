@@ -21,10 +21,11 @@ from elastrain.data.feed import WorkerFeed
 from elastrain.elastic.config import WORKER_LOST, WorkerConfig
 from elastrain.elastic.group import Door, Generation, ranked
 from elastrain.elastic.membership import Worker
-from elastrain.errors import ElastrainError, ResourceError, ours
+from elastrain.errors import ConflictError, ElastrainError, ResourceError, ours
 from elastrain.observe.ledger import Clock
 from elastrain.training import checkpoint
 from elastrain.training.loop import Loop, choose_device, fix_threads
+from elastrain.training.precision import arithmetic, fix_arithmetic
 from elastrain.training.reduce import Group, GroupLost
 from elastrain.training.state import TrainState
 from elastrain.training.task import make_task
@@ -40,7 +41,13 @@ class HostSeat:
         self._host, self._name, self._device = host, name, device
         self._door = Door(ray.util.get_node_ip_address())
         node = ray.get_runtime_context().get_node_id()
-        self._me = Worker(name=name, node=node, place=context.get_world_rank(), store=self._door.address)
+        self._me = Worker(
+            name=name,
+            node=node,
+            place=context.get_world_rank(),
+            store=self._door.address,
+            arithmetic=arithmetic(device),
+        )
         self._group: Group | None = None
         self._stop = False
         threading.Thread(target=self._watch, daemon=True).start()
@@ -79,6 +86,7 @@ class HostRecorder:
     def __init__(self, host: Any, name: str, *, lead: bool) -> None:
         self._host, self._name, self._lead = host, name, lead
         self._lines: list[tuple[int, int, Mapping[str, Array]]] = []
+        self._sent: list[Any] = []
 
     def audit(self, step: int, slot: int, columns: Mapping[str, Array]) -> None:
         """Hand over the samples of a slot in a step."""
@@ -91,16 +99,22 @@ class HostRecorder:
             self._lines = []
 
     def settled(self) -> None:
-        """Wait until the host has written what was reported."""
+        """Wait until the host has written what was reported; the call to write may overtake those before it."""
+        ray.get(list(self._sent))
         ray.get(self._host.sync.remote())
 
     def report(self, status: Mapping[str, Any]) -> None:
         """Hand over position, seconds and lines of metrics."""
-        self._host.report.remote(self._name, {**status, "lead": self._lead})
+        self._note(self._host.report.remote(self._name, {**status, "lead": self._lead}))
 
     def event(self, kind: str, **fields: Any) -> None:
         """Hand over something for the ledger."""
-        self._host.event.remote(kind, fields)
+        self._note(self._host.event.remote(kind, fields))
+
+    def _note(self, sent: Any) -> None:
+        """Keep a call until it has arrived."""
+        _, under_way = ray.wait(self._sent, num_returns=len(self._sent), timeout=0) if self._sent else ([], [])
+        self._sent = [*under_way, sent]
 
 
 def work(config: WorkerConfig) -> None:
@@ -126,6 +140,7 @@ def _train(config: WorkerConfig, name: str) -> dict[str, Any]:
     spec = config.spec
     clock = Clock(before_s=max(0.0, time.time() - config.launched))
     fix_threads(spec.workers.cpus)
+    fix_arithmetic(spec.consistency)
     device = choose_device(spec.workers.gpus)
     feed = WorkerFeed(config.feeder, config.feed, begin=config.feed.begin)
     state = TrainState(spec, make_task(spec, config.feed.train), device)
@@ -133,6 +148,11 @@ def _train(config: WorkerConfig, name: str) -> dict[str, Any]:
     group = seat.group(0)
     if config.resume is not None and group.rank == 0:
         saved = checkpoint.load(config.run_url, config.resume)
+        if spec.consistency == "bitwise" and saved.info["arithmetic"] != arithmetic(device):
+            raise ConflictError(
+                f"consistency: bitwise: {saved.url} was computed with {saved.info['arithmetic']}, here it would go on "
+                f"with {arithmetic(device)}; use a machine of that kind, or begin a run of another name"
+            )
         state.load(saved.tensors, saved.numbers)
     state.share(group, 0)
     evaluation = config.feed.evaluation
@@ -148,7 +168,7 @@ def _train(config: WorkerConfig, name: str) -> dict[str, Any]:
         seat=seat,
         recorder=HostRecorder(config.host, name, lead=group.rank == 0),
         clock=clock,
-        info=config.info,
+        info={**config.info, "arithmetic": arithmetic(device)},
     )
     try:
         return loop.run()

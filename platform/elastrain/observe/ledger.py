@@ -208,8 +208,12 @@ class StepLog:
         # Arrays joined to one chunk: the pages of the file then depend on the lines alone.
         columns = [np.concatenate([part[name] for part in parts]) for name in self._schema.names]
         table = pa.Table.from_arrays([pa.array(column) for column in columns], schema=self._schema)
-        with storage.staged(self._url(start)) as path:
-            pq.write_table(table, path, compression="zstd", write_page_checksum=True, row_group_size=len(table))
+        try:
+            with storage.staged(self._url(start)) as path:
+                pq.write_table(table, path, compression="zstd", write_page_checksum=True, row_group_size=len(table))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise StorageError(f"{self._url(start)}: cannot be written ({reason}); see to its disk") from error
 
     def _url(self, start: int) -> str:
         return storage.join(self._folder, f"{start:08d}.parquet")

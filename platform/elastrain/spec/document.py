@@ -32,7 +32,7 @@ from elastrain.spec.problems import (
 from elastrain.spec.source import Source, load, override, parse
 from elastrain.spec.train import OptimizerSpec, TrainSpec
 
-_VERBS = {"sweep": "sweep", "cluster": "cluster", "job": "submit"}
+_OTHER_KINDS = ("sweep", "cluster", "job")
 _EXCLUSIVE: tuple[tuple[Keys, Keys], ...] = ((("budget", "epochs"), ("budget", "steps")),)
 # These decide when and where a run goes on and what is reported, not what it computes. The data are compared by
 # their fingerprint, not by where they lie.
@@ -155,8 +155,8 @@ def _whole(source: Source) -> Source:
 def _checked(data: Mapping[str, Any], where: Where) -> TrainSpec:
     """Return `data` as a spec, of the right kind and with phases that an optimizer can take."""
     kind = data.get("kind", "train")
-    if isinstance(kind, str) and kind in _VERBS:
-        text = f"this is a {kind} spec, and a train spec is wanted; run it with 'elastrain {_VERBS[kind]}'"
+    if kind in _OTHER_KINDS:
+        text = f"this is a {kind} spec, and a train spec is wanted; this version runs no other kind"
         refuse([Problem(keys=("kind",), text=text)], where)
     spec = validate(TrainSpec, _plain(data, where), where)
     refuse([problem for phase in spec.optimizer.phases for problem in _phase_problems(spec.optimizer, phase)], where)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from elastrain.data.blocks import keeps_evaluation
 from elastrain.data.columns import Array
 from elastrain.data.dataset import Dataset
 from elastrain.data.plan import Plan, hash64
@@ -13,7 +14,7 @@ from elastrain.training.batches import EPOCH, ROW, SLOT, STEP, Feed, tensor_of
 from elastrain.training.precision import forward_context
 from elastrain.training.reduce import Group, sum_in_order
 from elastrain.training.state import EVALUATE, TrainState, broadcast_object, seed_all
-from elastrain.training.task import Batch, calling, phase_loss
+from elastrain.training.task import Batch, calling, metric_ratios, phase_loss
 
 SMALL_BATCH_BYTES = 64 << 10
 
@@ -29,13 +30,13 @@ def evaluate(
 ) -> dict[str, float]:
     """Return `val_loss` and the task's metrics over the whole dataset; `number` counts a run's evaluations.
 
-    Blocks of `block_rows` rows are dealt to the workers, batches where there are fewer blocks than workers. With
-    several phases there is a `val_loss_<phase>` for each, and `val_loss` is their sum. Raises SpecError if the task
-    fails.
+    Blocks of `block_rows` rows are dealt to the workers; batches, where there are fewer blocks than workers, unless the
+    data are read anew each time: then one worker reads a block, and some have nothing to do. With several phases there
+    is a `val_loss_<phase>` for each, and `val_loss` is their sum. Raises SpecError if the task fails.
     """
     size = batch_size(plan, dataset.row_bytes, state.spec.micro_batch)
     num_blocks = -(-dataset.num_rows // block_rows)
-    by_block = num_blocks >= group.size
+    by_block = num_blocks >= group.size or not keeps_evaluation(dataset, state.spec.data.transforms)
     mine = range(group.rank, num_blocks, group.size) if by_block else range(num_blocks)
     per_block = -(-block_rows // size)
     sums: dict[int, dict[str, tuple[float, float]]] = {}
@@ -74,7 +75,7 @@ def _sums(state: TrainState, batch: Batch) -> dict[str, tuple[float, float]]:
             name = "val_loss" if len(task.phases) == 1 else f"val_loss_{phase}"
             found[name] = (float(loss.sum), float(loss.weight))
         with calling(state.spec.task, "metrics()"):
-            metrics = task.metrics(state.model, batch.clone())
+            metrics = metric_ratios(task, state.model, batch.clone())
         for name, ratio in metrics.items():
             if name in found:
                 raise SpecError(f"task {state.spec.task}: metric {name!r} is the loss's own name; choose another")

@@ -88,6 +88,7 @@ class Loop:
             return self._run(writer)
         finally:
             writer.join()
+            self._written(writer)
 
     def _run(self, writer: Writer) -> dict[str, Any]:
         state = self.state
@@ -103,6 +104,7 @@ class Loop:
             now = time.perf_counter()
             if now - last_report > REPORT_S:
                 last_report = now
+                self._written(writer)
                 self._report()
         self.clock.switch("checkpoint")
         writer.wait()
@@ -179,7 +181,7 @@ class Loop:
         if last or stop or step % self.spec.checkpoint.every_steps == 0:
             self.clock.switch("checkpoint")
             if group.rank == 0:
-                info = {**self.info, "metrics": metrics, "complete": last}
+                info = {**self.info, "metrics": metrics, "samples": self.state.samples, "complete": last}
                 if last:
                     info["weights_sha256"] = digest(self.state.model.state_dict())
                 self._report()  # before the commit, which settles what was reported

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from elastrain import storage
-from elastrain.errors import StorageError
+from elastrain.errors import SpecError, StorageError
+from elastrain.spec.problems import nearest
 from elastrain.spec.train import CheckpointSpec
 
 MANIFEST = "manifest.json"
@@ -76,6 +77,13 @@ def read_verified(url: str, manifest: Mapping[str, Any], name: str) -> bytes:
     if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
         raise StorageError(f"{path}: corrupted (not the bytes that the checkpoint's manifest names)")
     return data
+
+
+def check_best(spec: CheckpointSpec, metrics: Mapping[str, float]) -> None:
+    """Raise SpecError if an evaluation gave `metrics` and `best` is none of them: it would never be applied."""
+    if metrics and spec.best is not None and spec.best not in metrics:
+        there = ", ".join(metrics)
+        raise SpecError(f"checkpoint.best: the metrics are {there}, not {spec.best!r}{nearest(spec.best, metrics)}")
 
 
 def retain(run: str, spec: CheckpointSpec, *, newest: int) -> None:

@@ -1,17 +1,36 @@
-"""Optimizers by name and schedules as pure functions of the step."""
+"""Optimizers by name and schedules as pure functions of the step.
+
+Also what an optimizer keeps, taken apart into tensors by name and JSON, and put together again to the bit.
+"""
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elastrain.data.transforms import load_object
 from elastrain.errors import SpecError
+from elastrain.spec.problems import nearest
 from elastrain.spec.train import OptimizerSpec, ScheduleSpec
+
+PLAIN = (type(None), bool, int, float, str)  # what JSON holds as it is
+SET_ANEW = ("params", "lr")  # entries of a group that whoever resumes has, or sets at each step
+# No step moves such an entry of a group: whoever resumes has it from the constructor.
+CONSTANTS = (FunctionType, BuiltinFunctionType, type, torch.dtype, torch.device)
+
+
+def check_phase_names(spec: OptimizerSpec, phases: Sequence[str]) -> None:
+    """Raise SpecError if the spec has settings for a phase that is none of the task's."""
+    for name in spec.phases:
+        if name not in phases:
+            there = ", ".join(phases)
+            raise SpecError(f"optimizer.phases.{name}: the task's phases are {there}{nearest(name, phases)}")
 
 
 def for_phase(spec: OptimizerSpec, phase: str) -> OptimizerSpec:
@@ -93,3 +112,115 @@ def learning_factor(schedule: ScheduleSpec, step: int, num_steps: int) -> float:
 def _cosine(start: float, stop: float, done: float) -> float:
     """Return the value on the way from `start` (done 0) to `stop` (done 1), along half a cosine wave."""
     return stop + (start - stop) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def pack(optimizer: Optimizer, prefix: str) -> tuple[Any, dict[str, Tensor]]:
+    """Return all that steps leave in an optimizer: JSON, and the tensors that it names, under `prefix`; no copies.
+
+    Besides `state` that is every entry of `param_groups` but parameters, `lr` and constants. Raises SpecError for what
+    neither JSON nor safetensors can hold.
+    """
+    kept = optimizer.state_dict()
+    groups = [{k: entry for k, entry in group.items() if not _stays(k, entry)} for group in kept["param_groups"]]
+    packing = _Packing(optimizer)
+    return packing.pack({**kept, "param_groups": groups}, prefix), packing.tensors
+
+
+def unpack(optimizer: Optimizer, packed: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Leave in an optimizer what `pack` took from one made alike; it gets copies of the tensors."""
+    parameters = _parameters(optimizer)
+    kept = _unpacked(packed, tensors, parameters[0].device, {_name(i): p for i, p in enumerate(parameters)})
+    own = optimizer.state_dict()
+    groups = [
+        {k: entry for k, entry in mine.items() if _stays(k, entry) or k in theirs} | theirs
+        for mine, theirs in zip(own["param_groups"], kept["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({**own, **kept, "param_groups": groups})
+    # It gave each tensor its parameter's type, took text for a list, and tore apart what was one tensor in two places.
+    for key, entry in kept["state"].items():
+        optimizer.state[parameters[key] if isinstance(key, int) else key] = entry
+    for mine, theirs in zip(optimizer.param_groups, kept["param_groups"], strict=True):
+        mine.update(theirs)
+
+
+class _Packing:
+    """Turns values into JSON and `tensors` by name; a tensor in two places has one name, a parameter that of its place.
+
+    In the JSON, an object with one of these keys stands for what JSON lacks: `tensor` (with its strides, and whether it
+    is on the CPU though parameters are not), `dict` (a list of pairs: keys may be numbers), `tuple`, `numpy`.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        parameters = _parameters(optimizer)
+        self.tensors: dict[str, Tensor] = {}
+        self._kind, self._device = type(optimizer).__name__, parameters[0].device
+        self._names = {id(parameter): _name(index) for index, parameter in enumerate(parameters)}
+
+    def pack(self, value: Any, name: str) -> Any:
+        kind = type(value)
+        if kind in PLAIN:
+            return value
+        if kind in (list, tuple) or (kind is dict and all(type(key) in PLAIN for key in value)):
+            return self._container(value, name)
+        if kind in (Tensor, nn.Parameter) and value.layout is torch.strided and value.dtype != torch.complex128:
+            return self._tensor(value, name)
+        if isinstance(value, np.generic) and isinstance(value.item(), int | float):
+            return {"numpy": [value.dtype.name, value.item()]}
+        raise SpecError(
+            f"optimizer {self._kind}: {name} is a {kind.__name__}, which a checkpoint cannot hold; keep numbers, text "
+            f"and plain tensors there, in lists, tuples, and dicts by text or number, or choose another optimizer"
+        )
+
+    def _container(self, value: Any, name: str) -> Any:
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        pairs = [[key, self.pack(entry, f"{name}/{key}")] for key, entry in entries]
+        if isinstance(value, dict):
+            return {"dict": pairs}
+        items = [entry for _, entry in pairs]
+        return {"tuple": items} if isinstance(value, tuple) else items
+
+    def _tensor(self, value: Tensor, name: str) -> dict[str, Any]:
+        if id(value) not in self._names:
+            while name in self.tensors:
+                name += "'"  # two places may read alike: a/b, and b in a
+            self._names[id(value)], self.tensors[name] = name, value.detach()
+        # Those of a copy, since a view may have gaps; dimensions in another order than rows first keep that order.
+        strides = (value if value.is_contiguous() else torch.empty_like(value, device="meta")).stride()
+        aside = value.device.type == "cpu" != self._device.type
+        return {"tensor": self._names[id(value)], "strides": list(strides), "aside": aside}
+
+
+def _unpacked(packed: Any, tensors: Mapping[str, Tensor], device: torch.device, made: dict[str, Tensor]) -> Any:
+    """Return what was packed; `made` holds the tensors that are there by now."""
+
+    def inner(entry: Any) -> Any:
+        return _unpacked(entry, tensors, device, made)
+
+    value = packed
+    match packed:
+        case list():
+            value = [inner(entry) for entry in packed]
+        case {"tuple": entries}:
+            value = tuple(inner(entry) for entry in entries)
+        case {"dict": pairs}:
+            value = {key: inner(entry) for key, entry in pairs}
+        case {"numpy": [kind, number]}:
+            value = np.dtype(kind).type(number)
+        case {"tensor": name, "strides": strides, "aside": aside}:
+            if name not in made:
+                stored, place = tensors[name], torch.device("cpu") if aside else device
+                made[name] = torch.empty_strided(stored.shape, strides, dtype=stored.dtype, device=place).copy_(stored)
+            value = made[name]
+    return value
+
+
+def _stays(key: str, entry: Any) -> bool:
+    return key in SET_ANEW or isinstance(entry, CONSTANTS)
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _name(index: int) -> str:
+    return f"parameter {index}"

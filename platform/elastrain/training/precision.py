@@ -1,5 +1,6 @@
 """Precision: what forwards compute in, and loss scaling for fp16. Weights and gradients stay fp32 (fp64 for proofs)."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -14,6 +15,20 @@ def forward_context(precision: str, device: torch.device) -> AbstractContextMana
     if precision in AUTOCAST:
         return torch.autocast(device.type, AUTOCAST[precision])
     return nullcontext()
+
+
+def fix_arithmetic(consistency: str) -> None:
+    """Under `bitwise`, have torch choose kernels that give the same bits each time, or refuse; call it before CUDA."""
+    if consistency == "bitwise":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it only
+        torch.use_deterministic_algorithms(mode=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a costly debugging aid
+
+
+def arithmetic(device: torch.device) -> str:
+    """Return what decides the bits of a forward: workers that say the same compute the same."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__} on {kind}, {torch.get_num_threads()} threads"
 
 
 @dataclass(slots=True)

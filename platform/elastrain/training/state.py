@@ -17,7 +17,7 @@ from elastrain.errors import ConflictError
 from elastrain.spec.train import TrainSpec
 from elastrain.training.buffers import MovingBuffers
 from elastrain.training.norm import BatchNorms
-from elastrain.training.optim import for_phase, make_optimizer
+from elastrain.training.optim import check_phase_names, for_phase, make_optimizer, pack, unpack
 from elastrain.training.precision import LossScale
 from elastrain.training.reduce import FlatGradients, Group
 from elastrain.training.slotsum import SlotSum, slot_sum
@@ -31,7 +31,8 @@ STATS = 2  # loss sum and weight, first of the numbers that a slot adds to a ste
 class Phase:
     """One phase of a step: its name, what it trains, and the setting that the schedule scales.
 
-    `moves` says whether its forwards change buffers other than batch norm's; None until its first step.
+    `moves` says whether its forwards change buffers other than batch norm's; None until its first step. `checked` says
+    whether what its optimizer keeps was seen to be storable: most of it is made in the first update.
     """
 
     name: str
@@ -41,6 +42,11 @@ class Phase:
     total: SlotSum
     base_lr: float
     moves: bool | None = None
+    checked: bool = False
+
+    def pack(self) -> tuple[Any, dict[str, Tensor]]:
+        """Return what the optimizer keeps, as JSON and tensors; raises SpecError if a checkpoint cannot hold it."""
+        return pack(self.optimizer, f"optim/{self.name}")
 
 
 class TrainState:
@@ -53,6 +59,7 @@ class TrainState:
         self.spec, self.task, self.device = spec, task, device
         dtype = torch.float64 if spec.precision == "fp64" else torch.float32
         torch.set_default_dtype(dtype)
+        check_phase_names(spec.optimizer, task.phases)
         seed_all(hash64(spec.data.seed, INIT), device)
         with calling(spec.task, "build()"):
             self.model = task.build().to(device=device, dtype=dtype)
@@ -84,15 +91,16 @@ class TrainState:
         names, parameters = zip(*phase_parameters(self.task, self.model, name), strict=True)
         gradients = FlatGradients(parameters, slots=self.spec.num_slots, width=STATS + self.norms.width)
         total = slot_sum(gradients.buffer, self.spec.num_slots, self.spec.consistency)
-        return Phase(name, names, make_optimizer(settings, parameters), gradients, total, settings.lr)
+        phase = Phase(name, names, make_optimizer(settings, parameters), gradients, total, settings.lr)
+        phase.pack()  # what cannot be stored is refused here, not at the first commit
+        return phase
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state's tensors by name (`model/…`, `ema/…`, `optim/<phase>/<parameter>/<key>`), no copies."""
+        """Return the state's tensors by name (`model/…`, `ema/…`, `optim/<phase>/…`), no copies."""
         named = {f"model/{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
         named |= {f"ema/{name}": tensor for name, tensor in self.ema.items()}
         for phase in self.phases:
-            flat = _flattened(phase.optimizer.state_dict()["state"], f"optim/{phase.name}")
-            named |= {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+            named |= phase.pack()[1]
         return named
 
     def buffer_names(self) -> frozenset[str]:
@@ -100,18 +108,14 @@ class TrainState:
         return frozenset(f"model/{name}" for name, _ in self.model.named_buffers(remove_duplicate=False))
 
     def numbers(self) -> dict[str, Any]:
-        """Return the rest of the state as a JSON object: position, loss scale, and what optimizers keep as numbers."""
-        kept: dict[str, Any] = {}
-        for phase in self.phases:
-            flat = _flattened(phase.optimizer.state_dict()["state"], f"optim/{phase.name}")
-            kept |= {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
+        """Return the rest of the state as a JSON object: position, loss scale, and what optimizers keep besides."""
         return {
             "step": self.step,
             "phase": self.phase,
             "samples": self.samples,
             "moves": [phase.moves for phase in self.phases],
             "loss_scale": [self.scale.value, self.scale.good_steps],
-            "optim": kept,
+            "optim": {phase.name: phase.pack()[0] for phase in self.phases},
         }
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -125,10 +129,8 @@ class TrainState:
             ) from error
         for name, average in _under(tensors, "ema/").items():
             self.ema[name].copy_(average)
-        values = {**{n: t for n, t in tensors.items() if n.startswith("optim/")}, **numbers["optim"]}
         for phase, moves in zip(self.phases, numbers["moves"], strict=True):
-            own = _nested(_under(values, f"optim/{phase.name}/"))
-            _load_optimizer(phase, {int(index): entry for index, entry in own.items()})
+            unpack(phase.optimizer, numbers["optim"][phase.name], tensors)
             phase.moves = moves
         self.step, self.phase, self.samples = numbers["step"], numbers["phase"], numbers["samples"]
         self.scale, self.done = LossScale(*numbers["loss_scale"]), []
@@ -185,42 +187,9 @@ def broadcast_object(group: Group, value: Any, source: int, device: torch.device
     return json.loads(bytes(buffer.cpu().numpy()))
 
 
-def _load_optimizer(phase: Phase, state: dict[int, dict[str, Any]]) -> None:
-    """Load an optimizer's state to the bit: torch would give each tensor its parameter's type, but not its layout."""
-    phase.optimizer.load_state_dict({"state": state, "param_groups": phase.optimizer.state_dict()["param_groups"]})
-    for index, entry in state.items():
-        parameter = phase.gradients.parameters[index]
-        held = phase.optimizer.state[parameter]
-        for key, value in entry.items():
-            if isinstance(value, Tensor):
-                layout = parameter if value.shape == parameter.shape else value
-                held[key] = torch.empty_like(layout, dtype=value.dtype, device=held[key].device).copy_(value)
-
-
 def _empty(dtype: str, shape: list[int]) -> Tensor:
     return torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
 
 
-def _flattened(value: Any, prefix: str) -> dict[str, Any]:
-    """Return nested dicts as one, keys joined by slashes; an integer key is written as it is."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, entry in value.items():
-        flat |= _flattened(entry, f"{prefix}/{key}")
-    return flat
-
-
 def _under(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {name[len(prefix) :]: value for name, value in flat.items() if name.startswith(prefix)}
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        place = nested
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
-    return nested

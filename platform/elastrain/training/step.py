@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elastrain.data.plan import hash64
-from elastrain.errors import SpecError
+from elastrain.errors import DivergedError, SpecError
 from elastrain.observe.ledger import Clock
 from elastrain.training.batches import Batches
 from elastrain.training.optim import learning_factor
@@ -149,13 +149,31 @@ def _update(state: TrainState, phase: Phase, lr: float) -> Tensor | None:
     if not overflow:
         if spec.clip_norm is not None and norm is not None:
             gradients.mul_((spec.clip_norm / (norm + 1e-6)).clamp_max(1.0))
-        for group in phase.optimizer.param_groups:
-            group["lr"] = lr
-        phase.optimizer.step()
-        _average(state, phase)
+        _move_weights(state, phase, lr)
     if spec.precision == "fp16":
-        state.scale.update(overflow=overflow)
+        _rescale(state, lr, overflow=overflow)
     return norm
+
+
+def _move_weights(state: TrainState, phase: Phase, lr: float) -> None:
+    for group in phase.optimizer.param_groups:
+        group["lr"] = lr
+    phase.optimizer.step()
+    if not phase.checked:
+        phase.pack()
+        phase.checked = True
+    _average(state, phase)
+
+
+def _rescale(state: TrainState, lr: float, *, overflow: bool) -> None:
+    """Move the loss scale on; raise DivergedError where lowering it cannot help any more."""
+    if overflow and state.scale.value <= 1.0:
+        raise DivergedError(
+            f"step {state.step}: the gradient is not finite even with the loss scale down at 1; lower optimizer.lr "
+            f"(now {lr:g}), use precision bf16 or fp32, or look for 0/0 and the root of 0 in the task; the last "
+            f"checkpoint is kept, --fresh starts over"
+        )
+    state.scale.update(overflow=overflow)
 
 
 def _average(state: TrainState, phase: Phase) -> None:

@@ -4,6 +4,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -140,9 +141,48 @@ def phase_loss(task: Task, model: nn.Module, batch: Batch, phase: str) -> Loss:
         raise SpecError(f"losses() gave {sorted(losses)}, but the task's phases are {sorted(task.phases)}")
     entry = losses[phase]
     loss: object = entry() if callable(entry) else entry
-    if not isinstance(loss, Loss) or loss.sum.dim() != 0:
+    if not isinstance(loss, Loss) or not _is_scalar(loss.sum):
         raise SpecError(f"losses(): {phase!r} must be a Loss(sum, weight) whose sum is a scalar tensor")
+    weight = loss.weight
+    if not _is_number(weight) or (isinstance(weight, Tensor) and weight.requires_grad):
+        raise SpecError(
+            f"losses(): the weight of {phase!r} must be a number or a scalar tensor without a gradient: over how many "
+            f"samples or tokens its sum goes; got {_described(weight)}"
+        )
     return loss
+
+
+def metric_ratios(task: Task, model: nn.Module, batch: Batch) -> Mapping[str, Ratio]:
+    """Return the task's metrics on a batch; raises SpecError if the task does not give them as the interface says."""
+    metrics: object = task.metrics(model, batch)
+    if not isinstance(metrics, Mapping):
+        raise SpecError(f"metrics() must return a dict of Ratio(numerator, denominator), not {_described(metrics)}")
+    for name, ratio in metrics.items():
+        if not isinstance(name, str) or not isinstance(ratio, Ratio):
+            raise SpecError(
+                f"metrics(): {name!r} must be text that names a Ratio(numerator, denominator), not {_described(ratio)}"
+            )
+        for value in (ratio.numerator, ratio.denominator):
+            if not _is_number(value):
+                raise SpecError(
+                    f"metrics(): {name!r} must be a Ratio of numbers or scalar tensors, sums over samples; got "
+                    f"{_described(value)}"
+                )
+    return metrics
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
+
+
+def _is_number(value: object) -> bool:
+    return _is_scalar(value) or isinstance(value, Real)
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"a tensor of shape {tuple(value.shape)}{' with a gradient' if value.requires_grad else ''}"
 
 
 def phase_parameters(task: Task, model: nn.Module, phase: str) -> list[tuple[str, nn.Parameter]]:

@@ -1,0 +1,79 @@
+"""One writer a folder: an advisory lock on a file in it, which the kernel drops when its owner dies.
+
+So a dead owner on this machine never stands in the way. Folders on remote storage are not locked yet.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from elastrain import storage
+from elastrain.errors import ConflictError, StorageError
+
+
+@contextlib.contextmanager
+def locked(folder: str, *, remedy: str) -> Iterator[None]:
+    """Hold a folder for writing; afterwards the lock's file is gone again.
+
+    Raises ConflictError, naming the owner and ending in `remedy`, if another process holds it; StorageError if the
+    folder cannot be written.
+    """
+    if not storage.is_local(folder):
+        yield
+        return
+    path = storage.local_path(folder) / ".lock"
+    descriptor = _taken(path, remedy)
+    while not _lies_at(descriptor, path):  # the owner before us removed the file after we had opened it
+        os.close(descriptor)
+        descriptor = _taken(path, remedy)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(_owner()).encode(), 0)
+        yield
+    finally:
+        if _lies_at(descriptor, path):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        os.close(descriptor)
+
+
+def _taken(path: Path, remedy: str) -> int:
+    """Return the open file, locked."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise StorageError(f"cannot write {path.parent}: {error.strerror}; choose another storage") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = os.read(descriptor, 4096)
+        os.close(descriptor)
+        if not isinstance(error, BlockingIOError):
+            raise StorageError(f"cannot lock {path}: {error.strerror}; choose another storage") from error
+        raise ConflictError(f"{path.parent}: in use by {_who(owner)}; wait for it, stop it, or {remedy}") from error
+    return descriptor
+
+
+def _lies_at(descriptor: int, path: Path) -> bool:
+    """Say whether the open file is still the one at `path`."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
+
+
+def _owner() -> dict[str, object]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+
+
+def _who(owner: bytes) -> str:
+    try:
+        known = json.loads(owner)
+        return f"process {known['pid']} on {known['host']}, for {time.time() - known['since']:.0f} s"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,92 @@
+"""What `check` says before a run starts: what is wrong with it, and what it would wait for."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import elastrain
+from elastrain.data.columns import to_table
+from elastrain.elastic import check
+from elastrain.elastic.check import as_text, check_run
+from elastrain.errors import DataError, ResourceError, SpecError
+from elastrain.spec.document import read_train
+from elastrain.spec.train import TrainSpec
+
+ROOT = Path(__file__).parents[2]
+SPEC = ROOT / "pipelines" / "digits_mlp" / "train.yaml"
+
+
+def images(folder: Path, dtype: str = "uint8", *, side: int = 8) -> str:
+    """A plain folder of 200 images and labels."""
+    folder.mkdir()
+    rng = np.random.default_rng(side)
+    pixels = rng.integers(0, 17, (200, side, side)).astype(dtype)
+    table = to_table({"image": pixels, "label": rng.integers(0, 10, 200)})
+    pq.write_table(table, folder / "a.parquet", write_page_checksum=True)
+    return str(folder)
+
+
+def read(tmp_path: Path, *changes: str) -> TrainSpec:
+    train = images(tmp_path / "train")
+    return read_train(
+        SPEC, [f"storage={tmp_path}", f"data.train={train}", "data.eval=null", "precision=fp32", *changes]
+    )
+
+
+@pytest.mark.parametrize("verb", [elastrain.train, check_run])
+def test_evaluation_data_of_another_kind_are_found_before_anything_starts(
+    tmp_path: Path, verb: Callable[[TrainSpec], Any]
+) -> None:
+    other = images(tmp_path / "other", "float32")
+    with pytest.raises(DataError, match=rf"{other}: column 'image' is float32\[8, 8\], but uint8\[8, 8\] in .*train"):
+        verb(read(tmp_path, f"data.eval={other}"))
+    assert not (tmp_path / "digits-mlp" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("verb", [elastrain.train, check_run])
+def test_a_transform_that_cannot_work_is_found_before_anything_starts(
+    tmp_path: Path, verb: Callable[[TrainSpec], Any]
+) -> None:
+    with pytest.raises(DataError, match=r"flip needs images.*'label' is int64\[\]"):
+        verb(read(tmp_path, "data.transforms=[{name: flip, column: label}]"))
+    (tmp_path / "mine.py").write_text("def f(columns, seeds):\n    return columns['nothing']\n")
+    (tmp_path / "train" / "a.parquet").unlink()
+    (tmp_path / "train").rmdir()
+    with pytest.raises(SpecError, match=r"mine.py:f raised KeyError: 'nothing' at .*mine.py line 2"):
+        verb(read(tmp_path, f"data.transforms=[{{name: custom, function: '{tmp_path}/mine.py:f'}}]"))
+
+
+def test_where_room_is_lacking_is_a_finding_and_never_having_it_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> int:
+        raise ResourceError("never")
+
+    def wait(*_: Any, stop: Callable[[], bool], **__: Any) -> int:
+        assert stop()
+        raise InterruptedError
+
+    workers = read_train(SPEC, ["workers={min: 2, max: 2}"]).workers
+    monkeypatch.setattr(check, "fitting", lambda *_: 1)
+    monkeypatch.setattr(check, "place_workers", wait)
+    assert check._placement(workers) == "1 of 2 to 2 workers fit now; a run would wait for room"
+    monkeypatch.setattr(check, "place_workers", never)
+    with pytest.raises(ResourceError, match="never"):
+        check._placement(workers)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_busy_cluster_is_a_finding(tmp_path: Path) -> None:
+    import ray
+
+    held = ray.util.placement_group([{"CPU": 8}])
+    ray.get(held.ready())
+    try:
+        found = check_run(read(tmp_path))
+    finally:
+        ray.util.remove_placement_group(held)
+    assert "0 of 1 to 2 workers fit now; a run would wait for room" in as_text(found)
+    assert found["ok"]
