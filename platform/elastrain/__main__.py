@@ -116,7 +116,8 @@ def train(
         from elastrain.spec.document import read_train
 
         result = dict(train_run(read_train(spec, sets or []), address=address, fresh=fresh).result)
-        metrics = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+        values = ((name, "not finite" if v is None else f"{v:.4f}") for name, v in result["metrics"].items())
+        metrics = ", ".join(f"{name} {value}" for name, value in values)
         resumed = f" (resumed from step {result['resumed_from']})" if result["resumed_from"] else ""
         text = f"step {result['step']}{resumed}, {metrics or 'no evaluation data'}\nreport: {result['run']}/report.html"
         return result, text

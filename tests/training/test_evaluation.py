@@ -16,6 +16,7 @@ from tests.training.harness import (
     make_dataset,
     make_spec,
     train_alone,
+    train_together,
 )
 from torch import Tensor, nn
 
@@ -152,6 +153,38 @@ def test_evaluation_leaves_training_alone() -> None:
     assert one[1]["metrics"] == other[1]["metrics"]
 
 
+def test_buffers_that_forwards_change_are_left_alone() -> None:
+    class Counting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 3)
+            self.count: Tensor
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count.add_(1.0)
+            return super().forward(x)
+
+    class Counted(Classifier):
+        def build(self) -> nn.Module:
+            return Counting()
+
+    def counts(size: int, every: int) -> set[float]:
+        setup = Setup(spec=make_spec(**{"eval.every_steps": every}), kind=Counted, eval_rows=20)
+        return {float(loop.state.model.state_dict()["count"]) for loop in train_together(setup, size)}
+
+    assert len({count for size in (1, 2, 3) for every in (2, 100) for count in counts(size, every)}) == 1
+
+
+def test_metrics_that_only_some_batches_have_are_named() -> None:
+    class Sometimes(Classifier):
+        def metrics(self, model: nn.Module, batch: Batch) -> dict[str, Ratio]:
+            del model
+            return {f"rows_{len(batch['x'])}": Ratio(1, 1)}
+
+    with pytest.raises(SpecError, match=r"rows_1.*on one batch and.*on another"):
+        evaluated(Solo(), 20, setup=Setup(spec=make_spec(), kind=Sometimes))
+
+
 def test_a_metric_may_not_be_called_as_the_loss() -> None:
     class Twice(Classifier):
         def metrics(self, model: nn.Module, batch: Batch) -> dict[str, Ratio]:
@@ -188,6 +221,7 @@ def test_the_rows_of_a_forward_follow_from_the_spec(monkeypatch: pytest.MonkeyPa
     plan = SETUP.plan()
     assert batch_size(plan, 100, None) == 6  # as in training: 24 rows over 4 slots
     assert batch_size(plan, 100, 2) == 2
+    assert batch_size(plan, 1, 2) == 2, "also where rows are small: a model may need it"
     monkeypatch.setattr(evaluation, "SMALL_BATCH_BYTES", 1000)
     assert batch_size(plan, 100, None) == 10
     assert batch_size(plan, 0, None) == 1000

@@ -120,7 +120,7 @@ def find(source: str, suffixes: Sequence[str] = ("",)) -> Files:
     answer.
     """
     target = storage.absolute(source)
-    if storage.is_local(target) and storage.local_path(target).is_file():
+    if storage.is_local(target) and storage.exists(target) and storage.local_path(target).is_file():
         path = storage.local_path(target)
         return Files(str(path.parent), (storage.FileInfo(path=path.name, size_bytes=path.stat().st_size),))
     wild = re.search(r"[*?\[]", target)

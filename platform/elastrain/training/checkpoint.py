@@ -31,7 +31,6 @@ from elastrain.errors import DivergedError, ElastrainError, StorageError
 from elastrain.spec.train import CheckpointSpec
 from elastrain.training.manifests import (
     MANIFEST,
-    check_best,
     folder,
     read_manifest,
     read_verified,
@@ -120,7 +119,7 @@ class Writer:
         """Copy the state and write it in the background; waits for the commit before. `numbers` holds the step.
 
         Raises what the commit before raised: StorageError, or DivergedError if its state was not finite (`buffers` may
-        be infinite, not NaN). Raises SpecError, with this commit under way, if `info` has metrics but not the best's.
+        be infinite, not NaN).
         """
         start = time.perf_counter()
         self.wait()
@@ -129,7 +128,6 @@ class Writer:
         arguments = (copies, json.dumps(numbers), dict(info), int(numbers["step"]), stall_s, buffers)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
         self._thread.start()
-        check_best(self._spec, info.get("metrics", {}))
 
     def join(self) -> None:
         """Wait until nothing is being written, whatever came of it."""

@@ -11,6 +11,7 @@ from elastrain.data.dataset import Dataset
 from elastrain.data.plan import Plan, hash64
 from elastrain.errors import SpecError
 from elastrain.training.batches import EPOCH, ROW, SLOT, STEP, Feed, tensor_of
+from elastrain.training.manifests import check_best
 from elastrain.training.precision import forward_context
 from elastrain.training.reduce import Group, sum_in_order
 from elastrain.training.state import EVALUATE, TrainState, broadcast_object, seed_all
@@ -20,9 +21,9 @@ SMALL_BATCH_BYTES = 64 << 10
 
 
 def batch_size(plan: Plan, row_bytes: int, micro_batch: int | None) -> int:
-    """Return the rows of an evaluation forward: as in training, more where rows are small; no worker enters."""
-    forward = micro_batch or -(-plan.global_batch // plan.slots)
-    return max(min(forward, 4096), SMALL_BATCH_BYTES // max(1, row_bytes), 1)
+    """Return the rows of an evaluation forward: `micro_batch`, else a slot's, more where rows are small."""
+    slot = min(-(-plan.global_batch // plan.slots), 4096)
+    return micro_batch or max(slot, SMALL_BATCH_BYTES // max(1, row_bytes), 1)
 
 
 def evaluate(
@@ -32,7 +33,8 @@ def evaluate(
 
     Blocks of `block_rows` rows are dealt to the workers; batches, where there are fewer blocks than workers, unless the
     data are read anew each time: then one worker reads a block, and some have nothing to do. With several phases there
-    is a `val_loss_<phase>` for each, and `val_loss` is their sum. Raises SpecError if the task fails.
+    is a `val_loss_<phase>` for each, and `val_loss` is their sum. Raises SpecError if the task fails, or
+    `checkpoint.best` is none of the metrics.
     """
     size = batch_size(plan, dataset.row_bytes, state.spec.micro_batch)
     num_blocks = -(-dataset.num_rows // block_rows)
@@ -50,13 +52,20 @@ def evaluate(
     names = broadcast_object(group, list(sums[0]) if 0 in sums else [], 0, state.device)
     table = torch.zeros(num_blocks * per_block, 2 * len(names), dtype=torch.float64)
     for index, entry in sums.items():
+        if entry.keys() != set(names):
+            raise SpecError(
+                f"task {state.spec.task}: metrics() gives {sorted(entry)} on one batch and {sorted(names)} on another; "
+                f"give all of them on each, Ratio(0, 0) where there is nothing"
+            )
         table[index] = torch.tensor([number for name in names for number in entry[name]], dtype=torch.float64)
     shared = table.to(state.device)
     group.all_reduce(shared)
     totals = sum_in_order(shared.cpu()).tolist()
     metrics = {n: totals[2 * i] / totals[2 * i + 1] if totals[2 * i + 1] else 0.0 for i, n in enumerate(names)}
     losses = [value for name, value in metrics.items() if name.startswith("val_loss_")]
-    return {"val_loss": sum(losses), **metrics} if losses else metrics
+    found = {"val_loss": sum(losses), **metrics} if losses else metrics
+    check_best(state.spec.checkpoint, found)
+    return found
 
 
 def _batches(arrays: dict[str, Array], size: int, device: torch.device) -> Iterator[Batch]:
@@ -85,7 +94,8 @@ def _sums(state: TrainState, batch: Batch) -> dict[str, tuple[float, float]]:
 
 @contextmanager
 def _evaluating(state: TrainState) -> Iterator[None]:
-    """Put the model into evaluation mode, with the averaged weights where the run keeps them."""
+    """Put the model into evaluation mode, with the averaged weights where the run keeps them; nothing in it moves."""
+    state.buffers.begin(moving=False)
     kept = {name: p.detach().clone() for name, p in state.model.named_parameters()} if state.ema else {}
     state.model.eval()
     try:
@@ -99,4 +109,5 @@ def _evaluating(state: TrainState) -> Iterator[None]:
             for name, parameter in state.model.named_parameters():
                 if kept:
                     parameter.copy_(kept[name])
+        state.buffers.put_back()
         state.model.train()
