@@ -47,9 +47,9 @@ class MemoryFeed:
     def release_before(self, block: int) -> None:
         """Nothing to do: taken blocks are gone."""
 
-    def evaluation(self, blocks: Sequence[int], evaluation: int) -> Iterator[tuple[int, dict[str, Array]]]:
+    def evaluation(self, blocks: Sequence[int]) -> Iterator[tuple[int, dict[str, Array]]]:
         """Yield nothing: there is no evaluation."""
-        del blocks, evaluation
+        del blocks
         yield from ()
 
 

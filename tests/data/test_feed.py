@@ -108,8 +108,8 @@ def test_evaluation_delivers_each_row_once_in_every_round(
     logic = FeederLogic(spec)
     worker = WorkerFeed(Here(logic), spec, begin=0)
     blocks = list(range(-(-ROWS // eval_block_rows(dataset))))
-    for number in (10, 20):
-        rows = [arrays[INDEX[3]] for _, arrays in worker.evaluation(blocks, number)]
+    for _ in range(2):
+        rows = [arrays[INDEX[3]] for _, arrays in worker.evaluation(blocks)]
         assert np.array_equal(np.concatenate(rows), np.arange(ROWS))
         assert len(logic._kept) == kept * len(blocks), "small data are read once and kept for all rounds"
     worker.close()
@@ -128,11 +128,11 @@ def test_workers_evaluate_at_their_own_pace_and_a_lost_one_holds_up_nobody(
     spec = spec_of(dataset)
     logic = FeederLogic(spec)
     workers = [WorkerFeed(Here(logic), spec, begin=0) for _ in range(3)]
-    lost, first, late = (worker.evaluation(list(range(125)), 1) for worker in workers)
+    lost, first, late = (worker.evaluation(list(range(125))) for worker in workers)
     next(lost)
     assert [index for index, _ in first] == list(range(125))
     assert [index for index, _ in late] == list(range(125))
-    again = [arrays[INDEX[3]] for _, arrays in workers[1].evaluation(range(0, 125, 2), 2)]
+    again = [arrays[INDEX[3]] for _, arrays in workers[1].evaluation(range(0, 125, 2))]
     assert [len(rows) for rows in again] == [8] * 63
     for worker in workers:
         worker.close()

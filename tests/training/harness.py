@@ -97,9 +97,8 @@ class MemoryFeed:
         """Note it."""
         self.released.append(block)
 
-    def evaluation(self, blocks: Sequence[int], evaluation: int) -> Iterator[tuple[int, Arrays]]:
+    def evaluation(self, blocks: Sequence[int]) -> Iterator[tuple[int, Arrays]]:
         """Yield evaluation blocks."""
-        del evaluation
         assert self._evaluation is not None
         total = len(self._evaluation["x"])
         for block in blocks:

@@ -37,7 +37,7 @@ def evaluated(
     """The metrics over `rows` rows as one worker of a group, and the rows that it was given."""
     arrays, plan = make_arrays(rows, seed=1), setup.plan()
     feed = MemoryFeed(plan, setup.data(), arrays, end=setup.steps, block_rows=block_rows)
-    found = evaluate(state or setup.state(), feed, plan, make_dataset(arrays), group, block_rows=block_rows, number=3)
+    found = evaluate(state or setup.state(), feed, plan, make_dataset(arrays), group, block_rows=block_rows)
     return found, feed.evaluated
 
 

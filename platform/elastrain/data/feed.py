@@ -267,9 +267,8 @@ class WorkerFeed:
         """Tell the feeder that every worker has committed past the blocks before `block`."""
         self._feeder.release_before.remote(block)
 
-    def evaluation(self, blocks: Sequence[int], evaluation: int) -> Iterator[tuple[int, dict[str, Array]]]:
+    def evaluation(self, blocks: Sequence[int]) -> Iterator[tuple[int, dict[str, Array]]]:
         """Yield (index, columns) of these evaluation blocks, two fetched ahead; every round is read alike."""
-        del evaluation
         addresses = [(EVALUATION, index) for index in blocks]
         ahead = [self._pool.submit(self._fetch, address) for address in addresses[:2]]
         for place, index in enumerate(blocks):

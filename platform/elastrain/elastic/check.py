@@ -107,9 +107,9 @@ class DirectFeed:
     def release_before(self, block: int) -> None:
         """Nothing is held."""
 
-    def evaluation(self, blocks: Sequence[int], evaluation: int) -> Iterator[tuple[int, dict[str, Array]]]:
+    def evaluation(self, blocks: Sequence[int]) -> Iterator[tuple[int, dict[str, Array]]]:
         """Yield the first rows of the first evaluation block."""
-        del blocks, evaluation
+        del blocks
         arrays = _read(eval_task(self._spec, 0))
         yield 0, {name: array[: self._eval_rows] for name, array in arrays.items()}
 
@@ -143,7 +143,7 @@ def _one_step(spec: TrainSpec, feed: FeedSpec) -> tuple[str, int]:
     text = f"loss {loss:.4f} on {feed.plan.batch_rows(0)} samples in {1000 * seconds:.0f} ms"
     if feed.evaluation is not None:
         rows = eval_block_rows(feed.evaluation)
-        metrics = evaluate(state, direct, feed.plan, feed.evaluation, Solo(), block_rows=rows, number=0)
+        metrics = evaluate(state, direct, feed.plan, feed.evaluation, Solo(), block_rows=rows)
         text += f"; evaluation gives {', '.join(metrics)}"
     return text, sum(t.numel() * t.element_size() for t in state.tensors().values())
 

@@ -29,8 +29,8 @@ class Feed(Protocol):
     def release_before(self, block: int) -> None:
         """Say that every worker has committed past the blocks before `block`."""
 
-    def evaluation(self, blocks: Sequence[int], evaluation: int) -> Iterator[tuple[int, dict[str, Array]]]:
-        """Yield evaluation blocks of a round."""
+    def evaluation(self, blocks: Sequence[int]) -> Iterator[tuple[int, dict[str, Array]]]:
+        """Yield (index, columns) of evaluation blocks; they may be asked for again."""
 
 
 @dataclass(frozen=True, slots=True)

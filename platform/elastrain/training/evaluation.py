@@ -27,9 +27,9 @@ def batch_size(plan: Plan, row_bytes: int, micro_batch: int | None) -> int:
 
 
 def evaluate(
-    state: TrainState, feed: Feed, plan: Plan, dataset: Dataset, group: Group, *, block_rows: int, number: int
+    state: TrainState, feed: Feed, plan: Plan, dataset: Dataset, group: Group, *, block_rows: int
 ) -> dict[str, float]:
-    """Return `val_loss` and the task's metrics over the whole dataset; `number` counts a run's evaluations.
+    """Return `val_loss` and the task's metrics over the whole dataset.
 
     Blocks of `block_rows` rows are dealt to the workers; batches, where there are fewer blocks than workers, unless the
     data are read anew each time: then one worker reads a block, and some have nothing to do. With several phases there
@@ -43,7 +43,7 @@ def evaluate(
     per_block = -(-block_rows // size)
     sums: dict[int, dict[str, tuple[float, float]]] = {}
     with _evaluating(state):
-        for block, arrays in feed.evaluation(list(mine), number):
+        for block, arrays in feed.evaluation(list(mine)):
             for place, batch in enumerate(_batches(arrays, size, state.device)):
                 index = block * per_block + place
                 if by_block or index % group.size == group.rank:

@@ -194,10 +194,7 @@ class Loop:
             return {}
         self.clock.switch("evaluate")
         start = time.perf_counter()
-        number = self.state.step
-        metrics = evaluate(
-            self.state, self.feed, self.plan, self.evaluation, group, block_rows=self.eval_block_rows, number=number
-        )
+        metrics = evaluate(self.state, self.feed, self.plan, self.evaluation, group, block_rows=self.eval_block_rows)
         if group.rank == 0:
             seconds = time.perf_counter() - start
             self.recorder.event("eval", step=self.state.step, metrics=metrics, seconds=seconds)
