@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.harness import Case, Comparison, Series, Side
 from benchmarks.ingest.data import BATCH, prepare
 
-ROWS, EPOCHS = 960 * BATCH, 12
+ROWS, EPOCHS = 960 * BATCH, 24
 SMALL_ROWS, SMALL_EPOCHS = 40 * BATCH, 1
 
 

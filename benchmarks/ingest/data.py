@@ -23,6 +23,7 @@ PIXELS = 784
 COLUMNS = (Column(name="image", dtype="uint8", shape=(28, 28)), Column(name="label", dtype="uint8", shape=()))
 BATCH = 256
 PIECE = 4096
+WARM = 4  # epochs until pipelines are full and pages of the object store have been touched once
 
 
 def prepare(folder: Path, *, rows: int, codec: str) -> str:
@@ -54,14 +55,14 @@ def _images(first: int, rows: int) -> dict[str, npt.NDArray[Any]]:
 
 
 class Meter:
-    """Takes batches as a training would: an epoch to warm up, `epochs` that are timed, and one that is digested."""
+    """Takes batches as a training would: WARM epochs, `epochs` that are timed, and one that is digested."""
 
     def __init__(self, *, rows: int, epochs: int, root: int, start: float | None = None) -> None:
         self.start = time.perf_counter() if start is None else start
         self.first_s = 0.0
         self.digest = 0
         self.rows = 0
-        self._begin, self._end, self._last = rows, rows * (1 + epochs), rows * (2 + epochs)
+        self._begin, self._end, self._last = (rows * count for count in (WARM, WARM + epochs, WARM + epochs + 1))
         self._root = root
         self._moments: list[tuple[float, float, int]] = []
         self._weights = np.random.default_rng(7).integers(1, 2**63, PIXELS // 8, dtype=np.uint64)

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 import torch
-from benchmarks.ingest.data import BATCH, Meter
+from benchmarks.ingest.data import BATCH, WARM, Meter
 from benchmarks.ingest.result import combined
 from benchmarks.loop.ours import join
 from benchmarks.script import finish, options
@@ -83,7 +83,7 @@ def main() -> None:
         given["start"] = time.perf_counter()
         dataset = Dataset.open(given["url"])
         plan = Plan.of(dataset, seed=0, global_batch=BATCH * size, slots=size)
-        steps = plan.steps_per_epoch * (given["epochs"] + 2)
+        steps = plan.steps_per_epoch * (given["epochs"] + WARM + 1)
         reading = (1.0, READERS)
         spec = FeedSpec(plan=plan, train=dataset, evaluation=None, transforms=(), begin=0, end=steps, reading=reading)
         feeder = remote(num_cpus=0, max_concurrency=2 * size + 8)(FeederLogic).remote(spec)

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 import ray.data
 import torch
-from benchmarks.ingest.data import BATCH, Meter, files, tensors
+from benchmarks.ingest.data import BATCH, WARM, Meter, files, tensors
 from benchmarks.ingest.result import combined
 from benchmarks.script import finish, options
 
@@ -60,7 +60,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             ray.get([consumer.ready.remote() for consumer in consumers])
             given["start"] = time.perf_counter()
-            paths = repeated(given["url"], folder, given["epochs"] + 3)
+            paths = repeated(given["url"], folder, given["epochs"] + WARM + 2)
             data = ray.data.read_parquet(paths, columns=["image", "label"], override_num_blocks=len(paths))
             parts = data.streaming_split(size, equal=True) if size > 1 else [data]
             rows = dataset.num_rows // size

@@ -11,6 +11,7 @@ from elastrain.spec.train import Custom, TrainSpec
 
 MIB = 1 << 20
 MAX_STARTS = 1 << 16
+MANY_BLOCKS = 64  # of one slot
 MAX_CUT_ROWS = 1 << 18
 WASTEFUL = 4.0  # rows decoded for one used, above which `plan` says what to do about it
 
@@ -77,6 +78,9 @@ def read_amplification(plan: Plan, steps: int) -> float:
     if plan.slots * columns > MAX_STARTS:
         return _weighed(plan, columns)
     end = min(steps, columns * plan.block_steps)
+    inside = min(steps, plan.steps_per_epoch) // plan.block_steps
+    if inside >= MANY_BLOCKS:  # the one that reaches into the second epoch would double the time and change nothing
+        end = inside * plan.block_steps
     return decoded_rows(plan, end) / samples(plan, end)
 
 
