@@ -73,6 +73,19 @@ def test_bitwise_gives_the_same_weights_on_any_number_of_workers(spec_of: Callab
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_a_bitwise_run_goes_on_with_other_workers_to_the_same_bits(spec_of: Callable[..., Any]) -> None:
+    def train(name: str, size: int, steps: int) -> elastrain.Run:
+        fixed = ("consistency=bitwise", "data.slots=5", "schedule={name: constant}")
+        sized = (f"workers={{min: {size}, max: {size}}}", f"budget={{steps: {steps}}}")
+        return elastrain.train(spec_of(name, *fixed, *sized))
+
+    train("resized", 2, 20)
+    resumed = train("resized", 3, 40)
+    assert resumed.result["resumed_from"] == 20
+    assert resumed.weights_sha256 == train("not-resized", 1, 40).weights_sha256
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_every_sample_is_trained_on_exactly_once_an_epoch(spec_of: Callable[..., Any]) -> None:
     run = elastrain.train(spec_of("once", "data.slots=5", "data.global_batch=100", "audit=true", "workers.max=3"))
     audit = read_steps(f"{run.url}/audit")
