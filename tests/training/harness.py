@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._C._distributed_c10d import FileStore, PrefixStore
+from torch._C._distributed_c10d import FileStore, PrefixStore, ProcessGroupGloo
 from torch.nn import functional
 
 from elastrain.data.columns import Array, Column
@@ -31,9 +32,9 @@ from elastrain.observe.ledger import Clock
 from elastrain.spec.train import CheckpointSpec, TrainSpec
 from elastrain.training import checkpoint
 from elastrain.training.batches import EPOCH, ROW, SLOT, STEP
-from elastrain.training.loop import Loop
+from elastrain.training.loop import Decision, Loop
 from elastrain.training.reduce import Group, GroupLost, Solo
-from elastrain.training.state import TrainState, digest
+from elastrain.training.state import Position, TrainState, digest
 from elastrain.training.task import Batch, DataInfo, Loss, Losses, Ratio, Task
 
 CPU = torch.device("cpu")
@@ -136,6 +137,10 @@ class Recorder:
     def report(self, status: Mapping[str, Any]) -> None:
         """Keep the lines of metrics."""
         self.lines.extend(status["lines"])
+
+    def result(self, found: Mapping[str, Any]) -> None:
+        """Note it."""
+        self.log.append(f"result {found['step']}")
 
     def event(self, kind: str, **fields: Any) -> None:
         """Keep an event."""
@@ -360,20 +365,30 @@ class Seat:
     def __init__(self, groups: Callable[[int], Group], *, stop_at: int | None = None) -> None:
         self._groups, self._stop_at, self._step = groups, stop_at, 0
 
-    def group(self, step: int) -> Group:
+    def group(self, state: TrainState) -> Group:
         """Return the group of a step."""
-        self._step = step
-        return self._groups(step)
+        self._step = state.step
+        return self._groups(state.step)
 
-    def wishes_stop(self) -> bool:
-        """Say whether the step has come to stop at."""
-        return self._stop_at is not None and self._step >= self._stop_at
+    def decision(self) -> Decision:
+        """Stop when the step has come to stop at."""
+        return Decision(stop=self._stop_at is not None and self._step >= self._stop_at)
+
+    def change(self) -> None:
+        """Nothing is decided here."""
+
+    def lost(self) -> None:
+        """There is no other group."""
+        raise GroupLost("a member of the only group is gone")
+
+    def noted(self, position: Position) -> None:
+        """Nobody needs to know."""
 
 
 def losses_of(loop: Loop) -> list[float]:
-    """The losses that a worker reported, in the order of steps."""
+    """The losses that a worker reported or, where it did not lead, would have; in the order of steps."""
     assert isinstance(loop.recorder, Recorder)
-    return [line[3] for line in loop.recorder.lines]
+    return [loss for _, loss in sorted({line[0]: line[3] for line in (*loop.recorder.lines, *loop._lines)}.items())]
 
 
 def train_alone(setup: Setup, state: TrainState | None = None, **seat: Any) -> tuple[Loop, dict[str, Any]]:
@@ -507,7 +522,8 @@ def gloo_group(folder: Path, rank: int, size: int, generation: int = 1) -> Group
     if size == 1:
         return Solo(generation)
     store = PrefixStore(f"generation-{generation}", FileStore(str(folder / f"store-{generation}"), size))
-    return TorchGroup(store, rank, size, generation, CPU)
+    group = ProcessGroupGloo(store, rank, size, timedelta(seconds=60))
+    return TorchGroup(group, (rank, size, generation), threading.Event(), wakes=False)
 
 
 class Processes:
@@ -617,7 +633,6 @@ def train_through_changes(setup: Setup, folder: Path, name: str) -> tuple[list[f
         loop.run()
     except Leaving:
         loop._read(force=True)
-        loop._report()
     return losses_of(loop), sizes
 
 

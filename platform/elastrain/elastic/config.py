@@ -7,12 +7,15 @@ from typing import Any
 from elastrain.data.blocks import FeedSpec
 from elastrain.spec.train import TrainSpec
 
-WORKER_LOST = "WorkerLost"
+LEASE_S = 10.0  # a worker that is silent for so long is given up
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig:
-    """What every worker of a run is given; `resume` is the step of the checkpoint to start from, None for none."""
+    """What every worker of a run is given; `resume` is the step of the checkpoint to start from, None for none.
+
+    `membership` is the address of the run's membership and the token that opens it; `cell` names the worker's cell.
+    """
 
     host: Any
     feeder: Any
@@ -22,4 +25,6 @@ class WorkerConfig:
     run_url: str
     resume: int | None
     info: Mapping[str, Any]
+    membership: tuple[tuple[str, int], bytes]
+    cell: str = ""
     launched: float  # Unix time at which the workers were asked for: they are paid from then on

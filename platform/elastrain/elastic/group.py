@@ -1,70 +1,104 @@
 """Process groups of one generation: gloo between CPUs, NCCL between GPUs, outside torch's global state.
 
 torch's default group cannot be re-formed while a process lives; these can: each generation is a new object over a new
-prefix of rank 0's store, and the one before is dropped.
+prefix of rank 0's store. A group can be abandoned from another thread: whoever waits in it gets GroupLost at once.
 """
 
+import contextlib
 import datetime
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined] # made in C++
 
+from elastrain.elastic.protocol import Generation
 from elastrain.training.reduce import Group, GroupLost, Solo
 
-TIMEOUT = datetime.timedelta(minutes=30)  # a death is seen at once; this is for a worker that hangs
+CONNECT_S = 60.0  # for what nobody waits for any more: who waits is woken by the membership
+LOOK_S = 0.02  # how often a wait looks whether its group was abandoned
+FOREVER = datetime.timedelta(days=1)  # hangs are the membership's business: torch's own time-out would kill a process
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Generation:
-    """Who trains together: the members' names in rank order, and the address of rank 0's store."""
-
-    number: int
-    members: tuple[str, ...]
-    store: tuple[str, int]
+_abandoned: list[Any] = []  # groups with an operation that may never end: to destroy one would wait for it
 
 
 class Door:
     """A worker's own store, open from the start, so that any worker can be rank 0 of the next generation."""
 
     def __init__(self, host: str) -> None:
-        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+        timeout = datetime.timedelta(seconds=CONNECT_S)
+        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         self.address: tuple[str, int] = (host, self._store.port)
 
-    def join(self, generation: Generation, name: str, device: torch.device) -> Group:
-        """Return the group of a generation as seen by member `name`; raises GroupLost if it cannot form."""
-        rank, size = generation.members.index(name), len(generation.members)
+    def join(self, generation: Generation, name: str, device: torch.device, lost: threading.Event) -> Group:
+        """Return the group of a generation as seen by member `name`.
+
+        Raises GroupLost if it cannot form, or once `lost` is set; so do the group's operations.
+        """
+        rank, size = generation.rank(name), len(generation.members)
+        assert rank is not None, "whoever joins is a member"
         if size == 1:
             return Solo(generation.number)
-        host, port = generation.store
-        mine = generation.store == self.address
+
+        def connect() -> TorchGroup:
+            host, port = generation.members[0].worker.store
+            timeout = datetime.timedelta(seconds=CONNECT_S)
+            mine = (host, port) == self.address
+            store = self._store if mine else TCPStore(host, port, is_master=False, timeout=timeout)
+            prefixed = PrefixStore(f"generation-{generation.number}", store)
+            made = _made(prefixed, rank, size, device)
+            return TorchGroup(made, (rank, size, generation.number), lost, wakes=device.type == "cuda")
+
+        return _unless(lost, connect, f"generation {generation.number} did not form")
+
+
+def _made(store: Any, rank: int, size: int, device: torch.device) -> Any:
+    if device.type == "cuda":
+        from torch.distributed.distributed_c10d import ProcessGroupNCCL  # noqa: PLC0415 -- absent in CPU builds
+
+        options = ProcessGroupNCCL.Options()
+        options._timeout = FOREVER  # noqa: SLF001 -- its only way in
+        return ProcessGroupNCCL(store, rank, size, options)
+    from torch.distributed.distributed_c10d import ProcessGroupGloo  # noqa: PLC0415
+
+    return ProcessGroupGloo(store, rank, size, FOREVER)
+
+
+def _unless(lost: threading.Event, make: Callable[[], "TorchGroup"], what: str) -> "TorchGroup":
+    """Return what `make` returns, in a thread of its own: to connect with somebody who is gone blocks for long."""
+    made: list[TorchGroup | BaseException] = []
+    done = threading.Event()
+
+    def work() -> None:
         try:
-            store = self._store if mine else TCPStore(host, port, is_master=False, timeout=TIMEOUT)
-            return TorchGroup(
-                PrefixStore(f"generation-{generation.number}", store), rank, size, generation.number, device
-            )
-        except RuntimeError as error:
-            raise GroupLost(f"generation {generation.number} did not form: {error}") from error
+            made.append(make())
+        except BaseException as error:  # noqa: BLE001 -- whoever waits must hear of it
+            made.append(error)
+        if lost.is_set():
+            _abandoned.extend(made)
+        done.set()
+
+    threading.Thread(target=work, daemon=True, name="connect").start()
+    while not done.wait(LOOK_S / 4):
+        if lost.is_set():
+            raise GroupLost(f"{what}: a member is gone")
+    if isinstance(made[0], BaseException):
+        raise GroupLost(f"{what}: {made[0]}") from made[0]
+    return made[0]
 
 
 class TorchGroup:
-    """A group over torch's gloo or NCCL backend."""
+    """A group over torch's gloo or NCCL backend; `place` is (rank, size, generation).
 
-    def __init__(self, store: Any, rank: int, size: int, generation: int, device: torch.device) -> None:
-        self.rank, self.size, self.generation = rank, size, generation
-        if device.type == "cuda":
-            from torch.distributed.distributed_c10d import ProcessGroupNCCL  # noqa: PLC0415 -- absent in CPU builds
+    `wakes`: to abort the group ends what waits in it, as NCCL does. gloo's waits can only be cut into slices.
+    """
 
-            options = ProcessGroupNCCL.Options()
-            options._timeout = TIMEOUT  # noqa: SLF001 -- its only way in
-            self._group: Any = ProcessGroupNCCL(store, rank, size, options)
-        else:
-            from torch.distributed.distributed_c10d import ProcessGroupGloo  # noqa: PLC0415
-
-            self._group = ProcessGroupGloo(store, rank, size, TIMEOUT)
+    def __init__(self, group: Any, place: tuple[int, int, int], lost: threading.Event, *, wakes: bool) -> None:
+        self.rank, self.size, self.generation = place
+        self._group, self._lost, self._wakes = group, lost, wakes
+        self._slice = datetime.timedelta(seconds=LOOK_S)
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Replace `tensor` by its sum over all members; raises GroupLost if one is gone."""
@@ -82,22 +116,34 @@ class TorchGroup:
         """Put the equally long tensors of all members into `output`; raises GroupLost if one is gone."""
         self._wait(self._group._allgather_base, output, tensor)  # noqa: SLF001 -- what torch's own function calls
 
+    def abandon(self) -> None:
+        """Leave the group for good, from any thread. An operation that is under way may go on to touch its tensors."""
+        _abandoned.append(self._group)
+        if self._wakes:
+            with contextlib.suppress(RuntimeError):
+                self._group.abort()
+
     def _wait(self, operation: Callable[..., Any], *arguments: Any) -> None:
+        if self._lost.is_set():
+            raise GroupLost("a member is gone")
         try:
-            operation(*arguments).wait()
+            work = operation(*arguments)
+            if self._wakes:
+                work.wait()
+                return
+            while not self._is_over(work):
+                if self._lost.is_set():
+                    raise GroupLost("a member is gone")
         except RuntimeError as error:
             raise GroupLost(str(error)) from error
 
-
-def ranked(workers: Sequence[tuple[str, str, int]]) -> tuple[str, ...]:
-    """Return worker names in rank order: workers of a node side by side, in the order of their places in the cell.
-
-    `workers` holds (name, node, place in the cell).
-
-    >>> ranked([("c", "n2", 1), ("a", "n1", 0), ("b", "n1", 2)])
-    ('a', 'b', 'c')
-    """
-    first_place: dict[str, int] = {}
-    for _, node, place in workers:
-        first_place[node] = min(place, first_place.get(node, place))
-    return tuple(name for name, _, _ in sorted(workers, key=lambda w: (first_place[w[1]], w[1], w[2])))
+    def _is_over(self, work: Any) -> bool:
+        """Wait for a slice of time; say whether the operation is over. Raises RuntimeError if it failed."""
+        try:
+            work.wait(self._slice)
+        except RuntimeError:
+            if not work.is_completed():
+                return False
+            if not work.is_success():
+                raise
+        return True

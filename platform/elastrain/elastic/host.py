@@ -4,6 +4,7 @@ Audit and metrics go to Parquet by step, seconds and events to the attempt's led
 second, so that no worker waits for storage.
 """
 
+import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +15,8 @@ import ray
 
 from elastrain import storage
 from elastrain.data.columns import Array
-from elastrain.elastic.membership import Membership, Worker
+from elastrain.elastic.membership import Membership
+from elastrain.elastic.protocol import Roster
 from elastrain.errors import ElastrainError, StorageError
 from elastrain.observe.ledger import Ledger, StepLog
 
@@ -30,45 +32,85 @@ METRICS = pa.schema(
 class Host:
     """The run's memory while it runs: `workers` report to it, the driver polls it."""
 
-    def __init__(self, run: str, attempt: int, expected: int, resume_step: int, *, alike: bool) -> None:
-        self.membership = Membership(expected=expected, alike=alike)
+    def __init__(
+        self,
+        run: str,
+        attempt: int,
+        roster: Roster,
+        resume_step: int,
+        *,
+        alike: bool,
+        timeout_s: float,
+        tripped: frozenset[int] = frozenset(),
+    ) -> None:
         self._ledger = Ledger(run, attempt)
         self._run = run
         self._step, self._resume_step = resume_step, resume_step
         self._last: dict[str, Any] = {}
         self._ended: float | None = None  # when the step before ended; a step after a start has time_s 0
+        self._recorded = float(resume_step - 1)  # the last step whose line is here
         self._last_checkpoint: int | None = None
         self._spent: dict[str, dict[str, float]] = {}
+        self._outcome: dict[str, Any] | None = None
+        self._handles: dict[str, Any] = {}
+        self._tripped = set(tripped)  # steps in which a worker raised an exception
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._logs: dict[str, StepLog] = {}
         self._writer = threading.Thread(target=self._write, daemon=True)
+        self.membership = Membership(
+            roster=roster,
+            event=self.note,
+            alike=alike,
+            timeout_s=timeout_s,
+            host=ray.util.get_node_ip_address(),
+        )
 
-    def open(self) -> None:
-        """Go on with the run's records, before workers report; raises StorageError."""
+    def open(self) -> tuple[tuple[str, int], bytes]:
+        """Go on with the run's records; return the membership's address and token. Raises StorageError."""
         for name, schema in (("audit", AUDIT), ("metrics", METRICS)):
             self._logs[name] = StepLog(storage.join(self._run, name), schema, resume_step=self._resume_step)
         self._writer.start()
+        return self.membership.address, self.membership.token
 
-    def enter(self, worker: Worker) -> tuple[int, list[Worker]] | None:
-        """See `Membership.enter`."""
-        return self.membership.enter(worker)
-
-    def wishes_stop(self) -> bool:
-        """Say whether somebody asked the run to stop."""
-        return self.membership.stop
+    def here(self, name: str, handle: Any) -> None:
+        """Take over the handle of a worker's actor: whoever loses its lease is killed with it."""
+        self._handles[name] = handle
 
     def ask_stop(self) -> None:
         """See `Membership.ask_stop`."""
         self.membership.ask_stop()
 
-    def fail(self, name: str, message: str) -> None:
-        """See `Membership.fail`."""
-        self.membership.fail(name, message)
+    def drain(self, names: Sequence[str]) -> None:
+        """See `Membership.drain`."""
+        self.membership.drain(names)
 
-    def finish(self, worker: str, result: dict[str, Any]) -> None:
-        """See `Membership.finish`."""
-        self.membership.finish(worker, result)
+    def resize(self, minimum: int, maximum: int) -> None:
+        """See `Membership.resize`."""
+        self.membership.resize(minimum, maximum)
+
+    def expect(self, initial: int) -> None:
+        """See `Membership.expect`."""
+        self.membership.expect(initial)
+
+    def fail(self, worker: str, name: str, message: str) -> None:
+        """Take over an error that ends the run, unless it comes from a worker that was given up."""
+        if worker not in self.membership.dropped:
+            self.membership.fail(name, message)
+
+    def tripped(self, worker: str, step: int, name: str, message: str) -> bool:
+        """Take over an exception that ends one worker; say whether it ends the run: it is the second one in a step."""
+        self.note("exception", {"worker": worker, "step": step, "message": message[-2000:]})
+        again = step in self._tripped
+        self._tripped.add(step)
+        if again:
+            self.fail(worker, name, message)
+        return again
+
+    @ray.method(concurrency_group=RECORDS)
+    def result(self, found: dict[str, Any]) -> None:
+        """Take over what the run came to, after everything that was reported before."""
+        self._outcome = self._outcome or found
 
     @ray.method(concurrency_group=RECORDS)
     def audit(self, lines: Sequence[tuple[int, int, Mapping[str, Array]]]) -> None:
@@ -83,10 +125,13 @@ class Host:
         with self._lock:
             self._spent[worker] = dict(status["spent"])
             self._ledger.spent(worker, status["spent"])
-            if not status["lead"]:
+            if not status["lead"] or not self.membership.accepts(status["generation"]):
                 return
             self._step = max(self._step, status["step"])
             for step, epoch, samples, loss, lr, grad_norm, ended in status["lines"]:
+                if step <= self._recorded:
+                    continue  # whoever leads now sends again what may not have arrived
+                self._recorded = step
                 taken = ended - (self._ended or ended)
                 self._ended = ended
                 counts, values = (step, epoch, samples), (loss, lr, grad_norm, taken, ended)
@@ -95,13 +140,18 @@ class Host:
                 self._last = {"step": step, "loss": loss}
 
     @ray.method(concurrency_group=RECORDS)
-    def sync(self) -> None:
-        """Write what has arrived; when this returns, a checkpoint may say that its steps are done."""
+    def sync(self, generation: int) -> bool:
+        """Write what has arrived. Say whether a checkpoint may say that its steps are done: not one of another time."""
         self._flush()
+        return self.membership.accepts(generation)
 
     @ray.method(concurrency_group=RECORDS)
     def event(self, kind: str, fields: Mapping[str, Any]) -> None:
         """Take over something for the ledger."""
+        self.note(kind, fields)
+
+    def note(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Write something into the ledger."""
         with self._lock:
             self._ledger.event(kind, **fields)
             if kind == "checkpoint":
@@ -109,24 +159,36 @@ class Host:
 
     def poll(self) -> dict[str, Any]:
         """Return what the driver shows and acts on."""
+        self._kill_dropped()
         with self._lock:
             spent = {worker: dict(seconds) for worker, seconds in self._spent.items()}
+        seen = self.membership.view()
         return {
-            "step": self._step,
+            **seen,
+            "step": max(self._step, seen["step"]),
             "last": dict(self._last),
             "spent": spent,
-            "members": len(self.membership.members),
             "failure": self.membership.failure,
-            "outcome": self.membership.outcome(),
+            "lost": self.membership.lost,
+            "outcome": self._outcome,
+            "tripped": frozenset(self._tripped),
             "checkpoint": self._last_checkpoint,
             "resume_step": self._resume_step,
         }
+
+    def _kill_dropped(self) -> None:
+        """End the processes that lost their lease; the run has gone on without them by now."""
+        for name in self.membership.dropped:
+            if handle := self._handles.pop(name, None):
+                with contextlib.suppress(ray.exceptions.RayError, ValueError):
+                    ray.kill(handle)
 
     def close(self, outcome: str, fields: Mapping[str, Any]) -> None:
         """Note the end, write everything and stop; raises StorageError if it cannot be written."""
         with self._lock:
             self._ledger.event("end", outcome=outcome, **fields)
         self._closing.set()
+        self.membership.close()
         if self._writer.is_alive():
             self._writer.join()
         self._flush()
@@ -136,10 +198,10 @@ class Host:
             try:
                 self._flush()
             except ElastrainError as error:
-                self.fail(type(error).__name__, str(error))
+                self.membership.fail(type(error).__name__, str(error))
                 return
             except OSError as error:
-                self.fail(StorageError.__name__, f"cannot write the run's records: {error}")
+                self.membership.fail(StorageError.__name__, f"cannot write the run's records: {error}")
                 return
 
     def _flush(self) -> None:

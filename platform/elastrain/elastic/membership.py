@@ -1,89 +1,316 @@
-"""The membership of a run: who trains together, what the run came to, and who wants it to stop. No Ray, no torch.
+"""The membership of a run: a `Roster` behind a socket. No Ray, no torch.
 
-A worker offers its name, node, place and store address and waits; when all that are expected have entered, they form
-the next generation. State is data under one lock; the actor around it is in `elastic.host`.
+Each worker keeps one connection to it, over which it enters, beats and is told what matters to it at once: that its
+generation is over, that a change is due, that a stop is wished. The end of the connection is the end of the process:
+the kernel closes it, so a death is known within a millisecond. Who is silent without an end loses its lease.
+
+The messages, each a tuple whose first item is its name:
+
+```
+worker ─► enter (Worker, Position | None, left, failed)      beat (generation, step, doing, since_s, sent_at)
+          ready (generation, connect_s, state_s)             stepped (generation)        noted (Position)
+       ◄─ answer (left, Generation | Verdict)                reply (Reply, sent_at | None, stop)
+```
 """
 
+import contextlib
+import secrets
+import socket
 import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any
 
+from elastrain.elastic.protocol import Generation, Reply, Roster, Verdict, Worker
+from elastrain.elastic.recovery import Recovery
 from elastrain.errors import ResourceError
 
-JOIN_S = 600.0
+GREETING_S = 10.0  # within which a connection has to prove that it knows the token
+WAITING = "reduce"  # what a worker says that it does while it waits for the others
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Worker:
-    """What a worker says of itself when it enters."""
+@dataclass(slots=True, eq=False)
+class Line:
+    """A worker's connection, and what it has been told."""
 
-    name: str
-    node: str
-    place: int
-    store: tuple[str, int]
-    arithmetic: str = ""
+    connection: Connection
+    name: str = ""
+    left: int = 0  # the generation that it comes from, while it waits for an answer
+    waits: bool = False
+    generation: int = 0
+    told: Reply | None = None
+    step: int = 0
+    doing: str = ""
+    since: float = 0.0
+
+    def send(self, *message: Any) -> None:
+        """Send; that nobody listens any more is found out by whoever receives."""
+        with contextlib.suppress(OSError):
+            self.connection.send(message)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Membership:
-    """Generations of `expected` workers, `alike` in their arithmetic if asked.
+    """Serves a roster at `address` to whoever knows the `token`.
 
-    `failure` is (error class name, message) of what ended the run.
+    `alike`: workers must name the same arithmetic. `timeout_s`: after so many seconds in which all members wait for
+    each other their generation is over. `failure` is (error class name, message) of what ended the run; `lost` says
+    that no member is left whose state could go on. `event(kind, fields)` is called for what belongs into the ledger.
     """
 
-    expected: int
+    roster: Roster
+    event: Callable[[str, Mapping[str, Any]], None]
     alike: bool = False
-    generation: int = 0
-    members: list[Worker] = field(default_factory=list)
-    entered: dict[str, Worker] = field(default_factory=dict)
+    timeout_s: float = 60.0
+    host: str = "127.0.0.1"
+    token: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     stop: bool = False
     failure: tuple[str, str] | None = None
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _changed: threading.Condition = field(default_factory=threading.Condition)
+    lost: str = ""
+    dropped: list[str] = field(default_factory=list)  # whose lease ran out: what is left of them is to be killed
+    lines: dict[str, Line] = field(default_factory=dict)
+    _recovery: Recovery = field(init=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _closing: threading.Event = field(default_factory=threading.Event)
+    _door: socket.socket = field(init=False)
 
-    def enter(self, worker: Worker) -> tuple[int, list[Worker]] | None:
-        """Wait for the next generation; return its number and workers, None if the run ended or nobody came in time."""
-        with self._changed:
-            before = self.generation
-            self.entered[worker.name] = worker
-            if len(self.entered) == self.expected and not self._unlike():
-                self.generation += 1
-                self.members, self.entered = list(self.entered.values()), {}
-                self._changed.notify_all()
-            self._changed.wait_for(lambda: self.generation != before or self.failure is not None, timeout=JOIN_S)
-            formed = self.generation != before and self.failure is None
-            return (self.generation, list(self.members)) if formed else None
+    def __post_init__(self) -> None:
+        self._door = socket.create_server((self.host, 0), backlog=256)
+        self._recovery = Recovery(self.event)
+        for work in (self._accept, self._tick):
+            threading.Thread(target=work, daemon=True, name=f"membership{work.__name__}").start()
 
-    def _unlike(self) -> bool:
-        """Say whether the workers would compute other bits than each other, which ends the run."""
-        kinds = {worker.arithmetic: worker.node for worker in self.entered.values()}
-        if not self.alike or len(kinds) == 1:
-            return False
-        named = "; ".join(f"node {node[:12]}: {kind}" for kind, node in sorted(kinds.items()))
-        self.failure = self.failure or (
-            ResourceError.__name__,
-            f"consistency: bitwise needs workers that compute alike ({named}); use nodes of one kind, or sample",
-        )
-        self._changed.notify_all()
-        return True
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where workers connect."""
+        return self.host, int(self._door.getsockname()[1])
+
+    def close(self) -> None:
+        """Hear and tell nothing any more."""
+        self._closing.set()
+        with contextlib.suppress(OSError):
+            self._door.shutdown(socket.SHUT_RDWR)
+        self._door.close()
+        with self._lock:
+            for line in self.lines.values():
+                line.connection.close()
+
+    # --- what the driver says
 
     def ask_stop(self) -> None:
         """Ask the workers to stop at the next step boundary, after a commit."""
-        self.stop = True
+        with self._lock:
+            self.stop = True
+            for line in self.lines.values():
+                line.send("reply", self.roster.reply(line.name, line.generation), None, True)
+
+    def drain(self, names: Iterable[str]) -> None:
+        """See `Roster.drain`."""
+        with self._lock:
+            self._recovery.drained.update(names)
+            self.roster.drain(names)
+            self._tell()
+
+    def resize(self, minimum: int, maximum: int) -> None:
+        """See `Roster.resize`."""
+        with self._lock:
+            self.roster.resize(minimum, maximum)
+            self._tell()
+
+    def expect(self, initial: int) -> None:
+        """See `Roster.expect`."""
+        with self._lock:
+            self.roster.expect(initial)
+            self._tell()
 
     def fail(self, name: str, message: str) -> None:
         """End the run with an error; the first one counts, since the others follow from it."""
-        with self._changed:
+        with self._lock:
             self.failure = self.failure or (name, message)
-            self._changed.notify_all()
+            self.end()
 
-    def finish(self, worker: str, result: dict[str, Any]) -> None:
-        """Note that a worker is through; rank 0's result is the run's."""
-        with self._changed:
-            self.results[worker] = result
+    def end(self) -> None:
+        """Send everybody home."""
+        with self._lock:
+            self.roster.end()
+            self._tell()
 
-    def outcome(self) -> dict[str, Any] | None:
-        """Return rank 0's result once every member is through, None before."""
-        with self._changed:
-            done = [r for r in self.results.values() if r["weights_sha256"]]
-            return done[0] if done and len(self.results) >= len(self.members) else None
+    def accepts(self, generation: int) -> bool:
+        """See `Roster.accepts`."""
+        with self._lock:
+            return self.roster.accepts(generation)
+
+    def view(self) -> dict[str, Any]:
+        """Return who is there: `members` at work and `waiting` workers, as (name, node, cell); `missing` and `step`."""
+        with self._lock:
+            roster = self.roster
+            names = [member.worker.name for member in roster.generation.members]
+            live = {name: seat.worker for name, seat in roster.seats.items()}
+            members = [live[name] for name in names if name in live]
+            others = [worker for name, worker in live.items() if name not in names]
+            steps = [self.lines[name].step for name in names if name in self.lines]
+            return {
+                "generation": roster.generation.number,
+                "members": [(worker.name, worker.node, worker.cell) for worker in members],
+                "waiting": [(worker.name, worker.node, worker.cell) for worker in others],
+                "missing": roster.missing(),
+                "step": max(steps, default=0),
+            }
+
+    # --- what workers say
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                sock, _ = self._door.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(sock,), daemon=True, name="membership-line").start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        """Hear one worker until its connection ends."""
+        sock.settimeout(None)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        line = Line(Connection(sock.detach()))
+        late = threading.Timer(GREETING_S, line.connection.close)
+        late.start()
+        try:
+            deliver_challenge(line.connection, self.token)
+            answer_challenge(line.connection, self.token)
+            late.cancel()
+            while not self._closing.is_set():
+                kind, *arguments = line.connection.recv()
+                with self._lock:
+                    getattr(self, f"_hear_{kind}")(line, *arguments)
+        except (OSError, EOFError, AuthenticationError, TypeError):
+            pass
+        finally:
+            late.cancel()
+            line.connection.close()
+            with self._lock:
+                self._gone(line)
+
+    def _hear_enter(
+        self, line: Line, worker: Worker, position: tuple[int, int] | None, left: int, failed: bool
+    ) -> None:
+        line.name, line.left, line.waits, line.told = worker.name, left, True, None
+        self.lines[worker.name] = line
+        if self._is_unlike(worker):
+            return
+        now = time.monotonic()
+        members = {member.worker.name for member in self.roster.generation.members}
+        if worker.name in members and left == self.roster.generation.number:
+            self._recovery.entered(worker.name, position, now, failed=failed)
+        self.roster.enter(worker, position, now, left=left, failed=failed)
+        self._tell()
+
+    def _hear_beat(
+        self, line: Line, generation: int, step: int, doing: str, since_s: float, sent_at: float
+    ) -> None:
+        now = time.monotonic()
+        line.step, line.doing, line.since = step, doing, now - since_s
+        reply = self.roster.beat(line.name, generation, now)
+        line.told = reply if generation == line.generation else line.told
+        line.send("reply", reply, sent_at, self.stop)
+
+    def _hear_ready(self, line: Line, generation: int, connect_s: float, state_s: float) -> None:
+        if generation == self.roster.generation.number:
+            self._recovery.ready(time.monotonic(), connect_s, state_s)
+
+    def _hear_stepped(self, line: Line, generation: int) -> None:
+        if generation == self.roster.generation.number:
+            self._recovery.stepped(time.monotonic())
+
+    def _hear_noted(self, line: Line, position: tuple[int, int]) -> None:
+        self.roster.noted(position)
+        self._tell()
+
+    def _gone(self, line: Line) -> None:
+        """A connection has ended: so has its process."""
+        if self.lines.get(line.name) is not line or self._closing.is_set():
+            return
+        del self.lines[line.name]
+        seat = self.roster.seats.get(line.name)
+        if seat is not None and not self.roster.ended:
+            self._lose(seat.worker, "its process ended", time.monotonic())
+            self.roster.died(line.name)
+            self._tell()
+
+    def _is_unlike(self, worker: Worker) -> bool:
+        """Say whether a worker would compute other bits than the others: it cannot take part."""
+        other = next((seat.worker for seat in self.roster.seats.values()), None)
+        if not self.alike or other is None or other.arithmetic == worker.arithmetic:
+            return False
+        kinds = sorted([(w.node[:12], w.arithmetic) for w in (other, worker)])
+        named = "; ".join(f"node {node}: {kind}" for node, kind in kinds)
+        message = f"consistency: bitwise needs workers that compute alike ({named}); use nodes of one kind, or sample"
+        if self.roster.generation.number == 0:
+            self.fail(ResourceError.__name__, message)
+        else:
+            self.event("refused", {"worker": worker.name, "reason": message})
+            self.lines[worker.name].send("answer", self.lines[worker.name].left, Verdict.LEAVE)
+        return True
+
+    # --- what follows
+
+    def _lose(self, worker: Worker, why: str, since: float) -> None:
+        """Note a loss; `since`: when it happened, as far as one can know."""
+        members = [member.worker.name for member in self.roster.generation.members]
+        if worker.name in members:
+            self._recovery.lost(worker, why, since, time.monotonic())
+
+    def _tell(self) -> None:
+        """Tell everybody what has changed for them."""
+        self._look()
+        for line in list(self.lines.values()):
+            if line.waits:
+                answer = self.roster.answer(line.name, line.left)
+                if answer is not Verdict.WAIT:
+                    line.waits = False
+                    if isinstance(answer, Generation):
+                        line.generation, line.doing = answer.number, ""
+                    line.send("answer", line.left, answer)
+            elif line.name in self.roster.seats:
+                reply = self.roster.reply(line.name, line.generation)
+                if reply != line.told:
+                    line.told = reply
+                    line.send("reply", reply, None, self.stop)
+
+    def _look(self) -> None:
+        """See whether a generation has formed, and whether it has a state to go on from."""
+        made = self.roster.generation
+        if made.number == self._recovery.generation:
+            return
+        before = self._recovery.members
+        self._recovery.formed(made, time.monotonic())
+        if before and made.source is None and not self._recovery.is_stored(self.roster.stored):
+            self.lost = f"all {len(before)} workers were lost" if len(before) > 1 else "a worker was lost"
+            self.roster.end()
+
+    def _tick(self) -> None:
+        """Let leases run out, and end generations in which everybody waits."""
+        pause = self.roster.lease_s / 16
+        while not self._closing.wait(pause):
+            with self._lock:
+                now = time.monotonic()
+                known = {name: seat.worker for name, seat in self.roster.seats.items()}
+                since = now - self.roster.lease_s
+                names = self.roster.tick(now)
+                for name in names:
+                    self._lose(known[name], "its lease ran out", since)
+                    self.dropped.append(name)
+                if self._all_wait(now):
+                    self.roster.fail()
+                    names.append("")
+                if names or self.roster.broken:
+                    self._tell()
+
+    def _all_wait(self, now: float) -> bool:
+        """Say whether all members wait in a collective, longer than any takes."""
+        names = [member.worker.name for member in self.roster.generation.members]
+        lines = [self.lines[name] for name in names if name in self.lines]
+        waiting = [line for line in lines if line.doing == WAITING and now - line.since > self.timeout_s]
+        return len(names) > 1 and len(waiting) == len(names) and not self.roster.broken

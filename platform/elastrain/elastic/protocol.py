@@ -47,6 +47,8 @@ class Worker:
     node: str
     place: int
     store: tuple[str, int]
+    cell: str = ""
+    arithmetic: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,9 +186,15 @@ class Roster:
     def beat(self, name: str, generation: int, now: float) -> Reply:
         """Renew a worker's lease. `generation`: the one it is in, or while it waits for an answer, comes from."""
         seat = self.seats.get(name)
+        if seat is not None:
+            seat.deadline = max(seat.deadline, now + self.lease_s)
+        return self.reply(name, generation)
+
+    def reply(self, name: str, generation: int) -> Reply:
+        """Return what a beat would be answered with now; whoever is told it has been told."""
+        seat = self.seats.get(name)
         if seat is None:
             return Reply(generation=generation, dropped=True)
-        seat.deadline = max(seat.deadline, now + self.lease_s)
         if generation != seat.generation or (self.broken and not seat.entered):
             return Reply(generation=generation, abort=True)
         if seat.entered:
@@ -216,13 +224,17 @@ class Roster:
         self._drop(name)
         self._settle()
 
+    def fail(self) -> None:
+        """Note that the generation cannot go on, though everybody in it lives: its members wait for each other."""
+        self.broken = True
+
     def drain(self, names: Iterable[str]) -> None:
         """Ask workers, also ones that have not come yet, to leave at the next step boundary."""
         self.leaving.update(names)
         self._settle()
 
     def resize(self, minimum: int, maximum: int) -> None:
-        """Set the size limits of the generations to come; a smaller one at work goes on as it is."""
+        """Set the size limits of the generations to come; one at work that does not keep to them ends at a boundary."""
         assert 1 <= minimum <= maximum, "1 <= minimum <= maximum"
         self.minimum, self.maximum = minimum, maximum
         self.expect(self.initial)
@@ -347,7 +359,8 @@ class Roster:
         goes = not set(names) <= set(chosen)
         comes = not set(chosen) <= set(names) and len(chosen) >= self.minimum
         self._commit = bool(names) and self.leaving.issuperset(names) and not comes
-        self._change = goes or comes or self._commit
+        short = 0 < len(names) < self.minimum
+        self._change = goes or comes or short or self._commit
 
     def _drop(self, name: str) -> None:
         seat = self.seats.pop(name, None)

@@ -1,11 +1,12 @@
-"""What a Ray Train worker does: take a seat, load the state, run the loop, hand over the result.
+"""What a Ray Train worker does: take a seat, load the state, run the loop.
 
-It always returns normally; what went wrong is told to the host, which knows what to do about it.
+It returns when it has no more to do, and when it has told the host of an error that ends the run. It raises where
+another process in its place may fare better: Ray Train then starts one.
 """
 
 import os
+import secrets
 import socket
-import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -18,73 +19,28 @@ import torch
 from elastrain.data.blocks import eval_block_rows
 from elastrain.data.columns import Array
 from elastrain.data.feed import WorkerFeed
-from elastrain.elastic.config import WORKER_LOST, WorkerConfig
-from elastrain.elastic.group import Door, Generation, ranked
-from elastrain.elastic.membership import Worker
+from elastrain.elastic.config import LEASE_S, WorkerConfig
+from elastrain.elastic.group import Door
+from elastrain.elastic.protocol import Worker
+from elastrain.elastic.seat import Dismissed, MemberSeat
 from elastrain.errors import ConflictError, ElastrainError, ResourceError, ours
 from elastrain.observe.ledger import Clock
 from elastrain.training import checkpoint
 from elastrain.training.loop import Loop, choose_device, fix_threads
+from elastrain.training.manifests import newest_whole
 from elastrain.training.precision import arithmetic, fix_arithmetic
-from elastrain.training.reduce import Group, GroupLost
 from elastrain.training.state import TrainState
 from elastrain.training.task import make_task
 
-WISH_POLL_S = 0.25
-
-
-class HostSeat:
-    """A place in the membership: one generation until it is lost."""
-
-    def __init__(self, host: Any, name: str, device: torch.device) -> None:
-        context = ray.train.get_context()
-        self._host, self._name, self._device = host, name, device
-        self._door = Door(ray.util.get_node_ip_address())
-        node = ray.get_runtime_context().get_node_id()
-        self._me = Worker(
-            name=name,
-            node=node,
-            place=context.get_world_rank(),
-            store=self._door.address,
-            arithmetic=arithmetic(device),
-        )
-        self._group: Group | None = None
-        self._stop = False
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def group(self, step: int) -> Group:
-        """Return the group of the coming step; the first call waits until all workers are there."""
-        del step  # one generation for now: members do not change between steps
-        if self._group is None:
-            formed = ray.get(self._host.enter.remote(self._me))
-            if formed is None:
-                raise GroupLost("the run ended before all workers were there")
-            number, workers = formed
-            members = ranked([(w.name, w.node, w.place) for w in workers])
-            first = next(w for w in workers if w.name == members[0])
-            self._group = self._door.join(
-                Generation(number=number, members=members, store=first.store), self._name, self._device
-            )
-        return self._group
-
-    def wishes_stop(self) -> bool:
-        """Say whether somebody asked the run to stop."""
-        return self._stop
-
-    def _watch(self) -> None:
-        pause = threading.Event()
-        while not self._stop and not pause.wait(WISH_POLL_S):
-            try:
-                self._stop = ray.get(self._host.wishes_stop.remote())
-            except ray.exceptions.RayError:
-                return
+MAY_PASS = (RuntimeError, OSError, MemoryError)  # what the machine may do to one process; others are mistakes
 
 
 class HostRecorder:
     """Reports to the host; calls are sent and not waited for, except in `audited`."""
 
-    def __init__(self, host: Any, name: str, *, lead: bool) -> None:
-        self._host, self._name, self._lead = host, name, lead
+    def __init__(self, host: Any, name: str) -> None:
+        self._host, self._name = host, name
+        self._generation = 0
         self._lines: list[tuple[int, int, Mapping[str, Array]]] = []
         self._sent: list[Any] = []
 
@@ -98,14 +54,28 @@ class HostRecorder:
             ray.get(self._host.audit.remote(self._lines))
             self._lines = []
 
-    def settled(self) -> None:
-        """Wait until the host has written what was reported; the call to write may overtake those before it."""
+    def arrived(self) -> None:
+        """Wait until everything handed over has arrived."""
         ray.get(list(self._sent))
-        ray.get(self._host.sync.remote())
+
+    def settled(self) -> None:
+        """Wait until the host has written what was reported; the call to write may overtake those before it.
+
+        Raises ConflictError if this worker was given up meanwhile: others train on, and what it has is not to count.
+        """
+        self.arrived()
+        if not ray.get(self._host.sync.remote(self._generation)):
+            raise ConflictError("this worker was given up while it wrote a checkpoint")
 
     def report(self, status: Mapping[str, Any]) -> None:
         """Hand over position, seconds and lines of metrics."""
-        self._note(self._host.report.remote(self._name, {**status, "lead": self._lead}))
+        self._generation = status["generation"]
+        self._note(self._host.report.remote(self._name, dict(status)))
+
+    def result(self, found: Mapping[str, Any]) -> None:
+        """Hand over what the run came to."""
+        self.arrived()
+        ray.get(self._host.result.remote(dict(found)))
 
     def event(self, kind: str, **fields: Any) -> None:
         """Hand over something for the ledger."""
@@ -118,59 +88,126 @@ class HostRecorder:
 
 
 def work(config: WorkerConfig) -> None:
-    """Train as one worker of the run; whatever happens is told to the host."""
-    name = f"{socket.gethostname()}-{os.getpid()}"
+    """Train as one worker of the run."""
+    name = f"{socket.gethostname()}-{secrets.token_hex(3)}-{os.getpid()}"
+    worker = RunWorker(config, name)
     try:
-        result = _train(config, name)
-        ray.get(config.host.finish.remote(name, result))
-    except GroupLost as error:
-        ray.get(config.host.fail.remote(WORKER_LOST, f"a worker was lost ({str(error).splitlines()[0][:200]})"))
+        worker.train()
+    except Dismissed as event:
+        if event.again:
+            raise
     except torch.OutOfMemoryError as error:
         message = (
             f"a worker ran out of GPU memory: lower micro_batch or data.global_batch, or raise data.slots ({error})"
         )
-        ray.get(config.host.fail.remote(ResourceError.__name__, message))
-    except Exception as error:  # noqa: BLE001 -- the border of the worker: nothing may get lost here
+        ray.get(config.host.fail.remote(name, ResourceError.__name__, message))
+    except Exception as error:
         known = ours(error)
-        text = str(known) if known else traceback.format_exc()
-        ray.get(config.host.fail.remote(type(known or ElastrainError()).__name__, text))
+        kind, text = type(known or ElastrainError()).__name__, str(known) if known else traceback.format_exc()
+        if not worker.may_pass(error):
+            ray.get(config.host.fail.remote(name, kind, text))
+        elif not ray.get(config.host.tripped.remote(name, worker.step, kind, text)):
+            raise
+    finally:
+        worker.close()
 
 
-def _train(config: WorkerConfig, name: str) -> dict[str, Any]:
-    spec = config.spec
-    clock = Clock(before_s=max(0.0, time.time() - config.launched))
-    fix_threads(spec.workers.cpus)
-    fix_arithmetic(spec.consistency)
-    device = choose_device(spec.workers.gpus)
-    feed = WorkerFeed(config.feeder, config.feed, begin=config.feed.begin)
-    state = TrainState(spec, make_task(spec, config.feed.train), device)
-    seat = HostSeat(config.host, name, device)
-    group = seat.group(0)
-    if config.resume is not None and group.rank == 0:
-        saved = checkpoint.load(config.run_url, config.resume)
-        if spec.consistency == "bitwise" and saved.info["arithmetic"] != arithmetic(device):
+class RunWorker:
+    """A worker from its start to its end."""
+
+    def __init__(self, config: WorkerConfig, name: str) -> None:
+        self._config, self._name = config, name
+        self._clock = Clock(before_s=max(0.0, time.time() - config.launched))
+        self._recorder = HostRecorder(config.host, name)
+        self._begun = -1  # the step with which this process began
+        self._state: TrainState | None = None
+        self._seat: MemberSeat | None = None
+        self._feed: WorkerFeed | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return -1 if self._state is None else self._state.step
+
+    def may_pass(self, error: BaseException) -> bool:
+        """Say whether another process might not meet the same error: where steps have gone well before it, here."""
+        cause = error.__cause__ if ours(error) is not None else error
+        passes = isinstance(cause, MAY_PASS) and not isinstance(cause, NotImplementedError | RecursionError)
+        return passes and 0 <= self._begun < self.step
+
+    def close(self) -> None:
+        """Leave the membership, so that the others need not wait."""
+        if self._seat is not None:
+            self._seat.close()
+        if self._feed is not None:
+            self._feed.close()
+
+    def train(self) -> None:
+        """Train until the run ends, or there is no place for this worker in it any more.
+
+        Raises Dismissed, and what the loop raises.
+        """
+        config, spec = self._config, self._config.spec
+        fix_threads(spec.workers.cpus)
+        fix_arithmetic(spec.consistency)
+        device = choose_device(spec.workers.gpus)
+        ray.get(config.host.here.remote(self._name, ray.get_runtime_context().current_actor))
+        self._feed = WorkerFeed(config.feeder, config.feed, begin=config.feed.begin)
+        state = TrainState(spec, make_task(spec, config.feed.train), device)
+        self._state, self._seat = state, self._take_seat(device)
+        evaluation = config.feed.evaluation
+        loop = Loop(
+            spec=spec,
+            plan=config.feed.plan,
+            evaluation=evaluation,
+            eval_block_rows=eval_block_rows(evaluation) if evaluation else 1,
+            num_steps=config.num_steps,
+            run_url=config.run_url,
+            state=state,
+            feed=self._feed,
+            seat=self._seat,
+            recorder=self._recorder,
+            clock=self._clock,
+            info={**config.info, "arithmetic": arithmetic(device)},
+        )
+        loop.run()
+
+    def _take_seat(self, device: torch.device) -> MemberSeat:
+        config, spec = self._config, self._config.spec
+        door = Door(ray.util.get_node_ip_address())
+        me = Worker(
+            name=self._name,
+            node=ray.get_runtime_context().get_node_id(),
+            place=ray.train.get_context().get_world_rank(),
+            store=door.address,
+            cell=config.cell,
+            arithmetic=arithmetic(device),
+        )
+        address, token = config.membership
+        return MemberSeat(
+            address,
+            token,
+            me=me,
+            door=door,
+            device=device,
+            clock=self._clock,
+            lease_s=min(LEASE_S, spec.workers.timeout_s),
+            timeout_s=spec.workers.timeout_s,
+            restore=self._restore,
+            before_entering=self._recorder.arrived,
+        )
+
+    def _restore(self, state: TrainState) -> None:
+        """Load what the run goes on from: at first what its driver has chosen, later what is newest."""
+        config = self._config
+        step = config.resume if self._begun < 0 else newest_whole(config.run_url, warn=lambda _: None)
+        if step is None:
+            return
+        saved = checkpoint.load(config.run_url, step)
+        own = arithmetic(state.device)
+        if config.spec.consistency == "bitwise" and saved.info["arithmetic"] != own:
             raise ConflictError(
                 f"consistency: bitwise: {saved.url} was computed with {saved.info['arithmetic']}, here it would go on "
-                f"with {arithmetic(device)}; use a machine of that kind, or begin a run of another name"
+                f"with {own}; use a machine of that kind, or begin a run of another name"
             )
         state.load(saved.tensors, saved.numbers)
-    state.share(group, 0)
-    evaluation = config.feed.evaluation
-    loop = Loop(
-        spec=spec,
-        plan=config.feed.plan,
-        evaluation=evaluation,
-        eval_block_rows=eval_block_rows(evaluation) if evaluation else 1,
-        num_steps=config.num_steps,
-        run_url=config.run_url,
-        state=state,
-        feed=feed,
-        seat=seat,
-        recorder=HostRecorder(config.host, name, lead=group.rank == 0),
-        clock=clock,
-        info={**config.info, "arithmetic": arithmetic(device)},
-    )
-    try:
-        return loop.run()
-    finally:
-        feed.close()

@@ -61,6 +61,10 @@ class Clock:
         self._since = moment
         self._running = category
 
+    def running(self) -> tuple[str, float]:
+        """Return the running category and since when, in seconds of the clock; for any thread."""
+        return self._running, self._since / TICKS_PER_S
+
     def spent(self) -> dict[str, float]:
         """Return the seconds booked so far under each category, those of the running one included."""
         self.switch(self._running)

@@ -164,6 +164,9 @@ class WorkersSpec(Model):
     max: PositiveInt = Field(default=1, description="most workers that are used")
     cpus: PositiveFloat = Field(default=1.0, description="CPUs of one worker; may be a fraction")
     gpus: NonNegativeFloat = Field(default=0.0, description="GPUs of one worker")
+    timeout_s: PositiveFloat = Field(
+        default=60.0, description="seconds that a step may take; who stands still for longer is replaced"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

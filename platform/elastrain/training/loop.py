@@ -6,6 +6,7 @@ fall to its rank. What it reports goes to a recorder; what it keeps is one state
 
 import math
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,22 +22,57 @@ from elastrain.spec.train import TrainSpec
 from elastrain.training.batches import Batches, Feed
 from elastrain.training.checkpoint import Writer
 from elastrain.training.evaluation import evaluate
-from elastrain.training.reduce import Group, slots_of
-from elastrain.training.state import TrainState, digest
+from elastrain.training.reduce import Group, GroupLost, slots_of
+from elastrain.training.state import Position, TrainState, digest
 from elastrain.training.step import StepResult, run_step
 
 REPORT_S = 0.5
+KEPT_S, KEPT = 5.0, 1000  # lines are kept for so long, by their own time, and so many in any case
 CUDA_READ_STEPS = 16  # reading a number from a GPU waits for it: losses are read this many steps at a time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """What rank 0 was told, summed along with a step's gradients so that all workers act on it at the same boundary.
+
+    `stop`: commit and end. `change`: the members change. `commit`: write a checkpoint before that, for nobody stays.
+    """
+
+    stop: bool = False
+    change: bool = False
+    commit: bool = False
+
+    def flag(self) -> float:
+        """Return it as a number that a sum over workers keeps, where all others add 0."""
+        return float(self.stop + 2 * self.change + 4 * self.commit)
+
+    @staticmethod
+    def of(flag: float) -> "Decision":
+        """Return what a flag says."""
+        bits = int(flag)
+        return Decision(stop=bool(bits & 1), change=bool(bits & 2), commit=bool(bits & 4))
 
 
 class Seat(Protocol):
     """A worker's place in the run."""
 
-    def group(self, step: int) -> Group:
-        """Return the group of the coming step; it may be another one than before."""
+    def group(self, state: TrainState) -> Group:
+        """Return the group of the coming step, `state` brought in line with it; raises GroupLost.
 
-    def wishes_stop(self) -> bool:
-        """Say whether somebody asked the run to stop; all workers act on it at the same boundary."""
+        It may be another one than before, and the state another worker's: further, or where this one had none.
+        """
+
+    def decision(self) -> Decision:
+        """Return what this worker was told; that of rank 0 counts."""
+
+    def change(self) -> None:
+        """Take note that all members change groups now."""
+
+    def lost(self) -> None:
+        """Take note that the group has failed: the next one is to be another."""
+
+    def noted(self, position: Position) -> None:
+        """Take note that a checkpoint of this position is in storage."""
 
 
 class Recorder(Protocol):
@@ -57,6 +93,9 @@ class Recorder(Protocol):
     def event(self, kind: str, **fields: Any) -> None:
         """Hand over something for the ledger."""
 
+    def result(self, found: Mapping[str, Any]) -> None:
+        """Hand over what the run came to, and wait until it has arrived; the first one counts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
@@ -74,54 +113,71 @@ class Loop:
     recorder: Recorder
     clock: Clock
     info: Mapping[str, Any]
-    _lines: list[tuple[float, ...]] = field(default_factory=list)
+    _lines: deque[tuple[float, ...]] = field(default_factory=deque)
     _pending: list[tuple[int, StepResult]] = field(default_factory=list)
 
     def run(self) -> dict[str, Any]:
-        """Train; return step, samples, metrics, weights_sha256 and whether the run was stopped before its end.
+        """Train; return step, samples, metrics, weights_sha256 (of rank 0) and whether the run was stopped.
 
-        Raises DivergedError, DataError, SpecError, StorageError; GroupLost if a member of the group is gone. A commit
-        that is under way is finished in any case, so that nobody who takes over writes the same checkpoint.
+        When a member of the group is gone, go on in the next one from the phase that was not done. Raises
+        DivergedError, DataError, SpecError, StorageError, and what the seat raises. A commit that is under way is
+        finished in any case.
         """
         writer = Writer(self.run_url, self.spec.checkpoint, settle=self.recorder.settled)
+        batches = Batches(self.feed, self.plan, self.state.device)
+        lead = Lead()
+        self.state.model.train()
         try:
-            return self._run(writer)
+            while True:
+                try:
+                    return self._run(writer, batches, lead)
+                except GroupLost:
+                    self.clock.switch("wait")
+                    self.seat.lost()
+                    self.state.renew()
         finally:
             writer.join()
             self._written(writer)
 
-    def _run(self, writer: Writer) -> dict[str, Any]:
+    def _run(self, writer: Writer, batches: Batches, lead: "Lead") -> dict[str, Any]:
         state = self.state
-        batches = Batches(self.feed, self.plan, state.device)
-        metrics: dict[str, float] = {}
-        stop, last_report, group = False, 0.0, self.seat.group(state.step)
-        state.model.train()
-        while state.step < self.num_steps and not stop:
-            group = self.seat.group(state.step)
-            self._one(batches, group)
-            stop = self._read(force=self._due(state.step))
-            metrics = self._boundary(group, writer, stop=stop)
+        while True:
+            group = self.seat.group(state)
+            lead.look(group)
+            if lead.owes and not state.due and not state.phase:
+                self._commit(writer, lead)
+            if state.due or (state.step >= self.num_steps and state.evaluated != state.step):
+                self._boundary(group, writer, lead)
+            elif state.step >= self.num_steps or state.stopping:
+                return self._end(group, writer, lead)
+            else:
+                self._one(batches, group, lead)
             now = time.perf_counter()
-            if now - last_report > REPORT_S:
-                last_report = now
+            if now - lead.reported > REPORT_S:
                 self._written(writer)
-                self._report()
+                self._report(lead)
+
+    def _end(self, group: Group, writer: Writer, lead: "Lead") -> dict[str, Any]:
+        """Have everything in storage and the result delivered before anybody leaves: rank 0 may be lost until then."""
+        state = self.state
         self.clock.switch("checkpoint")
         writer.wait()
         self._written(writer)
-        self._report()
+        self._report(lead)
         self.clock.switch("other")
-        if not metrics and not stop:
-            metrics = self._evaluate(group)
-        return {
+        result = {
             "step": state.step,
             "samples": state.samples,
-            "metrics": metrics,
+            "metrics": dict(state.metrics),
             "weights_sha256": digest(state.model.state_dict()) if group.rank == 0 else "",
-            "stopped": stop and state.step < self.num_steps,
+            "stopped": state.step < self.num_steps,
         }
+        if group.rank == 0:
+            self.recorder.result(result)
+        group.all_reduce(torch.zeros(1, device=state.device))
+        return result
 
-    def _one(self, batches: Batches, group: Group) -> None:
+    def _one(self, batches: Batches, group: Group, lead: "Lead") -> None:
         state, step = self.state, self.state.step
         slots = slots_of(group.rank, group.size, self.plan.slots)
         batches.move_to(step, slots, self.clock)
@@ -129,11 +185,16 @@ class Loop:
             # Before the sum: whoever dies after it has left its lines. A step that is done again replaces them.
             self._audit(batches, step, slots)
             self.recorder.audited()
-        flag = float(group.rank == 0 and self.seat.wishes_stop())
+        flag = self.seat.decision().flag() if group.rank == 0 else 0.0
         result = run_step(state, batches, group, slots, clock=self.clock, flag=flag, num_steps=self.num_steps)
         self._pending.append((step, result))
         if group.rank == 0 and step % self.plan.block_steps == 0:
             self.feed.release_before(self.plan.block_of(step))
+        decided = self._read(force=self._is_due(state.step))
+        state.due = self._is_due(state.step) or decided.stop or decided.commit
+        state.stopping, lead.commits = decided.stop, decided.commit
+        if decided.change and not decided.commit:
+            self.seat.change()
 
     def _audit(self, batches: Batches, step: int, slots: range) -> None:
         epoch = step // self.plan.steps_per_epoch
@@ -144,11 +205,11 @@ class Loop:
                 columns = {name: rows * 0 + value for name, value in constant.items()}
                 self.recorder.audit(step, slot, {**columns, "row": rows})
 
-    def _read(self, *, force: bool) -> bool:
-        """Read the losses of finished steps; return whether a stop was asked for. Raises DivergedError."""
+    def _read(self, *, force: bool) -> Decision:
+        """Read the losses of finished steps; return what was decided in the last one. Raises DivergedError."""
         if self.state.device.type == "cuda" and not force and self.state.step % CUDA_READ_STEPS:
-            return False  # by the step, not by what is pending: all workers stop at the same one, newcomers included
-        stop = False
+            return Decision()  # by the step, not by what is pending: all workers stop at the same one
+        decided = Decision()
         for step, result in self._pending:
             loss = sum(loss_sum / weight if weight else loss_sum for loss_sum, weight in result.totals.tolist())
             if not math.isfinite(loss) and (self.spec.precision != "fp16" or self.state.scale.value <= 1.0):
@@ -156,15 +217,15 @@ class Loop:
                     f"step {step}: the loss is {loss}; lower optimizer.lr (now {result.lr:g}), warm up longer or set "
                     f"clip_norm; the last checkpoint is kept, --fresh starts over"
                 )
-            stop = stop or float(result.flags[0]) > 0
+            decided = Decision.of(float(result.flags[0]))
             norm = math.nan if result.grad_norm is None else float(result.grad_norm)
             samples = float(self.plan.batch_rows(step))
             epoch = float(step // self.plan.steps_per_epoch)
             self._lines.append((float(step), epoch, samples, loss, result.lr, norm, time.time()))
         self._pending.clear()
-        return stop
+        return decided
 
-    def _due(self, step: int) -> bool:
+    def _is_due(self, step: int) -> bool:
         every = self.spec.eval.every_steps
         return (
             step >= self.num_steps
@@ -172,22 +233,33 @@ class Loop:
             or (every is not None and step % every == 0)
         )
 
-    def _boundary(self, group: Group, writer: Writer, *, stop: bool) -> dict[str, float]:
-        """Evaluate and commit where it is due after a step; return the metrics if it evaluated."""
-        step, every, metrics = self.state.step, self.spec.eval.every_steps, {}
+    def _boundary(self, group: Group, writer: Writer, lead: "Lead") -> None:
+        """Evaluate and commit where it is due after a step."""
+        state, step, every = self.state, self.state.step, self.spec.eval.every_steps
         last = step >= self.num_steps
-        if last or (every is not None and step % every == 0):
-            metrics = self._evaluate(group)
-        if last or stop or step % self.spec.checkpoint.every_steps == 0:
+        state.metrics = self._evaluate(group) if last or (every is not None and step % every == 0) else {}
+        state.due, state.evaluated = False, step
+        due = last or state.stopping or lead.commits or step % self.spec.checkpoint.every_steps == 0
+        if due and step != state.stored:
             self.clock.switch("checkpoint")
             if group.rank == 0:
-                info = {**self.info, "metrics": metrics, "samples": self.state.samples, "complete": last}
-                if last:
-                    info["weights_sha256"] = digest(self.state.model.state_dict())
-                self._report()  # before the commit, which settles what was reported
-                writer.commit(self.state.tensors(), self.state.numbers(), info, buffers=self.state.buffer_names())
-                self._written(writer)
-        return metrics
+                self._commit(writer, lead)
+        if lead.commits:
+            writer.wait()
+            self._written(writer)
+            lead.commits = False
+            self.seat.change()
+
+    def _commit(self, writer: Writer, lead: "Lead") -> None:
+        state, last = self.state, self.state.step >= self.num_steps
+        metrics = state.metrics if state.evaluated == state.step else {}
+        info = {**self.info, "metrics": metrics, "samples": state.samples, "complete": last}
+        if last:
+            info["weights_sha256"] = digest(state.model.state_dict())
+        self._report(lead)  # before the commit, which settles what was reported
+        writer.commit(state.tensors(), state.numbers(), info, buffers=state.buffer_names())
+        self._written(writer)
+        lead.owes = False
 
     def _evaluate(self, group: Group) -> dict[str, float]:
         if self.evaluation is None:
@@ -209,12 +281,45 @@ class Loop:
                 stall_s=entry.stall_s,
                 write_s=entry.write_s,
             )
+            self.seat.noted((entry.step, 1))
         writer.written.clear()
 
-    def _report(self) -> None:
-        lines = list(self._lines)
-        self._lines.clear()
-        self.recorder.report({"step": self.state.step, "lines": lines, "spent": self.clock.spent()})
+    def _report(self, lead: "Lead") -> None:
+        """Report where this worker is. All keep the last lines of metrics: who comes after rank 0 sends them again."""
+        lines, sent = self._lines, lead.sent
+        spent = self.clock.spent()
+        report = {"step": self.state.step, "spent": spent, "lead": lead.leads, "generation": lead.generation}
+        self.recorder.report({**report, "lines": [line for line in lines if line[0] > sent] if lead.leads else []})
+        if lines:
+            lead.sent = lines[-1][0]
+            while len(lines) > KEPT and lines[-1][-1] - lines[0][-1] > KEPT_S:
+                lines.popleft()
+        lead.reported = time.perf_counter()
+
+
+@dataclass(slots=True)
+class Lead:
+    """What a worker keeps in mind of its generation: whether it leads, and what whoever led before may not have done.
+
+    `sent`: the step of the last line that was sent. `owes`: another one led before, maybe up to the middle of a commit.
+    `commits`: a commit is due before the members change.
+    """
+
+    generation: int = 0
+    leads: bool = False
+    owes: bool = False
+    commits: bool = False
+    sent: float = -1.0
+    reported: float = 0.0
+
+    def look(self, group: Group) -> None:
+        """Take note of the generation of a group."""
+        if group.generation != self.generation:
+            leads = group.rank == 0
+            if leads and not self.leads:
+                self.sent, self.owes = -1.0, group.generation > 1
+            self.generation, self.leads = group.generation, leads
+            self.owes = self.owes and leads
 
 
 def choose_device(gpus: float) -> torch.device:

@@ -24,6 +24,9 @@ from elastrain.training.slotsum import SlotSum, slot_sum
 from elastrain.training.task import Task, calling, check_phases, phase_parameters
 
 INIT, STEP, EVALUATE = 101, 102, 103  # domains of seeds
+Position = tuple[int, int]
+"""Step, and how much of it is done: 0 as long as what is due before it (evaluation, commit) is not, else 1 + phases."""
+
 STATS = 2  # loss sum and weight, first of the numbers that a slot adds to a step's sum
 
 
@@ -52,7 +55,9 @@ class Phase:
 class TrainState:
     """Everything that a step changes. `model` is the plain module, `forward` the one to call (compiled where asked).
 
-    The position is (`step`, `phase`): phases before `phase` are done, and `done` holds their loss sums and weights.
+    Phases before `phase` of step `step` are done, and `done` holds their loss sums and weights. `due`: evaluation or
+    commit before the step are not. `stored`: the step of the checkpoint that it comes from. `metrics` are those of the
+    step `evaluated`. `stopping`: the run ends here.
     """
 
     def __init__(self, spec: TrainSpec, task: Task, device: torch.device) -> None:
@@ -72,6 +77,20 @@ class TrainState:
         self.scale = LossScale.of(spec.precision)
         self.step, self.phase, self.samples = 0, 0, 0
         self.done: list[Tensor] = []
+        self.due, self.stopping, self.stored, self.evaluated = False, False, -1, -1
+        self.metrics: dict[str, float] = {}
+
+    def position(self) -> Position:
+        """Return how far the state is."""
+        return (self.step, 0 if self.due else 1 + self.phase)
+
+    def renew(self) -> None:
+        """Put new memory in the place of gradients: a sum that was given up may still write into the old one."""
+        for phase in self.phases:
+            phase.gradients = FlatGradients(
+                phase.gradients.parameters, slots=self.spec.num_slots, width=STATS + self.norms.width
+            )
+            phase.total = slot_sum(phase.gradients.buffer, self.spec.num_slots, self.spec.consistency)
 
     def _compiled(self) -> nn.Module:
         """Compile the model; where there are phases, their children, which are what a task then calls."""
@@ -134,11 +153,14 @@ class TrainState:
             phase.moves = moves
         self.step, self.phase, self.samples = numbers["step"], numbers["phase"], numbers["samples"]
         self.scale, self.done = LossScale(*numbers["loss_scale"]), []
+        self.due, self.stored = False, self.step
 
     def share(self, group: Group, source: int) -> None:
         """Make every member's state that of rank `source`: what a newcomer starts from."""
         header = {
             "numbers": self.numbers(),
+            "moment": [self.due, self.stopping, self.stored, self.evaluated, self.metrics],
+            "done": [totals.tolist() for totals in self.done],
             "tensors": {n: [str(t.dtype), list(t.shape)] for n, t in self.tensors().items()},
         }
         header = broadcast_object(group, header, source, self.device)
@@ -152,6 +174,9 @@ class TrainState:
             received[name] = moved
         if group.rank != source:
             self.load(received, header["numbers"])
+            self.due, self.stopping, self.stored, self.evaluated, self.metrics = header["moment"]
+            like = self.phases[0].gradients.buffer
+            self.done = [like.new_tensor(totals) for totals in header["done"]]
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
