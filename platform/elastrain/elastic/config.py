@@ -22,4 +22,5 @@ class WorkerConfig:
     run_url: str
     resume: int | None
     info: Mapping[str, Any]
+    cell: str = ""  # the id of the cell that the worker is of
     launched: float  # Unix time at which the workers were asked for: they are paid from then on
