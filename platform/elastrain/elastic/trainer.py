@@ -98,27 +98,35 @@ class Patience(FailurePolicy):
     def __init__(self, *, size: int, pinned: bool) -> None:
         super().__init__(FailureConfig(max_failures=-1))
         self._size, self._pinned = size, pinned
-        self._row, self._last = 0, float("-inf")
+        self._row, self._whole, self._last = 0, 0, float("-inf")  # failures in a row; of those, of the whole cell
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Wait, then have it tried again; or say at once that it is of no use."""
-        self._row = self._row + 1 if time.monotonic() - self._last < CALM_S else 0
-        if not self._may_help(training_failed_error):
+        error = training_failed_error
+        if time.monotonic() - self._last > CALM_S:
+            self._row, self._whole = 0, 0
+        self._whole = self._whole + 1 if self._is_whole(error) else 0
+        if self._whole > TRIES or not self._may_help(error):
             return FailureDecision.RAISE
         if self._row:
             time.sleep(min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** (self._row - 1)))
-        self._last = time.monotonic()
+        self._row, self._last = self._row + 1, time.monotonic()
         return FailureDecision.RETRY
 
-    def _may_help(self, error: TrainingFailedError) -> bool:
+    def _is_whole(self, error: TrainingFailedError) -> bool:
         if isinstance(error, WorkerGroupError):
-            return len(error.worker_failures) < self._size or self._row < TRIES
-        cause = error.controller_failure if isinstance(error, ControllerError) else error
-        if isinstance(cause, WorkerGroupStartupTimeoutError):
+            return len(error.worker_failures) >= self._size
+        cause = _cause(error)
+        return isinstance(cause, WorkerGroupStartupFailedError) and not isinstance(cause, ReplacementFailed)
+
+    def _may_help(self, error: TrainingFailedError) -> bool:
+        if isinstance(_cause(error), WorkerGroupStartupTimeoutError):
             return not self._pinned  # the room on this node is gone; elsewhere there may be some
-        return isinstance(cause, ReplacementFailed) or (
-            isinstance(cause, WorkerGroupStartupFailedError) and self._row < TRIES
-        )
+        return isinstance(error, WorkerGroupError) or isinstance(_cause(error), WorkerGroupStartupFailedError)
+
+
+def _cause(error: TrainingFailedError) -> Exception:
+    return error.controller_failure if isinstance(error, ControllerError) else error
 
 
 class CellController(TrainController):
