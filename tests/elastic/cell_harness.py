@@ -1,9 +1,13 @@
 """What the tests of cells share: a stand-in for the training, which writes down who works and does as it is told."""
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +94,51 @@ def groups() -> list[dict[str, Any]]:
     import ray
 
     return [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+@dataclass
+class Nodes:
+    """A cluster of several raylets on this machine: a head without CPUs, and what the tests add."""
+
+    cluster: Any
+
+    def add(self, cpus: int) -> str:
+        """Add a node and return its id."""
+        import ray
+
+        node = self.cluster.add_node(num_cpus=cpus)
+        until(lambda: any(n["NodeID"] == node.node_id and n["Alive"] for n in ray.nodes()))
+        return str(node.node_id)
+
+    def lose(self, node: str) -> None:
+        """Kill a node's raylet, and its workers with it."""
+        found = next(n for n in self.cluster.worker_nodes if n.node_id == node)
+        self.cluster.remove_node(found, allow_graceful=False)
+
+    def drain(self, node: str) -> None:
+        """Announce that a node will be taken away, as a cloud's notice does."""
+        ray_command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", self.cluster.address]
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        until_then = ["--deadline-remaining-seconds", "60"]
+        subprocess.run([*ray_command, "--node-id", node, *reason, *until_then], check=True, capture_output=True)
+
+
+@contextlib.contextmanager
+def several_nodes() -> Iterator[Nodes]:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    before = os.environ.get("RAY_AUTH_MODE")
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    quick = {"health_check_period_ms": 300, "health_check_failure_threshold": 3, "health_check_timeout_ms": 1000}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield Nodes(cluster)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        os.environ.pop("RAY_AUTH_MODE")
+        if before is not None:
+            os.environ["RAY_AUTH_MODE"] = before

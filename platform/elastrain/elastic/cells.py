@@ -30,7 +30,8 @@ SETTINGS = {
 }
 
 
-def _work(config: dict[str, Any]) -> None:
+def work_of_cell(config: dict[str, Any]) -> None:
+    """What each worker does unless a cell is given something else."""
     from elastrain.elastic.worker import work  # noqa: PLC0415 -- torch, in workers only
 
     work(config["config"])
@@ -54,7 +55,7 @@ class Cell:
         cpus: float,
         gpus: float,
         node: str | None = None,
-        work: Work = _work,
+        work: Work = work_of_cell,
     ) -> str:
         """Start `size` workers and wait for them; return "" or, if the group broke, what Ray said.
 
