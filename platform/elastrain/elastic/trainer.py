@@ -25,9 +25,9 @@ from ray.train.v2.api.result import Result
 from elastrain.elastic.ray_inner import NODE_ID_LABEL
 
 SILENT_S = 60.0  # who does not answer for so long while another is replaced counts as dead
-CALM_S = 30.0  # a failure after so long a peace is the first one again
-FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 15.0
-TRIES = 3  # in a row, of a cell none of whose workers stays
+CALM_S = 10.0  # a failure after so long a peace is the first one again
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 15.0
+TRIES, TRIES_S = 3, 60.0  # of a cell none of whose workers stays: in a row, each not longer after the one before
 
 
 class InPlace(Backend):
@@ -103,9 +103,9 @@ class Patience(FailurePolicy):
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Wait, then have it tried again; or say at once that it is of no use."""
         error = training_failed_error
-        if time.monotonic() - self._last > CALM_S:
-            self._row, self._whole = 0, 0
-        self._whole = self._whole + 1 if self._is_whole(error) else 0
+        peace = time.monotonic() - self._last
+        self._row = 0 if peace > CALM_S else self._row
+        self._whole = (1 if peace > TRIES_S else self._whole + 1) if self._is_whole(error) else 0
         if self._whole > TRIES or not self._may_help(error):
             return FailureDecision.RAISE
         if self._row:
