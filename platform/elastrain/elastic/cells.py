@@ -1,18 +1,26 @@
-"""A cell: one Ray Train worker group of fixed size, run from an actor of its own.
+"""A cell: one Ray Train worker group of fixed size on one node, run from an actor of its own.
 
-The actor is Ray Train's controller too: what it asks for, workers and their placement group, goes when it is ended.
+The actor is Ray Train's controller too: what it asks for, workers and their placement group, goes when it is ended. A
+worker that dies or raises is replaced in place while the others go on. One whose function returns has left, and its
+CPUs stay idle until the last one has: only whole cells give room back.
 """
 
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.core.generated import gcs_pb2
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from elastrain.elastic.ray_inner import actor_id, cancel_demand, groups_of
 
 KILLED_S = 15.0
+PINNED_S, ANYWHERE_S = 30.0, 600.0  # how long a placement group may pend: held by others; waiting for an autoscaler
+
+Work = Callable[[dict[str, Any]], None]
 
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon a dead or finished worker is seen; 2 s by default
@@ -22,6 +30,13 @@ SETTINGS = {
 }
 
 
+def work_of_cell(config: dict[str, Any]) -> None:
+    """What each worker does unless a cell is given something else."""
+    from elastrain.elastic.worker import work  # noqa: PLC0415 -- torch, in workers only
+
+    work(config["config"])
+
+
 class Cell:
     """Runs one `fit()`; returns when its workers have returned."""
 
@@ -29,23 +44,33 @@ class Cell:
         os.environ.update(SETTINGS)
         import elastrain.elastic.trainer  # noqa: F401, PLC0415 -- 2 s that pass while the other actors start
 
-        logging.getLogger("ray.train").setLevel(logging.ERROR)
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what it has to say, `run` returns
 
-    def run(self, config: Any, *, name: str, size: int, cpus: float, gpus: float) -> str:
-        """Start `size` workers and wait for them; return "" or, if the group broke, what Ray said."""
-        from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: PLC0415 -- 2 s, in this process only
-        from ray.train.backend import BackendConfig  # noqa: PLC0415
+    def run(
+        self,
+        config: Any,
+        *,
+        name: str,
+        size: int,
+        cpus: float,
+        gpus: float,
+        node: str | None = None,
+        work: Work = work_of_cell,
+    ) -> str:
+        """Start `size` workers and wait for them; return "" or, if the group broke, what Ray said.
 
-        from elastrain.elastic.trainer import CellTrainer  # noqa: PLC0415
+        They all are on the node with the id `node`; None: on any one node, and where none has room, demand for one.
+        """
+        from ray.train import RunConfig  # noqa: PLC0415 -- 2 s, in this process only
 
+        from elastrain.elastic.trainer import CellTrainer, on_one_node  # noqa: PLC0415
+
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(PINNED_S if node else ANYWHERE_S)
         resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
         with tempfile.TemporaryDirectory(prefix="elastrain-cell-") as scratch:
+            scaling = on_one_node(node, size=size, resources=resources, gpu=bool(gpus))
             trainer = CellTrainer(
-                _work,
-                train_loop_config={"config": config},
-                backend_config=BackendConfig(),
-                scaling_config=ScalingConfig(num_workers=size, resources_per_worker=resources, use_gpu=bool(gpus)),
-                run_config=RunConfig(name=name, storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
+                work, {"config": config}, run=RunConfig(name=name, storage_path=scratch), scaling=scaling
             )
             try:
                 trainer.fit()
@@ -54,36 +79,28 @@ class Cell:
         return ""
 
 
-def _work(config: dict[str, Any]) -> None:
-    from elastrain.elastic.worker import work  # noqa: PLC0415 -- torch, in workers only
-
-    work(config["config"])
-
-
 def start_cell() -> Any:
-    """Start a cell's actor; its `run` starts the workers. It takes the longest of all to start, so it comes first."""
-    actor: Any = ray.remote(num_cpus=0)(Cell)
-    return actor.remote()
+    """Start a cell's actor beside the driver; its `run` starts the workers.
+
+    Ray's coordinator of demand stays on the node where it was first called, so that one had better be the driver's.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote: Any = ray.remote  # its types lack this strategy
+    return remote(num_cpus=0, scheduling_strategy=here)(Cell).remote()
 
 
 def end_cell(cell: Any, ended: Any) -> None:
-    """Kill a cell's actor and its workers and free what they held; `ended` is what its `run` will return.
+    """Kill a cell's actor and its workers and free what they held; `ended` is what its `run` will return."""
+    ray.kill(cell)
+    ray.wait([ended], timeout=KILLED_S)  # once this has failed, the actor asks for nothing more
+    free_cell(cell)
+
+
+def free_cell(cell: Any) -> None:
+    """Free what a killed cell held: its workers' placement group, and what it has asked of an autoscaler.
 
     Ray frees the placement group of a dead actor only when the whole job ends, and a Python driver may do many runs.
     """
-    ray.kill(cell)
-    ray.wait([ended], timeout=KILLED_S)  # once this has failed, the actor asks for nothing more
-    for group in _groups_of(cell):
+    for group in groups_of(cell):
         remove_placement_group(group)
-
-
-def _groups_of(cell: Any) -> list[PlacementGroup]:
-    table = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()  # noqa: SLF001
-    message: Any = gcs_pb2.PlacementGroupTableData  # type: ignore[attr-defined] # made at import by protobuf
-    groups = [message.FromString(entry) for entry in table]
-    return [
-        PlacementGroup(ray.PlacementGroupID(group.placement_group_id))
-        for group in groups
-        if group.creator_actor_id == cell._actor_id.binary()  # noqa: SLF001
-        and group.state != message.REMOVED
-    ]
+    cancel_demand(actor_id(cell))

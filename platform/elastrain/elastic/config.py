@@ -14,7 +14,7 @@ LEASE_S = 10.0  # a worker that is silent for so long is given up
 class WorkerConfig:
     """What every worker of a run is given; `resume` is the step of the checkpoint to start from, None for none.
 
-    `membership` is the address of the run's membership and the token that opens it; `cell` names the worker's cell.
+    `cell` names the worker's cell.
     """
 
     host: Any
@@ -25,6 +25,5 @@ class WorkerConfig:
     run_url: str
     resume: int | None
     info: Mapping[str, Any]
-    membership: tuple[tuple[str, int], bytes]
     cell: str = ""
     launched: float  # Unix time at which the workers were asked for: they are paid from then on

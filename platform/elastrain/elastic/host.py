@@ -66,16 +66,16 @@ class Host:
             host=ray.util.get_node_ip_address(),
         )
 
-    def open(self) -> tuple[tuple[str, int], bytes]:
-        """Go on with the run's records; return the membership's address and token. Raises StorageError."""
+    def open(self) -> None:
+        """Go on with the run's records; raises StorageError."""
         for name, schema in (("audit", AUDIT), ("metrics", METRICS)):
             self._logs[name] = StepLog(storage.join(self._run, name), schema, resume_step=self._resume_step)
         self._writer.start()
-        return self.membership.address, self.membership.token
 
-    def here(self, name: str, handle: Any) -> None:
-        """Take over the handle of a worker's actor: whoever loses its lease is killed with it."""
+    def here(self, name: str, handle: Any) -> tuple[tuple[str, int], bytes]:
+        """Return the membership's address and the token that opens it; whoever loses its lease is killed by `handle`."""
         self._handles[name] = handle
+        return self.membership.address, self.membership.token
 
     def ask_stop(self) -> None:
         """See `Membership.ask_stop`."""

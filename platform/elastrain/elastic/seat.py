@@ -39,7 +39,8 @@ class Dismissed(Exception):  # noqa: N818 -- an event
 
 
 class MemberSeat:
-    """A place in the membership at `address`, for worker `me`; `restore(state)` loads what is in storage, if any.
+    """A place in the membership at `address`, for worker `me`; `restore(state, generation)` loads what is in
+    storage, if anything.
 
     `before_entering` is called whenever the worker leaves a generation: what it reported must then have arrived.
     """
@@ -55,7 +56,7 @@ class MemberSeat:
         clock: Clock,
         lease_s: float,
         timeout_s: float,
-        restore: Callable[[TrainState], None],
+        restore: Callable[[TrainState, int], None],
         before_entering: Callable[[], None] = lambda: None,
     ) -> None:
         self._connection: Connection = Client(address, authkey=token)
@@ -66,7 +67,7 @@ class MemberSeat:
         self._restore, self._before_entering = restore, before_entering
         self._changed = threading.Condition()
         self._send_lock = threading.Lock()
-        self._stop, self._gone = False, False
+        self._stop, self._gone, self._closed = False, False, False
         self._number, self._entered = 0, False  # the generation that it is in or, once it has entered, comes from
         self._answer: Generation | Verdict | None = None
         self._reply = Reply(generation=0)
@@ -75,7 +76,10 @@ class MemberSeat:
         self._lost_at: float | None = None
         self._group: Group | None = None
         self._due = False  # a change was decided: the next call of `group` enters
-        self._step, self._steps, self._fresh = 0, 0, False
+        self._step, self._fresh = 0, False
+        self.has_stepped = False  # a step has gone well in this process
+        self._failed = False
+        self._began: Position = (0, 0)
         self._whole = False  # the state counts: it came from the generation's source
         threading.Thread(target=self._keep, daemon=True, name="seat").start()
 
@@ -86,7 +90,7 @@ class MemberSeat:
         self._step = state.step
         if self._fresh and self._group is not None and state.position() > self._began:
             self._fresh = False
-            self._steps += 1
+            self.has_stepped = True
             self._send("stepped", self._number)
         if self._group is None or self._due:
             self._form(state)
@@ -114,7 +118,7 @@ class MemberSeat:
 
     def close(self) -> None:
         """Leave the membership: the end of the connection says it."""
-        self._gone = True
+        self._closed = self._gone = True
         with contextlib.suppress(OSError):
             self._connection.close()
 
@@ -148,9 +152,6 @@ class MemberSeat:
                 self._send("ready", self._number, connected - start, time.perf_counter() - connected)
             return
 
-    _failed = False
-    _began: Position = (0, 0)
-
     def _enter(self, state: TrainState, *, failed: bool) -> Generation:
         """Ask for a place and wait for the answer."""
         with self._changed:
@@ -171,7 +172,7 @@ class MemberSeat:
         """Give all members the state of the source; nothing to do where all have it."""
         positions = [member.position for member in generation.members]
         if generation.source is None and group.rank == 0:
-            self._restore(state)
+            self._restore(state, generation.number)
         if None in positions or len(set(positions)) > 1:
             state.share(group, generation.source or 0)
 
@@ -255,7 +256,7 @@ class MemberSeat:
     def _watch(self, now: float) -> None:
         """End the process if the main thread stands still."""
         doing, since = self._clock.running()
-        limit = self._timeout_s * (1.0 if self._steps else FIRST_STEP_FACTOR)
+        limit = self._timeout_s * (1.0 if self.has_stepped else FIRST_STEP_FACTOR)
         computes = doing == "compute" and time.perf_counter() - since > limit
         clings = self._lost_at is not None and doing == "compute" and now - self._lost_at > self._timeout_s
         if computes or clings:
@@ -266,8 +267,6 @@ class MemberSeat:
         threading.Event().wait(2 * self._timeout_s)
         if not self._closed:
             self._die("a worker did not end after its run had ended")
-
-    _closed = False
 
     def _die(self, why: str) -> None:
         print(f"elastrain: {why}; its threads were doing this:", file=sys.stderr, flush=True)

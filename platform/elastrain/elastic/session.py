@@ -7,12 +7,13 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
+from elastrain.elastic.policy import sizes_at_start
+from elastrain.elastic.ray_inner import NodeType, available_per_node, draining_nodes, enable_token_auth, node_types
 from elastrain.errors import ResourceError
 from elastrain.spec.train import WorkersSpec
 
@@ -34,9 +35,8 @@ def ray_session(address: str | None, *, cpus: float) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if target and target != "local":
-            # `ray start` turns token authentication on where a token is found; a client of an address does not
             _reachable(target)
-            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+            enable_token_auth()
             ray.init(address=target, **quiet)
         else:
             ray.init(address="local", num_cpus=math.ceil(cpus), include_dashboard=False, **_quoted(), **quiet)
@@ -74,30 +74,43 @@ def embedded_cpus(workers: WorkersSpec) -> float:
 def place_workers(
     workers: WorkersSpec, *, say: Callable[[str], None], stop: Callable[[], bool], pause: Callable[[], None]
 ) -> int:
-    """Return how many workers fit, from min to max; below min wait, saying so.
+    """Return how many workers fit, from min to max; see `find_room`."""
+    return sum(find_room(workers, say=say, stop=stop, pause=pause).values())
 
-    Raises ResourceError if the cluster can never hold min, InterruptedError if `stop` says so while waiting.
+
+def find_room(
+    workers: WorkersSpec, *, say: Callable[[str], None], stop: Callable[[], bool], pause: Callable[[], None]
+) -> dict[str, int]:
+    """Return how many workers to start on which nodes, min to max together; below min wait, saying so.
+
+    {} where only an autoscaler can make the room: a cell must ask for it. Raises ResourceError if the cluster can never
+    hold min, InterruptedError if `stop` says so while waiting.
     """
     told = False
-    while (free := fitting(workers, "free")) < workers.min:
-        if fitting(workers, "total") < workers.min:
+    while not (sizes := sizes_at_start(room(workers), workers.min, workers.max)):
+        total = fitting(workers, "total")
+        if total < workers.min and total + addable(workers) < workers.min:
             raise ResourceError(_never(workers))
+        if addable(workers):
+            return {}
         if not told:
+            free = fitting(workers, "free")
             held = ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0)
             say(f"waiting for room: {free} of at least {workers.min} workers fit now; {held:g} CPUs are held by others")
             told = True
         if stop():
             raise InterruptedError
         pause()
-    return min(free, workers.max)
+    return sizes
 
 
 def _never(workers: WorkersSpec) -> str:
     need = f"{workers.cpus:g} CPUs" + (f" and {workers.gpus:g} GPUs" if workers.gpus else "")
     no_gpu = bool(workers.gpus) and not ray.cluster_resources().get("GPU")
     hint = "; Ray sees no GPU here: set workers.gpus: 0" if no_gpu else ""
+    holds = fitting(workers, "total") + addable(workers)
     return (
-        f"workers.min {workers.min} of {need} each: the cluster can hold {fitting(workers, 'total')}; lower "
+        f"workers.min {workers.min} of {need} each: the cluster can hold {holds}; lower "
         f"workers.min, workers.cpus or workers.gpus, or add nodes{hint}"
     )
 
@@ -110,13 +123,37 @@ def reading_resources(workers: WorkersSpec, size: int) -> tuple[float, int]:
 
 def fitting(workers: WorkersSpec, kind: str) -> int:
     """Count the workers that fit into the `free` or `total` resources, node by node: a worker does not span nodes."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    per_node = ray._private.state.available_resources_per_node() if kind == "free" else {}  # noqa: SLF001
-    count = 0
-    for node in nodes:
-        held = per_node.get(node["NodeID"], {}) if kind == "free" else node["Resources"]
-        fits = held.get("CPU", 0.0) / workers.cpus
-        if workers.gpus:
-            fits = min(fits, held.get("GPU", 0.0) / workers.gpus)
-        count += math.floor(fits + 1e-9)
-    return count
+    if kind == "free":
+        return sum(room(workers).values())
+    return sum(_fits(workers, node["Resources"]) for node in ray.nodes() if node["Alive"])
+
+
+def room(workers: WorkersSpec) -> dict[str, int]:
+    """Return how many workers fit now, by node id; none on a node that is about to be taken away."""
+    free, draining = available_per_node(), draining_nodes()
+    alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    return {node: _fits(workers, free.get(node, {})) for node in alive if node not in draining}
+
+
+def addable(workers: WorkersSpec) -> int:
+    """Return how many workers more than now an autoscaler could make room for; 0 without one."""
+    most = sum(_fits(workers, kind.resources) * kind.most for kind in _unbounded(node_types(), workers.max))
+    return max(0, most - fitting(workers, "total"))
+
+
+def largest_addable(workers: WorkersSpec) -> int:
+    """Return how many workers fit on the largest node that an autoscaler could add; 0 without one."""
+    return max((_fits(workers, kind.resources) for kind in node_types() if kind.most), default=0)
+
+
+def _unbounded(kinds: list[NodeType], enough: int) -> list[NodeType]:
+    """Read "any number of nodes" as one for each worker, beside those that are there."""
+    there = len(ray.nodes())
+    return [kind if kind.most >= 0 else NodeType(kind.resources, enough + there) for kind in kinds]
+
+
+def _fits(workers: WorkersSpec, held: Mapping[str, float]) -> int:
+    fits = held.get("CPU", 0.0) / workers.cpus
+    if workers.gpus:
+        fits = min(fits, held.get("GPU", 0.0) / workers.gpus)
+    return math.floor(fits + 1e-9)

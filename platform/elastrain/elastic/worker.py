@@ -119,7 +119,6 @@ class RunWorker:
         self._config, self._name = config, name
         self._clock = Clock(before_s=max(0.0, time.time() - config.launched))
         self._recorder = HostRecorder(config.host, name)
-        self._begun = -1  # the step with which this process began
         self._state: TrainState | None = None
         self._seat: MemberSeat | None = None
         self._feed: WorkerFeed | None = None
@@ -133,7 +132,7 @@ class RunWorker:
         """Say whether another process might not meet the same error: where steps have gone well before it, here."""
         cause = error.__cause__ if ours(error) is not None else error
         passes = isinstance(cause, MAY_PASS) and not isinstance(cause, NotImplementedError | RecursionError)
-        return passes and 0 <= self._begun < self.step
+        return passes and self._seat is not None and self._seat.has_stepped
 
     def close(self) -> None:
         """Leave the membership, so that the others need not wait."""
@@ -151,7 +150,6 @@ class RunWorker:
         fix_threads(spec.workers.cpus)
         fix_arithmetic(spec.consistency)
         device = choose_device(spec.workers.gpus)
-        ray.get(config.host.here.remote(self._name, ray.get_runtime_context().current_actor))
         self._feed = WorkerFeed(config.feeder, config.feed, begin=config.feed.begin)
         state = TrainState(spec, make_task(spec, config.feed.train), device)
         self._state, self._seat = state, self._take_seat(device)
@@ -183,7 +181,7 @@ class RunWorker:
             cell=config.cell,
             arithmetic=arithmetic(device),
         )
-        address, token = config.membership
+        address, token = ray.get(config.host.here.remote(self._name, ray.get_runtime_context().current_actor))
         return MemberSeat(
             address,
             token,
@@ -197,10 +195,10 @@ class RunWorker:
             before_entering=self._recorder.arrived,
         )
 
-    def _restore(self, state: TrainState) -> None:
+    def _restore(self, state: TrainState, generation: int) -> None:
         """Load what the run goes on from: at first what its driver has chosen, later what is newest."""
         config = self._config
-        step = config.resume if self._begun < 0 else newest_whole(config.run_url, warn=lambda _: None)
+        step = config.resume if generation == 1 else newest_whole(config.run_url, warn=lambda _: None)
         if step is None:
             return
         saved = checkpoint.load(config.run_url, step)

@@ -1,0 +1,297 @@
+"""The cells of a run: started where there is room, ended where there is none any more, asked for where more would help.
+
+The driver calls `Fleet.tend` a few times a second with what it sees of the members; nothing here waits, and the cluster
+is looked at once a second. Who trains together is not decided here: a cell's workers come to the membership by
+themselves. A cell of which only some workers have left keeps their CPUs until its end: whole cells give room back.
+"""
+
+import contextlib
+import dataclasses
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ray
+
+from elastrain.elastic.cells import KILLED_S, Work, free_cell, start_cell, work_of_cell
+from elastrain.elastic.config import WorkerConfig
+from elastrain.elastic.policy import Outlook, more_workers, packed, room_beside
+from elastrain.elastic.ray_inner import draining_nodes
+from elastrain.elastic.session import addable, largest_addable, room
+from elastrain.errors import ResourceError
+from elastrain.spec.train import WorkersSpec
+
+LOOK_S = 1.0
+START_S = 15.0  # from asking for a cell to its first member, until one has shown how long it takes here
+COMEBACK_S = 60.0  # a worker that is away for longer has left: it is not waited for
+HOPELESS_S = 600.0  # so long may a cell on a node that has room be without any member
+FRUITLESS = 3  # cells in a row that broke before a worker of theirs became a member
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+AVOID_S = 60.0  # a node on which a cell broke is left alone for so long, then twice as long, and so on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Seated:
+    """A worker that trains now: its name, its node's id, and its cell's."""
+
+    name: str
+    node: str
+    cell: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Seen:
+    """What the driver sees.
+
+    `members` train now, `waiting` workers have entered and are not yet among them, the run takes another `remaining_s`
+    as it is (None: not known yet) and can use `target` workers at most.
+    """
+
+    members: tuple[Seated, ...]
+    waiting: int
+    remaining_s: float | None
+    target: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """Something for the ledger, and the names of the workers that are to leave because of it.
+
+    `cell` (started: `cell`, `node`, `workers`) · `cell_end` (`cell`, `node`, `why`) · `node_lost` (`node`, `workers`) ·
+    `preemption` (`node`, `workers`, `deadline`: Unix time or None).
+    """
+
+    kind: str
+    fields: Mapping[str, Any]
+    drain: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, eq=False)
+class _Cell:
+    """A cell and what is known of it; one that may be `anywhere` has no `node` until a worker of it has come."""
+
+    name: str
+    actor: Any
+    ended: Any  # what its `run` will return
+    size: int
+    node: str | None
+    asked: float
+    anywhere: bool
+    came: bool = False  # a worker of it has been a member
+    members: int = 0
+    short: float  # since when it has had fewer members than workers
+
+    def coming(self, now: float) -> int:
+        """Count the workers that are still to come, or to come back."""
+        return self.size - self.members if not self.came or now - self.short < COMEBACK_S else 0
+
+
+class Fleet:
+    """The cells of one attempt at a run. Whatever happens, `close` it."""
+
+    def __init__(
+        self, workers: WorkersSpec, slots: int, config: WorkerConfig, name: str, *, work: Work = work_of_cell
+    ) -> None:
+        self._workers, self._slots, self._config, self._name, self._work = workers, slots, config, name, work
+        self._cells: list[_Cell] = []
+        self._ending: list[tuple[float, _Cell]] = []  # killed when; what they hold is freed once they are dead
+        self._told: dict[str, set[str]] = {}  # draining nodes, and who was asked to leave them
+        self._avoid: dict[str, float] = {}
+        self._fruitless, self._not_before, self._next_look = 0, 0.0, 0.0
+        self._start_s = START_S
+
+    def start(self, sizes: Mapping[str, int]) -> list[Event]:
+        """Start a cell of so many workers on each node, all at once; {} where `tend` is to find or ask for the room."""
+        return [self._launch(node, size) for node, size in sizes.items()]
+
+    def tend(self, seen: Seen) -> list[Event]:
+        """Look at cells and cluster and do what is to be done; return what has happened and who is to leave.
+
+        Raises ResourceError if cell after cell breaks before a worker of it trains, while too few others do.
+        """
+        now = time.monotonic()
+        self._free_ended(now)
+        self._count(seen, now)
+        events = self._take_ended(seen, now)
+        if now >= self._next_look:
+            self._next_look = now + LOOK_S
+            nodes = {node["NodeID"]: bool(node["Alive"]) for node in ray.nodes()}
+            events += self._leave_dead(nodes, seen, now)
+            events += self._leave_draining(nodes, seen, now)
+            events += self._drop_unwanted(seen, now)
+            events += self._grow(seen, now)
+        return events
+
+    def close(self, *, grace_s: float) -> None:
+        """Wait a moment for cells that end by themselves, then end all and free everything that they held."""
+        try:
+            running = [cell.ended for cell in self._cells]
+            if running and grace_s > 0:
+                ray.wait(running, num_returns=len(running), timeout=grace_s)
+        finally:
+            for cell in list(self._cells):
+                self._end(cell, time.monotonic())
+            with contextlib.suppress(ray.exceptions.RayError):
+                dying = [cell.ended for _, cell in self._ending]
+                if dying:
+                    ray.wait(dying, num_returns=len(dying), timeout=KILLED_S)
+            while self._ending:
+                free_cell(self._ending.pop()[1].actor)
+
+    # --- one cell
+
+    def _launch(self, node: str | None, size: int) -> Event:
+        name, now = f"{self._name}-{uuid.uuid4().hex[:8]}", time.monotonic()
+        config = dataclasses.replace(self._config, cell=name, launched=time.time())
+        actor = start_cell()
+        cpus, gpus = self._workers.cpus, self._workers.gpus
+        ended = actor.run.remote(config, name=name, size=size, cpus=cpus, gpus=gpus, node=node, work=self._work)
+        cell = _Cell(name=name, actor=actor, ended=ended, size=size, node=node, asked=now, anywhere=not node, short=now)
+        self._cells.append(cell)
+        return Event(kind="cell", fields={"cell": name, "node": node, "workers": size})
+
+    def _end(self, cell: _Cell, now: float, why: str = "closed") -> Event:
+        """Kill a cell; what it held is freed at one of the next looks, so that nobody waits for its death."""
+        self._cells.remove(cell)
+        self._ending.append((now, cell))
+        ray.kill(cell.actor)
+        return Event(kind="cell_end", fields={"cell": cell.name, "node": cell.node, "why": why})
+
+    def _free_ended(self, now: float) -> None:
+        """Free what killed cells held, once they can ask for nothing more."""
+        dead = _done(cell for _, cell in self._ending)
+        for entry in list(self._ending):
+            if entry[1] in dead or now - entry[0] > KILLED_S:
+                self._ending.remove(entry)
+                free_cell(entry[1].actor)
+
+    # --- what has become of them
+
+    def _count(self, seen: Seen, now: float) -> None:
+        """Note who has come and from where."""
+        for cell in self._cells:
+            mine = [member for member in seen.members if member.cell == cell.name]
+            if mine and not cell.came:
+                cell.came, cell.node, self._fruitless = True, mine[0].node, 0
+                self._start_s = now - cell.asked if not cell.anywhere else self._start_s
+            if len(mine) != cell.members or len(mine) == cell.size:
+                cell.short = now
+            cell.members = len(mine)
+
+    def _take_ended(self, seen: Seen, now: float) -> list[Event]:
+        """End the cells whose `run` has returned, or from which nobody has ever come."""
+        events, done = [], _done(self._cells)
+        for cell in list(self._cells):
+            if cell in done:
+                said = _said(cell)
+                events.append(self._end(cell, now, said or "its workers left"))
+            elif not (cell.came or cell.anywhere or seen.waiting) and now - cell.asked > HOPELESS_S:
+                said = f"none of its workers came within {HOPELESS_S:g} s"
+                events.append(self._end(cell, now, said))
+            else:
+                continue
+            if said:
+                self._note_broken(cell, said, seen, now)
+        return events
+
+    def _note_broken(self, cell: _Cell, said: str, seen: Seen, now: float) -> None:
+        """After a cell broke the next one waits, longer each time, and goes elsewhere; at last there is no next one."""
+        if not cell.came:
+            self._fruitless += 1
+        if self._fruitless >= FRUITLESS and len(seen.members) < self._workers.min:
+            raise ResourceError(
+                f"{self._fruitless} cells in a row broke before a worker of theirs trained; the last one said: {said}"
+            )
+        self._not_before = now + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**self._fruitless)
+        if cell.node and not cell.came:
+            self._avoid[cell.node] = now + AVOID_S * 2 ** min(6, self._fruitless - 1)
+
+    def _leave_dead(self, nodes: Mapping[str, bool], seen: Seen, now: float) -> list[Event]:
+        """End the cells of nodes that are dead: Ray would wait for their room for ever."""
+        dead = {cell.node for cell in self._cells if cell.node and not nodes.get(cell.node, True)}
+        events = []
+        for node in sorted(dead):
+            workers = [member.name for member in seen.members if member.node == node]
+            events.append(Event(kind="node_lost", fields={"node": node, "workers": workers}))
+            events += [self._end(cell, now, "its node is lost") for cell in self._of(node)]
+        return events
+
+    def _leave_draining(self, nodes: Mapping[str, bool], seen: Seen, now: float) -> list[Event]:
+        """Name those who are to leave nodes that will be taken away, and end the cells there that have nobody left."""
+        events = []
+        for node, deadline in sorted(draining_nodes().items()):
+            if not nodes.get(node, False) or not self._of(node):
+                continue
+            told = self._told.setdefault(node, set())
+            leave = tuple(m.name for m in seen.members if m.node == node and m.name not in told)
+            told.update(leave)
+            if leave:
+                fields = {"node": node, "workers": list(leave), "deadline": deadline}
+                events.append(Event(kind="preemption", fields=fields, drain=leave))
+            events += [self._end(c, now, "its node is drained") for c in self._of(node) if not c.members]
+        return events
+
+    def _of(self, node: str) -> list[_Cell]:
+        return [cell for cell in self._cells if cell.node == node]
+
+    # --- how many there should be
+
+    def _drop_unwanted(self, seen: Seen, now: float) -> list[Event]:
+        """Where there are enough members, end the cells that have none: all have left, or none is needed any more."""
+        if len(seen.members) < seen.target:
+            return []
+        return [self._end(cell, now, "not needed") for cell in list(self._cells) if not cell.members]
+
+    def _grow(self, seen: Seen, now: float) -> list[Event]:
+        """Start cells where there is room and more workers are worth it; where there is none, ask for it with one."""
+        asking = next((cell for cell in self._cells if cell.anywhere and not cell.came), None)
+        coming = {cell.name: cell.coming(now) for cell in self._cells}
+        size = len(seen.members) + sum(coming.values()) - (asking.size if asking else 0)
+        if size >= min(seen.target, self._slots) and not asking:
+            return []
+        free = self._room(coming, asking, now)
+        could = addable(self._workers)
+        more = self._more(seen, size, sum(free.values()) + (asking.size if asking else 0) + could)
+        if asking:
+            if not more:
+                self._not_before = now + FIRST_PAUSE_S
+                return [self._end(asking, now, "not needed")]
+            size, more = size + asking.size, more - asking.size
+        if now < self._not_before or more <= 0:
+            return []
+        events = [self._launch(node, n) for node, n in packed(free, more).items()]
+        missing = min(more - sum(e.fields["workers"] for e in events), could, largest_addable(self._workers))
+        return events if asking or missing <= 0 else [*events, self._launch(None, missing)]
+
+    def _more(self, seen: Seen, size: int, free: int) -> int:
+        most = min(seen.target, self._slots)
+        bounds = (min(self._workers.min, most), most)
+        outlook = Outlook(remaining_s=seen.remaining_s, start_s=self._start_s)
+        return more_workers(slots=self._slots, size=size, bounds=bounds, room=free, outlook=outlook)
+
+    def _room(self, coming: Mapping[str, int], asking: _Cell | None, now: float) -> dict[str, int]:
+        """Return what is free beside what is on its way: a cell that has just been asked for holds nothing yet."""
+        taken: dict[str, int] = {}
+        for cell in self._cells:
+            if cell.node and not cell.came:
+                taken[cell.node] = taken.get(cell.node, 0) + coming[cell.name]
+        free = {node: n for node, n in room(self._workers).items() if self._avoid.get(node, 0.0) <= now}
+        return room_beside(free, taken, asking.size if asking else 0)
+
+
+def _done(cells: Iterable[_Cell]) -> list[_Cell]:
+    """Return the cells whose `run` has returned."""
+    by_end = {cell.ended: cell for cell in cells}
+    done, _ = ray.wait(list(by_end), num_returns=len(by_end), timeout=0) if by_end else ([], [])
+    return [by_end[ended] for ended in done]
+
+
+def _said(cell: _Cell) -> str:
+    """Return why a cell broke, in a line; "" if its workers have left."""
+    try:
+        said = str(ray.get(cell.ended))
+    except ray.exceptions.RayError as error:
+        said = str(error) or type(error).__name__
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""

@@ -1,0 +1,101 @@
+"""What the project uses of Ray's inner interfaces, apart from Ray Train's, each in one small function.
+
+Ray Train's are in `trainer.py`: importing them takes two seconds, and only a cell's own process needs them. Nothing
+else in the package reaches into Ray. Both are made for one minor version of Ray; `tests/elastic/test_ray_inner.py`
+says what has changed when the next one differs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray._private.state
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray.core.generated import gcs_pb2
+from ray.util.placement_group import PlacementGroup
+
+COORDINATOR = "AutoscalingCoordinator"  # the name and the namespace of Ray's detached actor
+NODE_ID_LABEL = "ray.io/node-id"  # what every raylet labels itself with
+
+
+@dataclass(frozen=True, slots=True)
+class NodeType:
+    """What an autoscaler can add: nodes with these resources, `most` of them (-1: any number)."""
+
+    resources: Mapping[str, float]
+    most: int
+
+
+def available_per_node() -> dict[str, dict[str, float]]:
+    """Return the resources that are free now, by node id; ray.available_resources() only has their sum.
+
+    Stands on `ray._private.state.available_resources_per_node`.
+    """
+    found: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()  # noqa: SLF001
+    return found
+
+
+def draining_nodes() -> dict[str, float | None]:
+    """Return the nodes that are about to be taken away, and until when (Unix time; None if nobody said).
+
+    Stands on `ray._private.state.state.get_draining_nodes`, in milliseconds, 0 for no deadline; Ray Train's own watcher
+    reads it, too. A node is in it after `ray drain-node`, after SIGTERM to `ray start --block`, and when an autoscaler
+    (KubeRay's too) gives it back.
+    """
+    found: dict[str, int] = ray._private.state.state.get_draining_nodes()  # noqa: SLF001
+    return {node: (deadline / 1000 if deadline else None) for node, deadline in found.items()}
+
+
+def node_types() -> list[NodeType]:
+    """Return what an autoscaler can add to the cluster; [] where there is none.
+
+    Stands on `ray._private.state.state.get_cluster_config`, which an autoscaler writes into the GCS.
+    """
+    config: Any = ray._private.state.state.get_cluster_config()  # noqa: SLF001
+    groups = config.node_group_configs if config else []
+    return [NodeType({name: float(n) for name, n in g.resources.items()}, int(g.max_count)) for g in groups]
+
+
+def actor_id(actor: Any) -> str:
+    """Return the id of an actor, in hex, as the actor's own runtime context has it.
+
+    Stands on `ActorHandle._actor_id`.
+    """
+    return str(actor._actor_id.hex())  # noqa: SLF001
+
+
+def groups_of(actor: Any) -> list[PlacementGroup]:
+    """Return the placement groups that an actor has asked for and that are not removed.
+
+    Stands on the GCS's table of them and its `creator_actor_id`, which the public `placement_group_table` leaves out.
+    """
+    table = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()  # noqa: SLF001
+    message: Any = gcs_pb2.PlacementGroupTableData  # type: ignore[attr-defined] # made at import by protobuf
+    groups = [message.FromString(entry) for entry in table]
+    return [
+        PlacementGroup(ray.PlacementGroupID(group.placement_group_id))
+        for group in groups
+        if group.creator_actor_id.hex() == actor_id(actor) and group.state != message.REMOVED
+    ]
+
+
+def cancel_demand(run_id: str) -> None:
+    """Take back what a Ray Train run has asked of the autoscaler; it would hold its nodes for three minutes more.
+
+    Stands on the detached actor AutoscalingCoordinator, its `cancel_request`, and the name `train-<run id>` under which
+    `ScalingPolicy` registers. Nothing is waited for; without a coordinator there is nothing to cancel.
+    """
+    try:
+        coordinator = ray.get_actor(COORDINATOR, namespace=COORDINATOR)
+    except ValueError:
+        return
+    coordinator.cancel_request.remote(requester_id=f"train-{run_id}")
+
+
+def enable_token_auth() -> None:
+    """Turn on token authentication where a token is found: `ray start` does so, a client of an address does not.
+
+    Stands on `ray._private.authentication`.
+    """
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)

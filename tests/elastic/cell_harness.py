@@ -1,0 +1,144 @@
+"""What the tests of cells share: a stand-in for the training, which writes down who works and does as it is told."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WAIT_S = 40.0
+
+
+def stand_in() -> Callable[[dict[str, Any]], None]:
+    """A train function that needs nothing of ours.
+
+    It writes `<folder>/<cell>-<pid>` with its node and place, and works until there is a file `leave`, `leave-<pid>`,
+    `raise-<pid>` or `raise-all` beside it. It is made here, so that it travels by value: workers know no tests.
+    """
+
+    def work(config: dict[str, Any]) -> None:
+        import os
+        import time
+        from pathlib import Path
+
+        import ray
+        import ray.train
+
+        folder, cell = Path(config["config"].run_url), config["config"].cell
+        place = ray.train.get_context().get_world_rank()
+        (folder / f"{cell}-{os.getpid()}").write_text(f"{ray.get_runtime_context().get_node_id()} {place}")
+        while not any((folder / name).exists() for name in ("leave", f"leave-{os.getpid()}", f"leave-{cell}")):
+            if any((folder / name).exists() for name in (f"raise-{os.getpid()}", "raise-all")):
+                raise ValueError("the train function broke")
+            time.sleep(0.02)
+
+    return work
+
+
+def present(folder: Path) -> dict[int, tuple[str, str, int]]:
+    """Who has begun to work: cell, node and place of each live process."""
+    found = {}
+    for file in folder.glob("*-*"):
+        cell, _, pid = file.name.rpartition("-")
+        if not pid.isdigit() or cell in {"leave", "raise"} or not alive(int(pid)):
+            continue
+        node, _, place = file.read_text().partition(" ")
+        if place:
+            found[int(pid)] = (cell, node, int(place))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
+    except OSError:
+        return False
+
+
+def until(condition: Callable[[], Any], *, timeout: float = WAIT_S) -> Any:
+    """Return what the condition comes to once it is true."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"not within {timeout:g} s")
+
+
+def kill(*pids: int) -> None:
+    """Kill at one blow, and see them dead."""
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not any(alive(pid) for pid in pids))
+
+
+def ongoing() -> list[str]:
+    """Who has asked Ray's coordinator of demand for something that it still holds."""
+    import ray
+
+    try:
+        coordinator: Any = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+    except ValueError:
+        return []
+    found: list[str] = ray.get(coordinator.__ray_call__.remote(lambda actor: list(actor._ongoing_reqs)))
+    return found
+
+
+def groups() -> list[dict[str, Any]]:
+    """The placement groups that are not removed."""
+    import ray
+
+    return [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+@dataclass
+class Nodes:
+    """A cluster of several raylets on this machine: a head without CPUs, and what the tests add."""
+
+    cluster: Any
+
+    def add(self, cpus: int) -> str:
+        """Add a node and return its id."""
+        import ray
+
+        node = self.cluster.add_node(num_cpus=cpus)
+        until(lambda: any(n["NodeID"] == node.node_id and n["Alive"] for n in ray.nodes()))
+        return str(node.node_id)
+
+    def lose(self, node: str) -> None:
+        """Kill a node's raylet, and its workers with it."""
+        found = next(n for n in self.cluster.worker_nodes if n.node_id == node)
+        self.cluster.remove_node(found, allow_graceful=False)
+
+    def drain(self, node: str) -> None:
+        """Announce that a node will be taken away, as a cloud's notice does."""
+        ray_command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", self.cluster.address]
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        until_then = ["--deadline-remaining-seconds", "60"]
+        subprocess.run([*ray_command, "--node-id", node, *reason, *until_then], check=True, capture_output=True)
+
+
+@contextlib.contextmanager
+def several_nodes() -> Iterator[Nodes]:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    before = os.environ.get("RAY_AUTH_MODE")
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    quick = {"health_check_period_ms": 300, "health_check_failure_threshold": 3, "health_check_timeout_ms": 1000}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield Nodes(cluster)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        os.environ.pop("RAY_AUTH_MODE")
+        if before is not None:
+            os.environ["RAY_AUTH_MODE"] = before

@@ -1,0 +1,203 @@
+"""Cells on a real Ray with two nodes: real processes, real signals."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.elastic.cell_harness import Nodes, alive, groups, kill, ongoing, present, several_nodes, stand_in, until
+
+pytestmark = pytest.mark.ray
+
+
+@dataclass(frozen=True)
+class Config:
+    """As much of a WorkerConfig as the stand-in reads."""
+
+    run_url: str
+    cell: str
+
+
+@dataclass
+class Running:
+    """A cell that has been started."""
+
+    folder: Path
+    actor: Any
+    ended: Any
+
+    def pids(self, count: int) -> set[int]:
+        """Wait until exactly so many work."""
+        return set(until(lambda: found if len(found := present(self.folder)) == count else None))
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with several_nodes() as made:
+        made.add(3)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def start(node: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Start a cell, on the second node unless told otherwise."""
+    from elastrain.elastic.cells import start_cell
+
+    started: list[Running] = []
+
+    def begin(size: int, *touched: str, node: str | None = node) -> Running:
+        folder = tmp_path_factory.mktemp("cell")
+        for name in touched:
+            (folder / name).touch()
+        actor, name = start_cell(), folder.name
+        config = Config(run_url=str(folder), cell="one")
+        ended = actor.run.remote(config, name=name, size=size, cpus=1.0, gpus=0.0, node=node, work=stand_in())
+        started.append(Running(folder, actor, ended))
+        return started[-1]
+
+    yield begin
+    for cell in started:
+        end(cell)
+
+
+@pytest.fixture(scope="module")
+def node(nodes: Nodes) -> str:
+    """The second of two nodes that both have room for three."""
+    return nodes.add(3)
+
+
+@pytest.fixture(scope="module")
+def trio(start: Start) -> Running:
+    """A cell of three workers, which the tests treat one after the other, ever more roughly."""
+    return start(3)
+
+
+def test_all_workers_of_a_cell_are_on_the_node_that_was_asked_for(trio: Running, node: str) -> None:
+    trio.pids(3)
+    assert {where for _, where, _ in present(trio.folder).values()} == {node}
+
+
+def test_one_of_three_is_killed_and_replaced_while_the_others_go_on(trio: Running) -> None:
+    victim, *others = trio.pids(3)
+    kill(victim)
+    assert trio.pids(3) > set(others)
+
+
+def test_two_of_three_are_killed_at_once_and_replaced_while_the_third_goes_on(trio: Running) -> None:
+    first, second, other = trio.pids(3)
+    kill(first, second)
+    assert other in trio.pids(3)
+
+
+def test_a_worker_that_dies_while_another_is_replaced_harms_nobody(trio: Running) -> None:
+    first, second, other = trio.pids(3)
+    kill(first)
+    time.sleep(0.6)  # the death is noticed and the replacement is under way
+    kill(second)
+    assert other in trio.pids(3)
+
+
+def test_a_worker_that_raises_is_replaced_while_the_others_go_on(trio: Running) -> None:
+    victim, *others = trio.pids(3)
+    (trio.folder / f"raise-{victim}").touch()
+    until(lambda: victim not in present(trio.folder))
+    assert trio.pids(3) > set(others)
+
+
+def test_a_cell_that_is_killed_whole_comes_back_on_its_node(trio: Running, node: str) -> None:
+    before = trio.pids(3)
+    kill(*before)
+    assert not trio.pids(3) & before
+    assert {where for _, where, _ in present(trio.folder).values()} == {node}
+
+
+def test_a_cell_goes_on_when_a_worker_leaves_and_returns_when_all_have_left(start: Start, trio: Running) -> None:
+    import ray
+
+    end(trio)  # it holds the node
+    cell = start(2)
+    leaver, victim = cell.pids(2)
+    (cell.folder / f"leave-{leaver}").touch()
+    time.sleep(0.5)
+    kill(victim)
+    until(lambda: len(present(cell.folder).keys() - {leaver}) == 1)
+    assert alive(leaver)  # it has left, its process is kept
+    (cell.folder / "leave").touch()
+    assert ray.get(cell.ended, timeout=20) == ""
+    until(lambda: not present(cell.folder))
+    end(cell)
+
+
+def test_ending_a_cell_leaves_nothing_though_a_worker_hangs_and_ray_waits_for_it(start: Start, node: str) -> None:
+    cell = start(2)
+    hung, victim = cell.pids(2)
+    assert ongoing()
+    os.kill(hung, signal.SIGSTOP)
+    kill(victim)
+    time.sleep(0.6)  # Ray wants to replace the victim, and asks the hung one first
+    end(cell)
+    until(lambda: not groups() and not ongoing() and not present(cell.folder) and free(node) == 3.0, timeout=15)
+
+
+def test_ending_a_cell_that_waits_for_room_takes_its_demand_back(start: Start) -> None:
+    cell = start(4, node=None)  # more than any node holds
+    (group,) = until(groups)
+    assert (group["state"], group["strategy"]) == ("PENDING", "STRICT_PACK")
+    assert len(ongoing()) == 1
+    end(cell)
+    until(lambda: not groups() and not ongoing(), timeout=15)
+
+
+def test_a_cell_whose_worker_breaks_again_and_again_gives_up_and_says_why(start: Start) -> None:
+    import ray
+
+    cell = start(1, "raise-all")
+    assert "the train function broke" in ray.get(cell.ended, timeout=60)
+    assert len(list(cell.folder.glob("one-*"))) == 4
+
+
+def test_failures_in_a_row_are_answered_later_and_later_and_a_cell_with_survivors_is_never_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from elastrain.elastic import trainer
+
+    now, waited = [1000.0], list[float]()
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(trainer.time, "sleep", waited.append)
+    some = trainer.WorkerGroupError("one of two", {0: ValueError()})
+    patience = trainer.Patience(size=2, pinned=True)
+    for _ in range(9):
+        assert patience.make_decision(some) is trainer.FailureDecision.RETRY
+        now[0] += 5.0
+    assert waited == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0]
+    now[0] += 60.0
+    assert patience.make_decision(some) is trainer.FailureDecision.RETRY
+    assert len(waited) == 8  # after a calm it is the first failure again
+
+
+@pytest.mark.parametrize(("pinned", "decision"), [(True, "RAISE"), (False, "RETRY")])
+def test_only_a_cell_that_may_be_anywhere_waits_for_room_for_ever(*, pinned: bool, decision: str) -> None:
+    from elastrain.elastic import trainer
+
+    patience = trainer.Patience(size=2, pinned=pinned)
+    no_room = trainer.ControllerError(trainer.WorkerGroupStartupTimeoutError(2))
+    assert patience.make_decision(no_room).value == decision
+
+
+def end(cell: Running) -> None:
+    from elastrain.elastic.cells import end_cell
+
+    end_cell(cell.actor, cell.ended)
+
+
+def free(node: str) -> float:
+    from elastrain.elastic.ray_inner import available_per_node
+
+    return available_per_node().get(node, {}).get("CPU", 0.0)
