@@ -207,9 +207,7 @@ class Membership:
         self.roster.enter(worker, position, now, left=left, failed=failed)
         self._tell()
 
-    def _hear_beat(
-        self, line: Line, generation: int, step: int, doing: str, since_s: float, sent_at: float
-    ) -> None:
+    def _hear_beat(self, line: Line, generation: int, step: int, doing: str, since_s: float, sent_at: float) -> None:
         now = time.monotonic()
         line.step, line.doing, line.since = step, doing, now - since_s
         reply = self.roster.beat(line.name, generation, now)

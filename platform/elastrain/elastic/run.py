@@ -21,12 +21,14 @@ from elastrain.data.dataset import Dataset
 from elastrain.data.feed import FeederLogic
 from elastrain.data.plan import Plan
 from elastrain.data.transforms import check_transforms
-from elastrain.elastic.cells import end_cell, start_cell
-from elastrain.elastic.config import WORKER_LOST, WorkerConfig
+from elastrain.elastic.config import LEASE_S, WorkerConfig
+from elastrain.elastic.fleet import Fleet
 from elastrain.elastic.history import Resume, begin, prepare, resumable
 from elastrain.elastic.host import RECORDS, Host
-from elastrain.elastic.session import embedded_cpus, fitting, place_workers, ray_session, reading_resources
-from elastrain.errors import Interrupted, ResourceError, error_named, ours
+from elastrain.elastic.protocol import Roster
+from elastrain.elastic.session import embedded_cpus, find_room, fitting, ray_session, reading_resources
+from elastrain.elastic.watch import POLL_S, Script, Watch, WorkerLost
+from elastrain.errors import Interrupted, ResourceError, ours
 from elastrain.lock import locked
 from elastrain.observe.ledger import Ledger
 from elastrain.observe.progress import LiveLine, Status
@@ -34,14 +36,10 @@ from elastrain.observe.report import TRAIN_KEYS, read_report, write_html
 from elastrain.spec.document import resolve
 from elastrain.spec.train import TrainSpec
 
-POLL_S = 0.2
+BACK_OFF_S = 2.0
 END_S = 15.0
 MAX_RESTARTS_WITHOUT_PROGRESS = 3
 RELEASE_S = 10.0
-
-
-class WorkerLost(ResourceError):  # noqa: N818 -- an event: the run starts again from its last checkpoint
-    """A worker or its cell is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +81,10 @@ class Job:
     evaluation: Dataset | None
     num_steps: int
     line: LiveLine
+    script: Script | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     losses: list[tuple[float, int]] = field(default_factory=list)  # not recovered from: when, and the step reached
+    tripped: frozenset[int] = frozenset()
     size: int = 0  # workers of the attempt before
 
     def warn(self, message: str) -> None:
@@ -92,11 +92,13 @@ class Job:
         self.line.show(Status(phase="starting", message=message))
 
 
-def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False) -> Run:
+def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, script: Script | None = None) -> Run:
     """Train as the spec says, going on from the newest whole checkpoint of the run unless `fresh`.
 
     `address` is a Ray to use; without it `RAY_ADDRESS` is honoured, and without either a local Ray starts and ends
-    with the call. Raises SpecError, ConflictError, DataError, StorageError, ResourceError, DivergedError; Interrupted
+    with the call. A `script` decides how many workers train, up to `workers.max`, which all are started.
+
+    Raises SpecError, ConflictError, DataError, StorageError, ResourceError, DivergedError; Interrupted
     after a commit if the user stopped it (SIGINT or SIGTERM).
     """
     spec = resolve(spec, base=Path.cwd(), cwd=Path.cwd())
@@ -109,7 +111,14 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False) -
         spec, plan = prepare(spec, train_data, run_url, fresh=fresh)
         steps = spec.budget.steps or (spec.budget.epochs or 0) * plan.steps_per_epoch
         job = Job(
-            spec=spec, run_url=run_url, plan=plan, train=train_data, evaluation=evaluation, num_steps=steps, line=line
+            spec=spec,
+            run_url=run_url,
+            plan=plan,
+            train=train_data,
+            evaluation=evaluation,
+            num_steps=steps,
+            line=line,
+            script=script,
         )
         if asked > plan.slots:
             job.warn(f"the run was begun with {plan.slots} slots, so no more than that many workers can be used")
@@ -135,8 +144,12 @@ def _attempts(job: Job) -> Run:
         except (WorkerLost, ray.exceptions.RayError) as error:
             if idle + 1 >= MAX_RESTARTS_WITHOUT_PROGRESS:
                 raise ResourceError(f"{error}; {idle + 1} tries from step {step} came to nothing") from error
+            if isinstance(error, WorkerLost):
+                job.losses.append((time.time(), error.step))
+                job.tripped |= error.tripped
             job.losses = job.losses or [(time.time(), step)]
             job.warn(f"{error}; starting again from step {step}")
+            time.sleep(BACK_OFF_S * idle)
             continue
         if result["stopped"]:
             raise Interrupted(f"stopped at step {result['step']} after a commit; the same command goes on from there")
@@ -144,10 +157,10 @@ def _attempts(job: Job) -> Run:
 
 
 def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
-    """Start feeder, host and cell, watch them to the end, and close the attempt's ledger whatever happens."""
+    """Start feeder, host and cells, watch them to the end, and close the attempt's ledger whatever happens."""
     spec, first = job.spec, resume or 0
-    size = _placed(job)
-    cell = start_cell()
+    sizes = _placed(job)
+    size = sum(sizes.values()) or spec.workers.min
     feed = FeedSpec(
         plan=job.plan,
         train=job.train,
@@ -157,9 +170,8 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
         end=job.num_steps,
         reading=reading_resources(spec.workers, size),
     )
-    feeder = _actor(FeederLogic, size, feed)
-    attempt, alike = Ledger.next_attempt(job.run_url), spec.consistency == "bitwise"
-    host = _actor(Host, size, job.run_url, attempt, size, first, alike=alike)
+    most = spec.workers.max
+    feeder, host = _actor(FeederLogic, most, feed), _host(job, size, first)
     config = WorkerConfig(
         host=host,
         feeder=feeder,
@@ -176,21 +188,57 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
         },
         launched=time.time(),
     )
-    host.event.remote("start", {"step": first, "workers": size, "host": socket.gethostname(), "versions": versions()})
-    ended = cell.run.remote(config, name=spec.name, size=size, cpus=spec.workers.cpus, gpus=spec.workers.gpus)
+    fleet = Fleet(spec.workers, job.plan.slots, config, spec.name)
     outcome: dict[str, Any] = {"outcome": "failed", "error": "the driver broke off"}
     try:
+        started = fleet.start(sizes)
+        start = {"step": first, "workers": size, "host": socket.gethostname(), "versions": versions()}
+        for kind, fields in (("start", start), *((event.kind, event.fields) for event in started)):
+            host.event.remote(kind, fields)
         _ready(host)
-        result = _watch(job, host, ended, size)
+        result = _watched(job, host, fleet)
         outcome = {"outcome": "interrupted" if result["stopped"] else "done", "result": result}
-        ray.wait([ended], timeout=END_S)
     except BaseException as error:
         outcome = {"outcome": "failed", "error": str(error)}
         raise
     finally:
+        fleet.close(grace_s=END_S if "result" in outcome else 0.0)
         _close(host, feeder, outcome)
-        end_cell(cell, ended)
     return result
+
+
+def _host(job: Job, size: int, first: int) -> Any:
+    """Start the host with the roster of an attempt that begins with `size` workers."""
+    workers, plan = job.spec.workers, job.plan
+    limits = (workers.min, min(workers.max, plan.slots), size)
+    if job.script is not None:
+        limits = (job.script.size,) * 3
+    roster = Roster(minimum=limits[0], maximum=limits[1], initial=limits[2], lease_s=min(LEASE_S, workers.timeout_s))
+    return _actor(
+        Host,
+        workers.max,
+        job.run_url,
+        Ledger.next_attempt(job.run_url),
+        roster,
+        first,
+        alike=job.spec.consistency == "bitwise",
+        timeout_s=workers.timeout_s,
+        tripped=job.tripped,
+    )
+
+
+def _watched(job: Job, host: Any, fleet: Fleet) -> dict[str, Any]:
+    return Watch(
+        plan=job.plan,
+        num_steps=job.num_steps,
+        workers=job.spec.workers,
+        line=job.line,
+        host=host,
+        fleet=fleet,
+        stops=job.stop.is_set,
+        stepped=lambda now: _note_recovery(job, host, now),
+        script=job.script,
+    ).run()
 
 
 def _actor(kind: type, size: int, *arguments: Any, **named: Any) -> Any:
@@ -207,34 +255,6 @@ def _close(host: Any, feeder: Any, outcome: dict[str, Any]) -> None:
         ray.get(host.close.remote(outcome.pop("outcome"), outcome), timeout=END_S)
     for actor in (feeder, host):
         ray.kill(actor)
-
-
-def _watch(job: Job, host: Any, ended: Any, size: int) -> dict[str, Any]:
-    """Show how it goes until there is a result; raises what ended the run, WorkerLost if a worker is gone."""
-    asked, gone = False, 0.0
-    rate = _Rate()
-    while True:
-        done, _ = ray.wait([ended], timeout=POLL_S)
-        now = ray.get(host.poll.remote())
-        _note_recovery(job, host, now)
-        job.line.show(_status(job, now, size, rate))
-        if job.stop.is_set() and not asked:
-            asked = True
-            host.ask_stop.remote()
-        if now["outcome"]:
-            found: dict[str, Any] = now["outcome"]
-            return found
-        if now["failure"]:
-            name, message = now["failure"]
-            if name == WORKER_LOST:
-                job.losses.append((time.time(), now["step"]))
-                raise WorkerLost(message)
-            raise error_named(name, message)
-        gone = gone + POLL_S if done else 0.0
-        if gone > 1.0:  # the workers' last words had time to arrive
-            job.losses.append((time.time(), now["step"]))
-            said = ray.get(ended).strip().splitlines()
-            raise WorkerLost("a worker was lost" + (f" ({said[-1][:300]})" if said else ""))
 
 
 def _ready(host: Any) -> None:
@@ -255,52 +275,19 @@ def _note_recovery(job: Job, host: Any, now: Mapping[str, Any]) -> None:
         job.losses.clear()
 
 
-class _Rate:
-    """Samples a second since the first look."""
-
-    def __init__(self) -> None:
-        self._first: tuple[float, float] | None = None
-
-    def of(self, samples: float) -> float | None:
-        """Return samples a second, None until a second has passed."""
-        now = time.monotonic()
-        self._first = self._first or (now, samples)
-        moment, before = self._first
-        return (samples - before) / (now - moment) if now - moment >= 1.0 else None
-
-
-def _status(job: Job, now: Mapping[str, Any], size: int, rate: _Rate) -> Status:
-    plan, step, last = job.plan, now["step"], now["last"]
-    done = step // plan.steps_per_epoch * plan.num_rows + step % plan.steps_per_epoch * plan.global_batch
-    running = list(now["spent"].values())
-    waited = sum(s["data"] for s in running)
-    worked = sum(sum(s.values()) - s["start"] for s in running)
-    return Status(
-        phase="training" if last else "starting workers",
-        epoch=step / plan.steps_per_epoch,
-        epochs=job.num_steps / plan.steps_per_epoch,
-        step=step,
-        steps=job.num_steps,
-        loss=last.get("loss"),
-        samples_per_s=rate.of(float(done)) if last else None,
-        data_share=waited / worked if worked else None,
-        workers=now["members"] or size,
-        last_checkpoint=now["checkpoint"],
-    )
-
-
-def _placed(job: Job) -> int:
-    """Return how many workers to start; after a loss, what the lost ones held is given time to come free."""
+def _placed(job: Job) -> dict[str, int]:
+    """Return how many workers to start on which nodes; after a loss, what the lost ones held is given time to come free."""
     workers = job.spec.workers
     if job.size:
         deadline = time.monotonic() + RELEASE_S
         while fitting(workers, "free") < job.size and time.monotonic() < deadline:
             time.sleep(POLL_S)
     try:
-        job.size = place_workers(workers, say=job.warn, stop=job.stop.is_set, pause=lambda: time.sleep(1.0))
+        sizes = find_room(workers, say=job.warn, stop=job.stop.is_set, pause=lambda: time.sleep(1.0))
     except InterruptedError as error:
         raise Interrupted("stopped while waiting for room; nothing was started") from error
-    return job.size
+    job.size = sum(sizes.values())
+    return sizes
 
 
 def _evaluated(evaluation: Dataset | None) -> str | None:

@@ -1,0 +1,146 @@
+"""What the driver does while a run runs: look at host and cells, act on what it sees, and show it."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import ray
+
+from elastrain.data.plan import Plan
+from elastrain.elastic.fleet import Event, Fleet, Seated, Seen
+from elastrain.errors import ResourceError, error_named
+from elastrain.observe.progress import LiveLine, Status
+from elastrain.spec.train import WorkersSpec
+
+POLL_S = 0.1
+ENOUGH_S = 2.0  # steps of so long tell how fast the run is
+COMPLETE_S = 60.0  # after this a run begins without those who have not come, if there are enough
+
+
+class WorkerLost(ResourceError):  # noqa: N818 -- an event: the run starts again from its last checkpoint
+    """No worker is left that has the run's state; `tripped` are the steps in which one raised an exception."""
+
+    def __init__(self, message: str, *, step: int = 0, tripped: frozenset[int] = frozenset()) -> None:
+        super().__init__(message)
+        self.step, self.tripped = step, tripped
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sight:
+    """What a script sees: steps done, the members in rank order and the workers that wait, as (name, node id)."""
+
+    step: int
+    members: Sequence[tuple[str, str]]
+    waiting: Sequence[tuple[str, str]]
+
+
+class Script(Protocol):
+    """Moves a run through a history: it begins with `size` workers, and is asked at each look."""
+
+    size: int
+
+    def act(self, seen: Sight) -> int | None:
+        """Return how many workers are to train from the next step boundary on, None if nothing changes."""
+
+
+@dataclass(kw_only=True)
+class Watch:
+    """One attempt as its driver sees it; `run` returns the result."""
+
+    plan: Plan
+    num_steps: int
+    workers: WorkersSpec
+    line: LiveLine
+    host: Any
+    fleet: Fleet
+    stops: Callable[[], bool]
+    stepped: Callable[[dict[str, Any]], None]  # is told of each look
+    script: Script | None = None
+    _speed: "Speed" = field(default_factory=lambda: Speed())
+    _asked: bool = False
+    _since: float = field(default_factory=time.monotonic)
+
+    def run(self) -> dict[str, Any]:
+        """Watch to the end; raises what ended the run, WorkerLost if nobody is left to go on."""
+        while True:
+            now = ray.get(self.host.poll.remote())
+            self.stepped(now)
+            if now["outcome"]:
+                found: dict[str, Any] = now["outcome"]
+                return found
+            if now["failure"]:
+                raise error_named(*now["failure"])
+            if now["lost"]:
+                raise WorkerLost(now["lost"], step=now["step"], tripped=now["tripped"])
+            self._act(now)
+            time.sleep(POLL_S)
+
+    def _act(self, now: dict[str, Any]) -> None:
+        members = tuple(Seated(name=name, node=node, cell=cell) for name, node, cell in now["members"])
+        self._speed.look(now["step"], now["generation"])
+        if self.stops() and not self._asked:
+            self._asked = True
+            self.host.ask_stop.remote()
+        remaining = self._speed.remaining_s(self.num_steps - now["step"])
+        seen = Seen(members=members, waiting=len(now["waiting"]), remaining_s=remaining, target=self.workers.max)
+        for event in self.fleet.tend(seen):
+            self._note(event)
+        if self.script is not None:
+            self._follow(self.script, now)
+        if not now["generation"] and time.monotonic() - self._since > COMPLETE_S:
+            self.host.expect.remote(max(self.workers.min, len(now["waiting"])))
+        self.line.show(self._status(now))
+
+    def _note(self, event: Event) -> None:
+        if event.drain:
+            self.host.drain.remote(list(event.drain))
+        kind = "drain" if event.kind == "preemption" else event.kind  # the membership tells what came of it
+        self.host.event.remote(kind, dict(event.fields))
+
+    def _follow(self, script: Script, now: dict[str, Any]) -> None:
+        names = [[(name, node) for name, node, _ in now[kind]] for kind in ("members", "waiting")]
+        size = script.act(Sight(step=now["step"], members=names[0], waiting=names[1]))
+        if size is not None:
+            self.host.resize.remote(size, size)
+
+    def _status(self, now: dict[str, Any]) -> Status:
+        plan, step, last = self.plan, now["step"], now["last"]
+        running = list(now["spent"].values())
+        waited = sum(s["data"] for s in running)
+        worked = sum(sum(s.values()) - s["start"] for s in running)
+        short = now["missing"] if now["generation"] else 0
+        return Status(
+            phase="training" if last else "starting workers",
+            epoch=step / plan.steps_per_epoch,
+            epochs=self.num_steps / plan.steps_per_epoch,
+            step=step,
+            steps=self.num_steps,
+            loss=last.get("loss"),
+            samples_per_s=(self._speed.steps_per_s or 0.0) * plan.global_batch if last else None,
+            data_share=waited / worked if worked else None,
+            workers=len(now["members"]),
+            last_checkpoint=now["checkpoint"],
+            message=f"waiting for {short} more of at least {self.workers.min} workers" if short else "",
+        )
+
+
+class Speed:
+    """Steps a second of the members that train now."""
+
+    def __init__(self) -> None:
+        self.steps_per_s: float | None = None
+        self._generation, self._first = -1, (0.0, 0)
+
+    def look(self, step: int, generation: int) -> None:
+        """Take note of where the run is."""
+        now = time.monotonic()
+        if generation != self._generation:
+            self._generation, self._first = generation, (now, step)
+        since, before = self._first
+        if now - since >= ENOUGH_S and step > before:
+            self.steps_per_s = (step - before) / (now - since)
+
+    def remaining_s(self, steps: int) -> float:
+        """Return how long these steps will take; 0 as long as nobody knows: nothing is started on a guess."""
+        return steps / self.steps_per_s if self.steps_per_s else 0.0
