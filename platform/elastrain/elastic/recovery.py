@@ -54,18 +54,18 @@ class Recovery:
         """Note the next generation. If the one before made no new step, what it was to recover from goes on."""
         if not self._pending:
             self._before = self.members
-        best = max((position for position, _ in self._positions.values() if position is not None), default=None)
-        if best is not None:
+        found = [(position, failed) for position, failed in self._positions.values() if position is not None]
+        best = max((position for position, _ in found), default=None)
+        if best is not None or not self._pending:
             self._left_behind = best
-            broken = [failed for position, failed in self._positions.values() if position == best]
-            self._redone = int(all(broken) and bool(broken))
+        self._redone = int(bool(found) and all(failed for position, failed in found if position == best))
         self.generation = generation.number
         self.members = tuple(member.worker.name for member in generation.members)
         self._formed, self._positions, self._pending = now, {}, bool(self._before)
 
     def is_stored(self, stored: Position | None) -> bool:
-        """Say whether storage holds all that the members had."""
-        return stored is not None and self._left_behind is not None and stored >= self._left_behind
+        """Say whether storage holds all that the members had: they came in good order, and no further than that."""
+        return not self._losses and stored is not None and stored >= (self._left_behind or stored)
 
     def ready(self, now: float, connect_s: float, state_s: float) -> None:
         """Note that the group is connected and all its members have the state."""

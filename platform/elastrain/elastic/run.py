@@ -148,7 +148,7 @@ def _attempts(job: Job) -> Run:
                 job.losses.append((time.time(), error.step))
                 job.tripped |= error.tripped
             job.losses = job.losses or [(time.time(), step)]
-            job.warn(f"{error}; starting again from step {step}")
+            job.warn(f"{error}; starting again from the last checkpoint")
             time.sleep(BACK_OFF_S * idle)
             continue
         if result["stopped"]:

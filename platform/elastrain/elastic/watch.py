@@ -57,14 +57,16 @@ class Watch:
     stops: Callable[[], bool]
     stepped: Callable[[dict[str, Any]], None]  # is told of each look
     script: Script | None = None
-    _speed: "Speed" = field(default_factory=lambda: Speed())
+    _speed: "Speed" = field(default_factory=lambda: Speed())  # noqa: PLW0108 -- it stands below
     _asked: bool = False
+    _reached: int = 0
     _since: float = field(default_factory=time.monotonic)
 
     def run(self) -> dict[str, Any]:
         """Watch to the end; raises what ended the run, WorkerLost if nobody is left to go on."""
         while True:
             now = ray.get(self.host.poll.remote())
+            now["step"] = self._reached = max(self._reached, now["step"])
             self.stepped(now)
             if now["outcome"]:
                 found: dict[str, Any] = now["outcome"]
