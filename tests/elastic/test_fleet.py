@@ -82,7 +82,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """A run of up to three workers, on nodes with room for one; the tests tell its story, each from where it has got."""
+    """Up to three workers, on nodes with room for one each; the tests tell the story of the run, one after the other."""
     made = Run(tmp_path_factory.mktemp("run"), most=3)
     first = nodes.add(1)
     made.fleet.start({first: 1})
@@ -125,7 +125,7 @@ def test_where_an_autoscaler_could_add_nodes_one_pending_cell_asks_for_them(node
 
 
 def test_workers_of_a_node_that_drains_are_named_and_nobody_is_placed_there_again(nodes: Nodes, run: Run) -> None:
-    node, stayed = newest(nodes), set(present(run.folder))
+    node, stayed = nodes.ids[-1], set(present(run.folder))
     stayed -= run.at(node)
     nodes.drain(node)
     notice = run.until(lambda: run.happened("preemption", node=node))
@@ -141,7 +141,7 @@ def test_workers_of_a_node_that_drains_are_named_and_nobody_is_placed_there_agai
 
 
 def test_when_a_node_is_lost_its_cell_ends_and_another_is_started_where_there_is_room(nodes: Nodes, run: Run) -> None:
-    (lost, stayed) = nodes.cluster.worker_nodes[1].node_id, run.at(nodes.cluster.worker_nodes[0].node_id)
+    lost, stayed = nodes.ids[1], run.at(nodes.ids[0])
     assert run.at(lost)
     nodes.lose(lost)
     run.until(lambda: run.happened("node_lost", node=lost))
@@ -196,10 +196,6 @@ def test_cell_after_cell_that_breaks_ends_the_run_with_what_ray_said(
 
 def pending() -> int:
     return sum(group["state"] == "PENDING" for group in groups())
-
-
-def newest(nodes: Nodes) -> str:
-    return str(nodes.cluster.worker_nodes[-1].node_id)
 
 
 class autoscaler_offering:  # noqa: N801 -- used as a context
