@@ -82,7 +82,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Up to three workers, on nodes with room for one each; the tests tell the story of the run, one after the other."""
+    """Up to three workers, on nodes with room for one each; one after the other the tests tell the run's story."""
     made = Run(tmp_path_factory.mktemp("run"), most=3)
     first = nodes.add(1)
     made.fleet.start({first: 1})
