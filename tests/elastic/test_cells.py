@@ -164,29 +164,33 @@ def test_a_cell_whose_worker_breaks_again_and_again_gives_up_and_says_why(start:
 def test_failures_in_a_row_are_answered_later_and_later_and_a_cell_with_survivors_is_never_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from elastrain.elastic import trainer
+    from ray.train.v2._internal.execution.failure_handling import FailureDecision
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    from elastrain.elastic.trainer import Patience
 
     now, waited = [1000.0], list[float]()
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(trainer.time, "sleep", waited.append)
-    some = trainer.WorkerGroupError("one of two", {0: ValueError()})
-    patience = trainer.Patience(size=2, pinned=True)
+    monkeypatch.setattr("elastrain.elastic.trainer.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("elastrain.elastic.trainer.time.sleep", waited.append)
+    some, patience = WorkerGroupError("one of two", {0: ValueError()}), Patience(size=2, pinned=True)
     for _ in range(9):
-        assert patience.make_decision(some) is trainer.FailureDecision.RETRY
+        assert patience.make_decision(some) is FailureDecision.RETRY
         now[0] += 5.0
     assert waited == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0]
     now[0] += 60.0
-    assert patience.make_decision(some) is trainer.FailureDecision.RETRY
+    assert patience.make_decision(some) is FailureDecision.RETRY
     assert len(waited) == 8  # after a calm it is the first failure again
 
 
 @pytest.mark.parametrize(("pinned", "decision"), [(True, "RAISE"), (False, "RETRY")])
 def test_only_a_cell_that_may_be_anywhere_waits_for_room_for_ever(*, pinned: bool, decision: str) -> None:
-    from elastrain.elastic import trainer
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2.api.exceptions import ControllerError
 
-    patience = trainer.Patience(size=2, pinned=pinned)
-    no_room = trainer.ControllerError(trainer.WorkerGroupStartupTimeoutError(2))
-    assert patience.make_decision(no_room).value == decision
+    from elastrain.elastic.trainer import Patience
+
+    no_room = ControllerError(WorkerGroupStartupTimeoutError(2))
+    assert Patience(size=2, pinned=pinned).make_decision(no_room).value == decision
 
 
 def end(cell: Running) -> None:

@@ -217,8 +217,10 @@ class autoscaler_offering:  # noqa: N801 -- used as a context
     def _put(self, value: bytes) -> None:
         import ray
 
-        gcs = ray._private.worker.global_worker.gcs_client
+        worker: Any = ray._private.worker.global_worker
         raylet: Any = ray._raylet
         overwrite = True
         namespace = raylet.GCS_AUTOSCALER_STATE_NAMESPACE.encode()
-        gcs.internal_kv_put(raylet.GCS_AUTOSCALER_CLUSTER_CONFIG_KEY.encode(), value, overwrite, namespace)
+        worker.gcs_client.internal_kv_put(
+            raylet.GCS_AUTOSCALER_CLUSTER_CONFIG_KEY.encode(), value, overwrite, namespace
+        )

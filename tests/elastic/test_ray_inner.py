@@ -1,4 +1,4 @@
-"""What the project stands on inside Ray, checked against the Ray that is installed: a line here is a line to mend there.
+"""What the project stands on inside Ray, checked against the Ray that is installed: what fails here is to be mended there.
 
 Nothing is started. Each message says what has changed and what of ours depends on it.
 """
@@ -77,7 +77,7 @@ def test_a_cluster_config_has_node_groups_with_resources_and_a_count() -> None:
         "ClusterConfig.node_group_configs is gone: ray_inner.node_types cannot see what an autoscaler may add"
     )
     fields = message.NodeGroupConfig.DESCRIPTOR.fields_by_name
-    assert {"resources", "max_count"} <= fields.keys(), "NodeGroupConfig has other fields: ray_inner.node_types"
+    assert {"resources", "max_count"} <= set(fields.keys()), "NodeGroupConfig has other fields: ray_inner.node_types"
 
 
 def test_the_table_of_placement_groups_says_which_actor_asked_for_each() -> None:
@@ -86,7 +86,7 @@ def test_the_table_of_placement_groups_says_which_actor_asked_for_each() -> None
 
     message: Any = gcs_pb2.PlacementGroupTableData  # type: ignore[attr-defined] # made at import by protobuf
     fields = message.DESCRIPTOR.fields_by_name
-    assert {"creator_actor_id", "placement_group_id", "state"} <= fields.keys(), (
+    assert {"creator_actor_id", "placement_group_id", "state"} <= set(fields.keys()), (
         "PlacementGroupTableData has other fields: ray_inner.groups_of, so ended cells would hold their CPUs for ever"
     )
     assert hasattr(message, "REMOVED"), "PlacementGroupTableData.REMOVED is gone: ray_inner.groups_of"
@@ -110,7 +110,7 @@ def test_every_node_carries_its_id_as_a_label() -> None:
 
     from elastrain.elastic.ray_inner import NODE_ID_LABEL
 
-    raylet: Any = ray._raylet  # type: ignore[attr-defined]
+    raylet: Any = ray._raylet
     assert raylet.RAY_NODE_ID_KEY == NODE_ID_LABEL, (
         f"nodes now carry their id as {raylet.RAY_NODE_ID_KEY}: ray_inner.NODE_ID_LABEL, or cells wait for ever"
     )
