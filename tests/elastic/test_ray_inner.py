@@ -1,4 +1,4 @@
-"""What the project stands on inside Ray, checked against the Ray that is installed: what fails here needs mending there.
+"""What the project stands on inside Ray, checked against the Ray that is installed: what fails here is broken there.
 
 Nothing is started. Each message says what has changed and what of ours depends on it.
 """
