@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ class Nodes:
     """A cluster of several raylets on this machine: a head without CPUs, and what the tests add."""
 
     cluster: Any
+    ids: list[str] = field(default_factory=list)  # of those that are there, in the order in which they came
 
     def add(self, cpus: int) -> str:
         """Add a node and return its id."""
@@ -108,12 +109,14 @@ class Nodes:
 
         node = self.cluster.add_node(num_cpus=cpus)
         until(lambda: any(n["NodeID"] == node.node_id and n["Alive"] for n in ray.nodes()))
-        return str(node.node_id)
+        self.ids.append(str(node.node_id))
+        return self.ids[-1]
 
     def lose(self, node: str) -> None:
         """Kill a node's raylet, and its workers with it."""
         found = next(n for n in self.cluster.worker_nodes if n.node_id == node)
         self.cluster.remove_node(found, allow_graceful=False)
+        self.ids.remove(node)
 
     def drain(self, node: str) -> None:
         """Announce that a node will be taken away, as a cloud's notice does."""
@@ -121,6 +124,7 @@ class Nodes:
         reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         until_then = ["--deadline-remaining-seconds", "60"]
         subprocess.run([*ray_command, "--node-id", node, *reason, *until_then], check=True, capture_output=True)
+        self.ids.remove(node)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ def nodes() -> Iterator[Nodes]:
 class Run:
     """A fleet, and what a driver would see of its workers."""
 
-    def __init__(self, folder: Path, *, least: int = 1, most: int) -> None:
+    def __init__(self, folder: Path, *, most: int) -> None:
         from elastrain.elastic.config import WorkerConfig
 
         config = WorkerConfig(
@@ -38,8 +38,9 @@ class Run:
             info={},
             launched=0.0,
         )
-        workers = WorkersSpec(min=least, max=most, cpus=1.0, gpus=0)
-        self.folder, self.target, self.remaining_s = folder, most, None
+        workers = WorkersSpec(min=1, max=most, cpus=1.0, gpus=0)
+        self.folder, self.target = folder, most
+        self.remaining_s: float | None = None
         self.fleet = Fleet(workers, most, config, "run", work=stand_in())
         self.events: list[Event] = []
         self.slowest = 0.0
@@ -64,6 +65,12 @@ class Run:
 
         return until(both)
 
+    def look_for(self, seconds: float) -> None:
+        """Tend for so long."""
+        for _ in range(int(seconds / 0.2)):
+            self.look()
+            time.sleep(0.2)
+
     def happened(self, kind: str, **fields: Any) -> Event | None:
         """Return the first such event."""
         return next((e for e in self.events if e.kind == kind and fields.items() <= e.fields.items()), None)
@@ -73,111 +80,102 @@ class Run:
         return {pid for pid, (_, where, _) in present(self.folder).items() if where == node}
 
 
-@pytest.fixture
-def run(nodes: Nodes, tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """Make a run; at the end of the test nothing of it may be left."""
-    made: list[Run] = []
-
-    def make(**options: Any) -> Run:
-        made.append(Run(tmp_path, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.fleet.close(grace_s=0.0)
-        assert one.slowest < 1.0
-    until(lambda: not groups() and not ongoing() and not present(tmp_path))
-    for node in list(nodes.cluster.worker_nodes):
-        nodes.cluster.remove_node(node, allow_graceful=False)
+@pytest.fixture(scope="module")
+def run(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Up to three workers, on nodes with room for one each; one after the other the tests tell the run's story."""
+    made = Run(tmp_path_factory.mktemp("run"), most=3)
+    first = nodes.add(1)
+    made.fleet.start({first: 1})
+    made.until(lambda: made.at(first))
+    yield made
+    made.fleet.close(grace_s=0.0)
 
 
-def test_it_grows_onto_a_second_node_leaves_it_when_drained_and_never_returns(nodes: Nodes, run: Any) -> None:
-    first, one = nodes.add(2), run(most=4)
-    one.fleet.start({first: 2})
-    one.until(lambda: len(one.at(first)) == 2)
-    stayed = one.at(first)
-    second = nodes.add(2)
-    one.until(lambda: len(one.at(second)) == 2)
-    assert one.happened("cell", node=second, workers=2)
+def test_a_run_that_will_soon_be_over_does_not_grow(nodes: Nodes, run: Run) -> None:
+    run.remaining_s = 5.0
+    nodes.add(1)
+    run.look_for(1.5)
+    assert not run.events
+    assert len(groups()) == 1
 
-    nodes.drain(second)
-    notice = one.until(lambda: one.happened("preemption", node=second))
-    assert set(notice.drain) == {str(pid) for pid in one.at(second)}
+
+def test_it_grows_onto_a_node_with_room_when_that_is_worth_it(run: Run) -> None:
+    run.remaining_s = 5000.0
+    before = set(present(run.folder))
+    run.until(lambda: len(present(run.folder)) == 2)
+    assert set(present(run.folder)) > before
+    assert run.happened("cell", workers=1)
+
+
+def test_where_an_autoscaler_could_add_nodes_one_pending_cell_asks_for_them(nodes: Nodes, run: Run) -> None:
+    with autoscaler_offering(cpus=1, most=3):
+        run.until(lambda: run.happened("cell", node=None, workers=1))
+        until(lambda: pending() == 1)
+        run.target = 2
+        run.until(lambda: run.happened("cell_end", node=None, why="not needed"))
+        run.until(lambda: len(groups()) == 2 and len(ongoing()) == 2)
+        run.target = 3
+        run.until(lambda: pending() == 1)
+        run.look_for(1.5)
+        assert pending() == 1
+        new = nodes.add(1)
+        run.until(lambda: run.at(new))
+        run.look_for(1.5)
+        assert (pending(), len(groups())) == (0, 3)
+
+
+def test_workers_of_a_node_that_drains_are_named_and_nobody_is_placed_there_again(nodes: Nodes, run: Run) -> None:
+    node, stayed = nodes.ids[-1], set(present(run.folder))
+    stayed -= run.at(node)
+    nodes.drain(node)
+    notice = run.until(lambda: run.happened("preemption", node=node))
+    assert set(notice.drain) == {str(pid) for pid in run.at(node)}
     assert 0 < notice.fields["deadline"] - time.time() <= 60
     for name in notice.drain:
-        (one.folder / f"leave-{name}").touch()
-    one.until(lambda: one.happened("cell_end", node=second))
-    assert one.happened("cell_end", node=second).fields["why"] in {"its workers left", "its node is drained"}
-    for _ in range(10):
-        one.look()
-        time.sleep(0.2)
-    assert [e.fields["node"] for e in one.events if e.kind == "cell"] == [second]
-    assert one.at(first) == stayed
+        (run.folder / f"leave-{name}").touch()
+    end = run.until(lambda: run.happened("cell_end", node=node))
+    assert end.fields["why"] in {"its workers left", "its node is drained"}
+    run.look_for(1.5)
+    assert not run.happened("cell", node=node)
+    assert present(run.folder).keys() == stayed
 
 
-def test_when_a_node_is_lost_its_cell_ends_and_another_is_started_where_there_is_room(nodes: Nodes, run: Any) -> None:
-    first, second = nodes.add(2), nodes.add(2)
-    one = run(least=1, most=4)
-    one.fleet.start({first: 2, second: 2})
-    one.until(lambda: len(present(one.folder)) == 4)
-    stayed = one.at(first)
-    nodes.lose(second)
-    one.until(lambda: one.happened("node_lost", node=second))
-    assert one.happened("cell_end", node=second, why="its node is lost")
-    third = nodes.add(2)
-    one.until(lambda: len(one.at(third)) == 2)
-    assert one.at(first) == stayed
+def test_when_a_node_is_lost_its_cell_ends_and_another_is_started_where_there_is_room(nodes: Nodes, run: Run) -> None:
+    lost, stayed = nodes.ids[1], run.at(nodes.ids[0])
+    assert run.at(lost)
+    nodes.lose(lost)
+    run.until(lambda: run.happened("node_lost", node=lost))
+    assert run.happened("cell_end", node=lost, why="its node is lost")
+    new = nodes.add(1)
+    run.until(lambda: run.at(new))
+    assert present(run.folder).keys() > stayed
 
 
-def test_where_an_autoscaler_could_add_nodes_one_pending_cell_asks_for_them(nodes: Nodes, run: Any) -> None:
-    first, one = nodes.add(2), run(most=4)
-    one.fleet.start({first: 2})
-    one.until(lambda: len(one.at(first)) == 2)
-    with autoscaler_offering(cpus=2, most=3):
-        one.until(lambda: one.happened("cell", node=None, workers=2))
-        until(lambda: [g["state"] for g in groups()].count("PENDING") == 1)
-        one.target = 2
-        one.until(lambda: one.happened("cell_end", node=None, why="not needed"))
-        one.until(lambda: len(groups()) == 1 and len(ongoing()) == 1)
-        one.target = 4
-        one.until(lambda: sum(g["state"] == "PENDING" for g in groups()) == 1)
-        for _ in range(10):
-            one.look()
-            time.sleep(0.2)
-        assert sum(g["state"] == "PENDING" for g in groups()) == 1
-        second = nodes.add(2)
-        one.until(lambda: len(one.at(second)) == 2)
-    assert len([e for e in one.events if e.kind == "cell"]) == 2
+def test_members_that_are_enough_end_cells_that_have_none(nodes: Nodes, run: Run) -> None:
+    node = nodes.add(1)
+    run.until(lambda: run.happened("cell", node=node))
+    run.target = 2
+    assert run.until(lambda: run.happened("cell_end", node=node)).fields["why"] == "not needed"
 
 
-def test_a_run_that_will_soon_be_over_does_not_grow_and_members_that_are_enough_end_empty_cells(
-    nodes: Nodes, run: Any
-) -> None:
-    first, one = nodes.add(2), run(most=4)
-    one.fleet.start({first: 2})
-    one.until(lambda: len(one.at(first)) == 2)
-    one.remaining_s = 5.0
-    second = nodes.add(2)
-    for _ in range(10):
-        one.look()
-        time.sleep(0.2)
-    assert not one.events
-    one.remaining_s = 5000.0
-    one.until(lambda: one.happened("cell", node=second))
-    one.target = 2
-    one.until(lambda: one.happened("cell_end", node=second, why="not needed"))
+def test_a_closed_fleet_leaves_nothing_and_no_look_kept_the_driver_waiting(run: Run) -> None:
+    run.fleet.close(grace_s=0.0)
+    until(lambda: not groups() and not ongoing() and not present(run.folder))
+    assert run.slowest < 0.5
 
 
 class Breaking:
     """A cell that breaks as soon as it is started."""
 
     def run(self, *arguments: Any, **named: Any) -> str:
+        """Break."""
         del arguments, named
         return "Training failed:\nno such library on this machine"
 
 
+@pytest.mark.usefixtures("nodes")
 def test_cell_after_cell_that_breaks_ends_the_run_with_what_ray_said(
-    nodes: Nodes, run: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
@@ -185,16 +183,19 @@ def test_cell_after_cell_that_breaks_ends_the_run_with_what_ray_said(
 
     remote: Any = ray.remote
     monkeypatch.setattr(fleet, "start_cell", lambda: remote(num_cpus=0)(Breaking).remote())
+    monkeypatch.setattr(fleet, "room", lambda _: dict.fromkeys("abc", 1))
     monkeypatch.setattr(fleet, "FIRST_PAUSE_S", 0.1)
-    one = run(most=2)
-    first = nodes.add(2)
-    one.fleet.start({first: 2})
-    nodes.add(2)
-    nodes.add(2)
+    monkeypatch.setattr(fleet, "LOOK_S", 0.1)
+    one = Run(tmp_path, most=1)
+    one.fleet.start({"a": 1})
     with pytest.raises(ResourceError, match=r"3 cells in a row broke .* no such library on this machine"):
         one.until(lambda: False)
-    started = [e.fields["node"] for e in one.events if e.kind == "cell"]
-    assert len({first, *started}) == 3  # each time elsewhere
+    one.fleet.close(grace_s=0.0)
+    assert [e.fields["node"] for e in one.events if e.kind == "cell"] == ["b", "c"]  # each time elsewhere
+
+
+def pending() -> int:
+    return sum(group["state"] == "PENDING" for group in groups())
 
 
 class autoscaler_offering:  # noqa: N801 -- used as a context
@@ -216,7 +217,10 @@ class autoscaler_offering:  # noqa: N801 -- used as a context
     def _put(self, value: bytes) -> None:
         import ray
 
-        gcs = ray._private.worker.global_worker.gcs_client
+        worker: Any = ray._private.worker.global_worker
         raylet: Any = ray._raylet
+        overwrite = True
         namespace = raylet.GCS_AUTOSCALER_STATE_NAMESPACE.encode()
-        gcs.internal_kv_put(raylet.GCS_AUTOSCALER_CLUSTER_CONFIG_KEY.encode(), value, True, namespace)
+        worker.gcs_client.internal_kv_put(
+            raylet.GCS_AUTOSCALER_CLUSTER_CONFIG_KEY.encode(), value, overwrite, namespace
+        )

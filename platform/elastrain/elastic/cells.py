@@ -7,8 +7,10 @@ CPUs stay idle until the last one has: only whole cells give room back.
 
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -44,7 +46,7 @@ class Cell:
         os.environ.update(SETTINGS)
         import elastrain.elastic.trainer  # noqa: F401, PLC0415 -- 2 s that pass while the other actors start
 
-        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what it has to say, `run` returns
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
 
     def run(
         self,
@@ -67,15 +69,13 @@ class Cell:
 
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(PINNED_S if node else ANYWHERE_S)
         resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-        with tempfile.TemporaryDirectory(prefix="elastrain-cell-") as scratch:
-            scaling = on_one_node(node, size=size, resources=resources, gpu=bool(gpus))
-            trainer = CellTrainer(
-                work, {"config": config}, run=RunConfig(name=name, storage_path=scratch), scaling=scaling
-            )
-            try:
-                trainer.fit()
-            except Exception as error:  # noqa: BLE001 -- Ray's own errors: the run decides what to do about them
-                return str(error)[:2000] or type(error).__name__
+        scratch = _scratch(ray.get_runtime_context().get_actor_id() or "")
+        scaling = on_one_node(node, size=size, resources=resources, gpu=bool(gpus))
+        trainer = CellTrainer(work, {"config": config}, run=RunConfig(name=name, storage_path=scratch), scaling=scaling)
+        try:
+            trainer.fit()
+        except Exception as error:  # noqa: BLE001 -- Ray's own errors: the run decides what to do about them
+            return str(error)[:2000] or type(error).__name__
         return ""
 
 
@@ -97,10 +97,16 @@ def end_cell(cell: Any, ended: Any) -> None:
 
 
 def free_cell(cell: Any) -> None:
-    """Free what a killed cell held: its workers' placement group, and what it has asked of an autoscaler.
+    """Free what a killed cell held: placement group, what it has asked of an autoscaler, and its folder on this node.
 
     Ray frees the placement group of a dead actor only when the whole job ends, and a Python driver may do many runs.
     """
     for group in groups_of(cell):
         remove_placement_group(group)
     cancel_demand(actor_id(cell))
+    shutil.rmtree(_scratch(actor_id(cell)), ignore_errors=True)
+
+
+def _scratch(cell: str) -> str:
+    """Return the folder that Ray Train wants to have; nothing of ours is in it."""
+    return str(Path(tempfile.gettempdir()) / f"elastrain-cell-{cell}")

@@ -27,7 +27,7 @@ from elastrain.elastic.ray_inner import NODE_ID_LABEL
 SILENT_S = 60.0  # who does not answer for so long while another is replaced counts as dead
 CALM_S = 10.0  # a failure after so long a peace is the first one again
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 15.0
-TRIES, TRIES_S = 3, 60.0  # of a cell none of whose workers stays: in a row, each not longer after the one before
+TRIES, TRIES_S = 2, 60.0  # of a cell none of whose workers stays: in a row, each not longer after the one before
 
 
 class InPlace(Backend):

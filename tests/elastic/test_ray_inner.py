@@ -1,0 +1,297 @@
+"""What the project stands on inside Ray, checked against the Ray that is installed: what fails here is broken there.
+
+Nothing is started. Each message says what has changed and what of ours depends on it.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "platform" / "elastrain"
+
+
+def takes(function: Callable[..., Any], *names: str) -> bool:
+    """Whether these are parameters, or it takes any."""
+    parameters = inspect.signature(function).parameters
+    return set(names) <= set(parameters) or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def says(thing: Any, *texts: str) -> bool:
+    """Whether these stand in its source, however it is wrapped and indented."""
+    source = "".join(inspect.getsource(thing).split())
+    return all("".join(text.split()) in source for text in texts)
+
+
+# --- where we reach in
+
+
+def test_only_two_modules_reach_into_ray_and_data_feed_and_pack_for_one_thing_each() -> None:
+    inner = ("ray._private", "ray._raylet", "ray.core", "ray.train.v2", "ray.data._internal", "ray.data.block")
+    found: dict[str, set[str]] = {}
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [str(node.module)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.Attribute):
+                names = [ast.unparse(node)]
+            else:
+                continue
+            reached = {name for name in names if name.startswith(inner)}
+            if reached:
+                found.setdefault(str(file.relative_to(PACKAGE)), set()).update(reached)
+    assert found.pop("elastic/ray_inner.py", None), "elastic/ray_inner.py is where Ray's inner interfaces belong"
+    assert found.pop("elastic/trainer.py", None), "elastic/trainer.py is where Ray Train's inner interfaces belong"
+    assert found == {"data/feed.py": {"ray.data.block"}, "data/pack.py": {"ray._private.utils"}}, (
+        "another module reaches into Ray: move that to elastic/ray_inner.py, or to elastic/trainer.py for Ray Train"
+    )
+
+
+# --- the cluster: ray_inner.py
+
+
+def test_the_global_state_tells_what_is_free_what_drains_and_what_an_autoscaler_may_add() -> None:
+    from ray._private import state
+
+    for name in ("available_resources_per_node", "get_draining_nodes", "get_cluster_config"):
+        assert hasattr(state.GlobalState, name), f"GlobalState.{name} is gone: see ray_inner, session.room, fleet"
+    assert hasattr(state, "available_resources_per_node"), "state.available_resources_per_node: session.room needs it"
+    assert "deadline timestamps in ms" in str(state.GlobalState.get_draining_nodes.__doc__), (
+        "deadlines of draining nodes may no longer be milliseconds: ray_inner.draining_nodes divides by 1000"
+    )
+    assert "no deadline if the timestamp is 0" in str(state.GlobalState.get_draining_nodes.__doc__), (
+        "0 may no longer mean that a draining node has no deadline: ray_inner.draining_nodes"
+    )
+
+
+def test_a_cluster_config_has_node_groups_with_resources_and_a_count() -> None:
+    from ray.core.generated import autoscaler_pb2
+
+    message: Any = autoscaler_pb2
+    assert "node_group_configs" in message.ClusterConfig.DESCRIPTOR.fields_by_name, (
+        "ClusterConfig.node_group_configs is gone: ray_inner.node_types cannot see what an autoscaler may add"
+    )
+    fields = message.NodeGroupConfig.DESCRIPTOR.fields_by_name
+    assert {"resources", "max_count"} <= set(fields.keys()), "NodeGroupConfig has other fields: ray_inner.node_types"
+
+
+def test_the_table_of_placement_groups_says_which_actor_asked_for_each() -> None:
+    from ray._private.state import GlobalState
+    from ray.core.generated import gcs_pb2
+
+    message: Any = gcs_pb2.PlacementGroupTableData  # type: ignore[attr-defined] # made at import by protobuf
+    fields = message.DESCRIPTOR.fields_by_name
+    assert {"creator_actor_id", "placement_group_id", "state"} <= set(fields.keys()), (
+        "PlacementGroupTableData has other fields: ray_inner.groups_of, so ended cells would hold their CPUs for ever"
+    )
+    assert hasattr(message, "REMOVED"), "PlacementGroupTableData.REMOVED is gone: ray_inner.groups_of"
+    assert says(GlobalState.placement_group_table, "accessor.get_placement_group_table("), (
+        "Ray reads the table of placement groups in another way: ray_inner.groups_of"
+    )
+    assert hasattr(GlobalState, "_connect_and_get_accessor"), "GlobalState has no accessor: ray_inner.groups_of"
+
+
+def test_an_actor_handle_knows_its_id() -> None:
+    from ray.actor import ActorHandle
+
+    assert says(ActorHandle.__init__, "_ray_actor_id"), "ActorHandle has no id inside: ray_inner.actor_id"
+    assert isinstance(inspect.getattr_static(ActorHandle, "_actor_id"), property), (
+        "ActorHandle._actor_id is gone: ray_inner.actor_id, by which ended cells are freed"
+    )
+
+
+def test_every_node_carries_its_id_as_a_label() -> None:
+    import ray
+
+    from elastrain.elastic.ray_inner import NODE_ID_LABEL
+
+    raylet: Any = ray._raylet
+    assert raylet.RAY_NODE_ID_KEY == NODE_ID_LABEL, (
+        f"nodes now carry their id as {raylet.RAY_NODE_ID_KEY}: ray_inner.NODE_ID_LABEL, or cells wait for ever"
+    )
+
+
+def test_the_coordinator_of_demand_is_found_by_name_and_cancels_by_requester() -> None:
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as module
+
+    from elastrain.elastic.ray_inner import COORDINATOR
+
+    assert says(module.get_or_create_autoscaling_coordinator, f'name="{COORDINATOR}"', f'namespace="{COORDINATOR}"'), (
+        "Ray's coordinator of demand has another name: ray_inner.cancel_demand, so ended cells pin nodes for 180 s"
+    )
+    assert takes(module._AutoscalingCoordinatorActor.cancel_request, "requester_id"), (
+        "cancel_request takes something else: ray_inner.cancel_demand"
+    )
+
+
+def test_token_authentication_can_be_turned_on_by_a_client() -> None:
+    from ray._private.authentication import authentication_token_setup as module
+
+    assert takes(module.maybe_enable_token_auth_if_token_available, "warn_if_disabled"), (
+        "maybe_enable_token_auth_if_token_available has changed: ray_inner.enable_token_auth, used by ray_session"
+    )
+
+
+# --- Ray Train: trainer.py
+
+
+def test_a_trainer_hands_its_controller_a_failure_policy_and_our_callbacks() -> None:
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    assert says(DataParallelTrainer.fit, "self._initialize_and_run_controller(", "failure_policy="), (
+        "fit() starts its controller differently: trainer.CellTrainer puts its policy in and runs it in process"
+    )
+    assert says(DataParallelTrainer.fit, "callbacks=self._create_default_callbacks()"), (
+        "fit() makes its callbacks differently: trainer.CellTrainer leaves the placement group cleaner out"
+    )
+    assert says(DataParallelTrainer.__init__, "self.train_run_context = TrainRunContext("), (
+        "the run's context is made elsewhere: trainer.CellTrainer names the run there"
+    )
+
+
+def test_a_controller_runs_in_process_and_names_the_class_of_its_worker_group() -> None:
+    from ray.train.v2._internal.execution.controller import TrainController
+
+    assert inspect.iscoroutinefunction(TrainController.run), "TrainController.run is no coroutine: trainer.CellTrainer"
+    assert hasattr(TrainController, "get_result"), "TrainController.get_result is gone: trainer.CellTrainer"
+    assert says(TrainController._start_worker_group, "self.worker_group_cls.create("), (
+        "TrainController.worker_group_cls is not used: trainer.CellController would get Ray's own group, "
+        "in which two deaths at once end a healthy worker"
+    )
+
+
+def test_a_run_is_registered_under_its_run_id() -> None:
+    from dataclasses import fields
+
+    from ray.train.v2._internal.execution.context import TrainRunContext
+    from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
+
+    assert "run_id" in {field.name for field in fields(TrainRunContext)}, "TrainRunContext.run_id: trainer.CellTrainer"
+    assert says(ScalingPolicy.after_controller_start, 'f"train-{train_run_context.run_id}"'), (
+        "a run registers with the coordinator under another name: ray_inner.cancel_demand"
+    )
+
+
+def test_a_backend_with_replica_groups_has_only_its_failing_workers_replaced() -> None:
+    from ray.train.backend import Backend
+    from ray.train.v2._internal.execution.controller import TrainController
+    from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
+
+    assert Backend.has_replica_groups is False, "Backend.has_replica_groups has changed: trainer.InPlace"
+    assert says(
+        TrainController._execute_resize_decision,
+        "self._manages_replica_groups",
+        "failing_rgs != all_rgs",
+        "self._replace_bad_workers(poll_status)",
+    ), "Ray replaces failing workers on other conditions: a death may restart the whole cell (trainer.InPlace)"
+    assert says(TrainController._replace_bad_workers, "self._worker_group.replace_replica_group(rg_index)"), (
+        "Ray replaces a worker by another method: trainer.CellGroup.replace_replica_group would not be called"
+    )
+    assert takes(WorkerGroup.replace_replica_group, "replica_group_index"), "trainer.CellGroup overrides another name"
+
+
+def test_replacing_a_worker_calls_the_active_others_first() -> None:
+    from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
+    from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
+
+    assert hasattr(RayTrainWorker, "clear_result_queue"), "clear_result_queue is gone: trainer.CellGroup asks with it"
+    assert says(WorkerGroup._replace_replica_group_impl, "i != replica_group_index and rg.is_active()"), (
+        "Ray no longer passes over groups that are shut down: trainer.CellGroup takes the dead out so"
+    )
+    for name in ("get_latest_poll_status", "get_replica_groups"):
+        assert hasattr(WorkerGroup, name), f"WorkerGroup.{name} is gone: trainer.CellGroup"
+
+
+def test_a_replica_group_can_be_shut_down_by_itself() -> None:
+    from ray.train.v2._internal.execution.worker_group.execution_group import ReplicaGroup
+
+    for name in ("shutdown", "is_active", "get_workers"):
+        assert hasattr(ReplicaGroup, name), f"ReplicaGroup.{name} is gone: trainer.CellGroup"
+    assert says(ReplicaGroup.shutdown, "self._active = False"), "a group that is shut down stays active: CellGroup"
+
+
+def test_each_poll_makes_a_new_status_and_a_worker_is_its_own_replica_group() -> None:
+    from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
+
+    assert says(WorkerGroup.poll_status, "self._latest_poll_status = worker_group_poll_status"), (
+        "a look is kept differently: trainer.CellGroup knows by it which replacements are done"
+    )
+    assert says(WorkerGroup._start_impl, "replica_group_size=1 if self._manages_replica_groups else None"), (
+        "replica groups may hold several workers: trainer.Patience counts one a failure"
+    )
+
+
+def test_a_failure_policy_makes_one_decision_a_failure() -> None:
+    from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+
+    assert takes(FailurePolicy.make_decision, "training_failed_error"), "FailurePolicy has changed: trainer.Patience"
+    assert {"RETRY", "RAISE"} <= set(FailureDecision.__members__), "FailureDecision has changed: trainer.Patience"
+
+
+def test_failures_say_which_workers_failed_or_what_the_controller_met() -> None:
+    from ray.train.v2._internal import exceptions
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+    assert takes(WorkerGroupError.__init__, "worker_failures"), "WorkerGroupError has changed: trainer.Patience"
+    assert takes(ControllerError.__init__, "controller_failure"), "ControllerError has changed: trainer.Patience"
+    for name in ("WorkerGroupStartupFailedError", "WorkerGroupStartupTimeoutError"):
+        assert hasattr(exceptions, name), f"{name} is gone: trainer.Patience tells room from breakage by it"
+
+
+def test_workers_are_placed_by_strategy_and_label() -> None:
+    from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
+    from ray.train.v2.api.config import ScalingConfig
+
+    assert takes(ScalingConfig.__init__, "placement_strategy", "label_selector", "use_gpu", "resources_per_worker"), (
+        "ScalingConfig has changed: trainer.on_one_node"
+    )
+    assert says(WorkerGroup._create_placement_group, "bundle_label_selector=worker_group_context.label_selector"), (
+        "the label selector does not reach the placement group: cells would not stay on their node"
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S",
+    ],
+)
+def test_a_cells_settings_are_still_read(name: str) -> None:
+    from ray.train.v2._internal import constants
+
+    assert name in vars(constants).values(), f"Ray Train no longer reads {name}: cells.SETTINGS, cells.Cell.run"
+
+
+def test_the_cleaner_that_a_cell_does_without_is_still_a_callback_of_its_own() -> None:
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    assert says(DataParallelTrainer._create_default_callbacks, f"{PlacementGroupCleanerCallback.__name__}()"), (
+        "the cleaner of placement groups is made elsewhere: trainer.CellTrainer leaves it out, it costs 12 s at the end"
+    )
+
+
+# --- Ray Data: data/feed.py and data/pack.py
+
+
+def test_a_dataset_gives_out_its_bundles_and_a_block_its_metadata() -> None:
+    from ray.data import Dataset
+    from ray.data.block import BlockMetadata
+
+    assert hasattr(Dataset, "iter_internal_ref_bundles"), "Dataset.iter_internal_ref_bundles is gone: data.feed"
+    assert takes(BlockMetadata.__init__, "num_rows", "size_bytes", "input_files", "exec_stats"), (
+        "BlockMetadata has other fields: data.feed makes them for its read tasks"
+    )
+
+
+def test_ray_counts_the_cpus_of_this_machine() -> None:
+    from ray._private import utils
+
+    assert callable(utils.get_num_cpus), "ray._private.utils.get_num_cpus is gone: data.pack.machine_cpus"
