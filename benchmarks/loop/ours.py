@@ -1,21 +1,24 @@
 """Ours: `training.loop.Loop` on blocks in memory; two workers are two processes over gloo, without Ray."""
 
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 from benchmarks.loop.work import Work, make_work, measured
 from benchmarks.script import finish, in_ranks, options
 from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined] # made in C++
+from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from elastrain.data.columns import Array
 from elastrain.elastic.group import TorchGroup
 from elastrain.observe.ledger import Clock
 from elastrain.training.batches import EPOCH, ROW, SLOT, STEP
-from elastrain.training.loop import Loop, fix_threads
-from elastrain.training.reduce import Group, Solo
-from elastrain.training.state import TrainState
+from elastrain.training.loop import Decision, Loop, fix_threads
+from elastrain.training.reduce import Group, GroupLost, Solo
+from elastrain.training.state import Position, TrainState
 from elastrain.training.task import make_task
 
 INDEX = (EPOCH, STEP, SLOT, ROW)
@@ -59,14 +62,24 @@ class FixedSeat:
     def __init__(self, group: Group) -> None:
         self._group = group
 
-    def group(self, step: int) -> Group:
+    def group(self, state: TrainState) -> Group:
         """Return the group."""
-        del step
+        del state
         return self._group
 
-    def wishes_stop(self) -> bool:
-        """Nobody wants to stop."""
-        return False
+    def decision(self) -> Decision:
+        """Nothing is decided."""
+        return Decision()
+
+    def change(self) -> None:
+        """Nothing changes."""
+
+    def lost(self) -> None:
+        """There is no other group."""
+        raise GroupLost("a worker of the benchmark is gone")
+
+    def noted(self, position: Position) -> None:
+        """Nobody needs to know."""
 
 
 class Lines:
@@ -83,6 +96,9 @@ class Lines:
 
     def settled(self) -> None:
         """Nothing is kept elsewhere."""
+
+    def result(self, found: Mapping[str, Any]) -> None:
+        """Nobody waits for it."""
 
     def report(self, status: Mapping[str, Any]) -> None:
         """Keep the lines of metrics."""
@@ -123,7 +139,8 @@ def join(folder: str, rank: int, size: int) -> Group:
     if size == 1:
         return Solo()
     store = PrefixStore("generation-1", FileStore(f"{folder}/store", size))
-    return TorchGroup(store, rank, size, 1, torch.device("cpu"))
+    group = ProcessGroupGloo(store, rank, size, timedelta(seconds=60))
+    return TorchGroup(group, (rank, size, 1), threading.Event(), wakes=False)
 
 
 def main() -> None:

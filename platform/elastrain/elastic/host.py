@@ -73,7 +73,7 @@ class Host:
         self._writer.start()
 
     def here(self, name: str, handle: Any) -> tuple[tuple[str, int], bytes]:
-        """Return the membership's address and the token that opens it; whoever loses its lease is killed by `handle`."""
+        """Return the membership's address and the token that opens it; `handle` is for ending who loses its lease."""
         self._handles[name] = handle
         return self.membership.address, self.membership.token
 

@@ -24,7 +24,7 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any
 
-from elastrain.elastic.protocol import Generation, Reply, Roster, Verdict, Worker
+from elastrain.elastic.protocol import Generation, Position, Reply, Roster, Verdict, Worker
 from elastrain.elastic.recovery import Recovery
 from elastrain.errors import ResourceError
 
@@ -105,7 +105,7 @@ class Membership:
         with self._lock:
             self.stop = True
             for line in self.lines.values():
-                line.send("reply", self.roster.reply(line.name, line.generation), None, True)
+                line.send("reply", self.roster.reply(line.name, line.generation), None, self.stop)
 
     def drain(self, names: Iterable[str]) -> None:
         """See `Roster.drain`."""
@@ -193,9 +193,8 @@ class Membership:
             with self._lock:
                 self._gone(line)
 
-    def _hear_enter(
-        self, line: Line, worker: Worker, position: tuple[int, int] | None, left: int, failed: bool
-    ) -> None:
+    def _hear_enter(self, line: Line, worker: Worker, position: Position | None, *rest: Any) -> None:
+        left, failed = rest
         line.name, line.left, line.waits, line.told = worker.name, left, True, None
         self.lines[worker.name] = line
         if self._is_unlike(worker):
@@ -214,15 +213,15 @@ class Membership:
         line.told = reply if generation == line.generation else line.told
         line.send("reply", reply, sent_at, self.stop)
 
-    def _hear_ready(self, line: Line, generation: int, connect_s: float, state_s: float) -> None:
+    def _hear_ready(self, _: Line, generation: int, connect_s: float, state_s: float) -> None:
         if generation == self.roster.generation.number:
             self._recovery.ready(time.monotonic(), connect_s, state_s)
 
-    def _hear_stepped(self, line: Line, generation: int) -> None:
+    def _hear_stepped(self, _: Line, generation: int) -> None:
         if generation == self.roster.generation.number:
             self._recovery.stepped(time.monotonic())
 
-    def _hear_noted(self, line: Line, position: tuple[int, int]) -> None:
+    def _hear_noted(self, _: Line, position: Position) -> None:
         self.roster.noted(position)
         self._tell()
 

@@ -276,7 +276,7 @@ def _note_recovery(job: Job, host: Any, now: Mapping[str, Any]) -> None:
 
 
 def _placed(job: Job) -> dict[str, int]:
-    """Return how many workers to start on which nodes; after a loss, what the lost ones held is given time to come free."""
+    """Return how many workers to start on which nodes; after a loss, what the lost held is given time to come free."""
     workers = job.spec.workers
     if job.size:
         deadline = time.monotonic() + RELEASE_S

@@ -39,13 +39,14 @@ class Dismissed(Exception):  # noqa: N818 -- an event
 
 
 class MemberSeat:
-    """A place in the membership at `address`, for worker `me`; `restore(state, generation)` loads what is in
-    storage, if anything.
+    """A place in the membership at `address`, for worker `me`.
+
+    `restore(state, generation)` loads what is in storage, if anything.
 
     `before_entering` is called whenever the worker leaves a generation: what it reported must then have arrived.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- each is named
         self,
         address: tuple[str, int],
         token: bytes,
@@ -159,14 +160,17 @@ class MemberSeat:
         position = state.position() if self._whole else None
         self._send("enter", self._me, position, self._number, failed)
         with self._changed:
-            self._changed.wait_for(lambda: self._answer is not None or self._gone)
-            answer = self._answer
+            answer = self._awaited()
             if not isinstance(answer, Generation):
                 raise Dismissed(answer)
             rank = answer.rank(self._me.name)
             assert rank is not None, "who is answered with a generation is a member"
             self._whole = self._whole and answer.members[rank].position is not None
             return answer
+
+    def _awaited(self) -> Generation | Verdict | None:
+        self._changed.wait_for(lambda: self._answer is not None or self._gone)
+        return self._answer
 
     def _share(self, state: TrainState, group: Group, generation: Generation) -> None:
         """Give all members the state of the source; nothing to do where all have it."""
@@ -237,7 +241,7 @@ class MemberSeat:
             self._lost = threading.Event()
             self._beat(time.monotonic())
 
-    def _replied(self, reply: Reply, sent_at: float | None, stop: bool) -> None:
+    def _replied(self, reply: Reply, sent_at: float | None, stop: bool) -> None:  # noqa: FBT001 -- as sent
         self._stop = self._stop or stop
         if reply.generation != self._number:
             return
@@ -269,6 +273,6 @@ class MemberSeat:
             self._die("a worker did not end after its run had ended")
 
     def _die(self, why: str) -> None:
-        print(f"elastrain: {why}; its threads were doing this:", file=sys.stderr, flush=True)
+        sys.stderr.write(f"elastrain: {why}; its threads were doing this:\n")
         faulthandler.dump_traceback(file=sys.stderr)
         os._exit(HUNG)

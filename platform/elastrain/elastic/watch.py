@@ -57,10 +57,13 @@ class Watch:
     stops: Callable[[], bool]
     stepped: Callable[[dict[str, Any]], None]  # is told of each look
     script: Script | None = None
-    _speed: "Speed" = field(default_factory=lambda: Speed())  # noqa: PLW0108 -- it stands below
+    _speed: "Speed" = field(init=False)
     _asked: bool = False
     _reached: int = 0
     _since: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._speed = Speed()
 
     def run(self) -> dict[str, Any]:
         """Watch to the end; raises what ended the run, WorkerLost if nobody is left to go on."""
