@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 SPEC = str(ROOT / "pipelines" / "digits_mlp" / "train.yaml")
 FIXED = ("--set", "precision=fp32", "--set", "workers={min: 2, max: 2}", "--json")
+BITWISE = ("--set", "precision=fp32", "--set", "consistency=bitwise", "--set", "data.slots=5", "--json")
 
 
 def result(done: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
@@ -171,15 +172,43 @@ def test_a_killed_driver_loses_only_what_was_not_committed(
         assert audit_files(went_on["run"]) == audit_files(again["run"])
 
 
-def test_a_killed_worker_costs_a_restart_by_itself(
+def test_survivors_go_on_in_their_processes_and_the_dead_are_replaced(
+    cli: Callable[..., Any], start: Callable[..., Any], workspace: Path
+) -> None:
+    arguments = ("train", SPEC, *BITWISE, "--set", "budget={epochs: 120}", "--set", "audit=true")
+    process = start(*arguments, "--set", "name=bereaved", "--set", "workers={min: 1, max: 3}")
+    run = workspace / "runs" / "bereaved"
+    wait_for(lambda: len(_workers(str(run))) == 3)
+    wait_for(lambda: list((run / "checkpoints").glob("*/manifest.json")))
+    first = [int(name.rsplit("-", 1)[1]) for name in _workers(str(run))]
+    os.kill(first[0], signal.SIGKILL)
+    wait_for(lambda: _events(run, "resize"))  # the one in its place has joined
+    alive = [pid for pid in first[1:] if Path(f"/proc/{pid}").exists()]
+    out, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert alive == first[1:], "the survivors' processes went on"
+    found = json.loads(out.splitlines()[-1])
+    assert (found["restarts"], found["step"], found["resizes"]) == (0, 2760, 1)
+    events = json.loads(cli("report", str(run), "--json").stdout)["events"]
+    loss = next(event for event in events if event["kind"] == "worker_lost")
+    assert loss["worker"].endswith(f"-{first[0]}")
+    assert loss["steps_redone"] <= 1
+    parts = sum(loss[name] for name in ("detect_s", "agree_s", "connect_s", "state_s", "step_s"))
+    assert 0 < parts <= loss["recovery_s"] * 1.01
+    reference = result(cli(*arguments, "--set", "name=bereaved-reference", "--set", "workers={min: 1, max: 1}"))
+    assert found["weights_sha256"] == reference["weights_sha256"]
+    assert audit_files(found["run"]) == audit_files(reference["run"])
+
+
+def test_when_all_workers_are_killed_the_run_starts_again_by_itself(
     cli: Callable[..., Any], start: Callable[..., Any], workspace: Path
 ) -> None:
     arguments = ("train", SPEC, *FIXED, "--set", "budget={epochs: 60}", "--set", "audit=true")
-    process = start(*arguments, "--set", "name=bereaved")
-    run = workspace / "runs" / "bereaved"
+    process = start(*arguments, "--set", "name=wiped")
+    run = workspace / "runs" / "wiped"
     wait_for(lambda: list((run / "checkpoints").glob("*/manifest.json")))
-    victim = next(int(name.rsplit("-", 1)[1]) for name in _workers(str(run)))
-    os.kill(victim, signal.SIGKILL)
+    for name in _workers(str(run)):
+        os.kill(int(name.rsplit("-", 1)[1]), signal.SIGKILL)
     out, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
     found = json.loads(out.splitlines()[-1])
@@ -187,9 +216,13 @@ def test_a_killed_worker_costs_a_restart_by_itself(
     event = next(e for e in json.loads(cli("report", str(run), "--json").stdout)["events"] if e["kind"] == "restart")
     assert event["recovery_s"] > 0
     assert event["steps_redone"] >= 0
-    reference = result(cli(*arguments, "--set", "name=bereaved-reference"))
+    reference = result(cli(*arguments, "--set", "name=wiped-reference"))
     assert found["weights_sha256"] == reference["weights_sha256"]
     assert audit_files(found["run"]) == audit_files(reference["run"])
+
+
+def _events(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in read_ledger(str(run)) if record["kind"] == kind]
 
 
 def _workers(run: str) -> list[str]:
