@@ -161,7 +161,7 @@ def test_members_that_are_enough_end_cells_that_have_none(nodes: Nodes, run: Run
 def test_a_closed_fleet_leaves_nothing_and_no_look_kept_the_driver_waiting(run: Run) -> None:
     run.fleet.close(grace_s=0.0)
     until(lambda: not groups() and not ongoing() and not present(run.folder))
-    assert run.slowest < 0.5
+    assert run.slowest < 2.0
 
 
 class Breaking:
