@@ -104,14 +104,14 @@ def random_history(seed: int, *, slots: int, steps: int) -> History:
     True
     """
     assert slots >= 1, "a worker needs a slot"
-    assert steps >= 2, "a loss needs a step before it and one after it"  # noqa: PLR2004
+    assert steps >= 2, "a loss needs a step before it and one after it"
     chance = random.Random(seed)  # noqa: S311 -- histories, not secrets
     room = range(1, max(2, steps * 3 // 4))
     at = sorted(chance.sample(room, min(len(room), chance.randint(1, 5))))
     events = [Event(None, chance.randint(1, slots))]
     for step in at:
         events.append(Event(chance.choices(WORDS, (3, 1, 1, 1))[0], step))
-        if chance.random() < 0.6:  # noqa: PLR2004 -- more often than not the size changes, too
+        if chance.random() < 0.6:  # more often than not the size changes, too
             events.append(Event(None, chance.randint(1, slots)))
     return History(tuple(events))
 
@@ -137,14 +137,12 @@ def _problem(item: str, before: list[Event], *, slots: int, steps: int) -> str:
     if found is None or (found["word"] and found["word"] not in WORDS):
         return _unread(item)
     event = _event(item)
-    if event.word is None:
-        if 1 <= event.number <= slots:
-            return ""
-        return f"{event} workers, expected 1 to {slots}: a worker needs a slot (data.slots)"
-    if not before:
-        return f"{event} comes first; expected the number of workers to begin with, such as 4"
     last = max((earlier.number for earlier in before if earlier.word), default=0)
-    if not last < event.number < steps:
+    if event.word is None and not 1 <= event.number <= slots:
+        return f"{event} workers, expected 1 to {slots}: a worker needs a slot (data.slots)"
+    if event.word and not before:
+        return f"{event} comes first; expected the number of workers to begin with, such as 4"
+    if event.word and not last < event.number < steps:
         return f"{event}, expected a step from {last + 1} to {steps - 1}: steps increase, and the run has {steps}"
     return ""
 

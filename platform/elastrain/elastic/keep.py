@@ -1,8 +1,8 @@
 """Keeps a command on a leash: when it ends, or whoever started this ends, nothing that it started is left.
 
-Run as a script (`python -P keep.py COMMAND …`) with a pipe as standard input that its starter holds open. It adopts what
-its descendants leave behind (Linux: child subreaper), hands SIGTERM on to the command, and kills every descendant once
-the command has ended or the pipe is closed, which the kernel does however the starter ends.
+Run as a script (`python -P keep.py COMMAND …`) with a pipe as standard input that its starter holds open. It adopts
+what its descendants leave behind (Linux: child subreaper), hands SIGTERM on to the command, and kills every descendant
+once the command has ended or the pipe is closed, which the kernel does however the starter ends.
 """
 
 import contextlib
