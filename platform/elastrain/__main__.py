@@ -126,6 +126,29 @@ def train(
 
 
 @app.command()
+def verify(
+    spec: SpecPath,
+    history: Annotated[str, typer.Option(help="numbers of workers, and kill@N, stop@N, drain@N, node@N at step N")],
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Train undisturbed and through a history of kills and resizes; compare both to the bit."""
+    found: dict[str, Any] = {}
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.elastic.verify import as_text, verify_run
+        from elastrain.spec.document import read_train
+
+        found.update(verify_run(read_train(spec, sets or []), history, say=lambda text: typer.echo(text, err=True)))
+        return found, as_text(found)
+
+    _print(run, as_json=as_json)
+    if not found["equal"]:
+        # Nothing that a user, the data or the machine did may make the two differ: it is a bug of ours.
+        raise ElastrainError(f"the disturbed run came out differently: {found['difference']}; please report it")
+
+
+@app.command()
 def report(
     run_path: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder or URL")], as_json: Json = False
 ) -> None:
