@@ -103,6 +103,14 @@ def staged(url: str) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def remove_staged(url: str) -> None:
+    """Remove what killed writers were staging in a local folder; only for who knows that nobody else writes there."""
+    if is_local(url):
+        for left in local_path(url).glob(".*.tmp"):
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
 def exists(url: str) -> bool:
     """Say whether a file or folder is there; raises StorageError if storage does not answer."""
     if is_local(url):

@@ -26,8 +26,9 @@ from elastrain.elastic.fleet import Fleet
 from elastrain.elastic.history import Resume, begin, prepare, resumable
 from elastrain.elastic.host import RECORDS, Host
 from elastrain.elastic.protocol import Roster
+from elastrain.elastic.script import Script
 from elastrain.elastic.session import embedded_cpus, find_room, fitting, ray_session, reading_resources
-from elastrain.elastic.watch import POLL_S, Script, Watch, WorkerLost
+from elastrain.elastic.watch import POLL_S, Watch, WorkerLost
 from elastrain.errors import Interrupted, ResourceError, ours
 from elastrain.lock import locked
 from elastrain.observe.ledger import Ledger
@@ -188,7 +189,8 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
         },
         launched=time.time(),
     )
-    fleet = Fleet(spec.workers, job.plan.slots, config, spec.name)
+    workers = spec.workers if job.script is None else spec.workers.model_copy(update={"min": most})
+    fleet = Fleet(workers, job.plan.slots, config, spec.name)
     outcome: dict[str, Any] = {"outcome": "failed", "error": "the driver broke off"}
     try:
         started = fleet.start(sizes)
@@ -212,7 +214,7 @@ def _host(job: Job, size: int, first: int) -> Any:
     workers, plan = job.spec.workers, job.plan
     limits = (workers.min, min(workers.max, plan.slots), size)
     if job.script is not None:
-        limits = (job.script.size,) * 3
+        limits = (1, job.script.first, job.script.first)
     roster = Roster(minimum=limits[0], maximum=limits[1], initial=limits[2], lease_s=min(LEASE_S, workers.timeout_s))
     return _actor(
         Host,

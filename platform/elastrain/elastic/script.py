@@ -47,11 +47,15 @@ class Strike:
 
 
 class Script(Protocol):
-    """What happens to a run while it trains; `first` workers begin it."""
+    """What happens to a run while it trains."""
 
     @property
     def first(self) -> int:
         """Workers that make the first generation."""
+
+    @property
+    def wanted(self) -> int:
+        """Workers that are to be there, at work or waiting to be called."""
 
     def act(self, seen: Seen) -> list[Resize]:
         """Do what is due, and return what the run has to do about its size, in order; called at each poll."""

@@ -23,7 +23,7 @@ from elastrain.data.plan import Plan
 from elastrain.elastic.histories import History, parse_history
 from elastrain.elastic.local_cluster import LocalCluster, local_cluster
 from elastrain.elastic.run import Run, train
-from elastrain.elastic.script import Act, Play, Resize, Script, Seen, Strike
+from elastrain.elastic.script import Act, Play, Resize, Seen, Strike
 from elastrain.errors import SpecError
 from elastrain.observe.ledger import read_steps
 from elastrain.observe.progress import duration
@@ -57,6 +57,11 @@ class Stage:
     def first(self) -> int:
         """See `Script.first`."""
         return self.play.history.first
+
+    @property
+    def wanted(self) -> int:
+        """See `Script.wanted`."""
+        return self.play.wanted
 
     def act(self, seen: Seen) -> list[Resize]:
         """See `Script.act`."""
@@ -100,9 +105,9 @@ def verify_run(spec: TrainSpec, history: str, *, say: Callable[[str], None]) -> 
         say(f"starting {nodes} Ray node{'s' if nodes > 1 else ''} on this machine")
         with local_cluster(nodes=nodes, cpus=cpus) as cluster:
             say(f"training undisturbed ({proof.history.first} at a time)")
-            undisturbed = _train(proof.undisturbed, None)
+            undisturbed = train(proof.undisturbed, fresh=True)
             say(f"training through {proof.history}")
-            disturbed = _train(proof.disturbed, Stage(play, cluster))
+            disturbed = train(proof.disturbed, fresh=True, script=Stage(play, cluster))
     if play.left:
         raise SpecError(
             f"the run was over at step {disturbed.step} before it was the turn of {', '.join(map(str, play.left))}: "
@@ -237,12 +242,6 @@ def as_text(found: Mapping[str, Any]) -> str:
         numbers = f"{event['step']:>8} {back:>12} {event['steps_redone']:>8} {event['workers'] or '—':>8}"
         lines.append(f"  {event['event']:<10} {numbers}  {kept}")
     return "\n".join(lines)
-
-
-def _train(spec: TrainSpec, script: Script | None) -> Run:
-    """Train afresh; the seam to the elastic core, which takes the script."""
-    assert script is None or script.first >= 1, "somebody has to begin"
-    return train(spec, fresh=True)
 
 
 def _remarks(spec: TrainSpec, proof: Proof) -> Iterator[str]:

@@ -1,14 +1,16 @@
 """What the driver does while a run runs: look at host and cells, act on what it sees, and show it."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 
 from elastrain.data.plan import Plan
 from elastrain.elastic.fleet import Event, Fleet, Seated, Seen
+from elastrain.elastic.script import Member, Script
+from elastrain.elastic.script import Seen as Sight
 from elastrain.errors import ResourceError, error_named
 from elastrain.observe.progress import LiveLine, Status
 from elastrain.spec.train import WorkersSpec
@@ -24,24 +26,6 @@ class WorkerLost(ResourceError):  # noqa: N818 -- an event: the run starts again
     def __init__(self, message: str, *, step: int = 0, tripped: frozenset[int] = frozenset()) -> None:
         super().__init__(message)
         self.step, self.tripped = step, tripped
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sight:
-    """What a script sees: steps done, the members in rank order and the workers that wait, as (name, node id)."""
-
-    step: int
-    members: Sequence[tuple[str, str]]
-    waiting: Sequence[tuple[str, str]]
-
-
-class Script(Protocol):
-    """Moves a run through a history: it begins with `size` workers, and is asked at each look."""
-
-    size: int
-
-    def act(self, seen: Sight) -> int | None:
-        """Return how many workers are to train from the next step boundary on, None if nothing changes."""
 
 
 @dataclass(kw_only=True)
@@ -88,7 +72,8 @@ class Watch:
             self._asked = True
             self.host.ask_stop.remote()
         remaining = self._speed.remaining_s(self.num_steps - now["step"])
-        seen = Seen(members=members, waiting=len(now["waiting"]), remaining_s=remaining, target=self.workers.max)
+        target = self.workers.max if self.script is None else self.script.wanted
+        seen = Seen(members=members, waiting=len(now["waiting"]), remaining_s=remaining, target=target)
         for event in self.fleet.tend(seen):
             self._note(event)
         if self.script is not None:
@@ -104,10 +89,9 @@ class Watch:
         self.host.event.remote(kind, dict(event.fields))
 
     def _follow(self, script: Script, now: dict[str, Any]) -> None:
-        names = [[(name, node) for name, node, _ in now[kind]] for kind in ("members", "waiting")]
-        size = script.act(Sight(step=now["step"], members=names[0], waiting=names[1]))
-        if size is not None:
-            self.host.resize.remote(size, size)
+        members = [Member(name=name, node=node, pid=int(name.rsplit("-", 1)[1])) for name, node, _ in now["members"]]
+        for size in script.act(Sight(step=now["step"], members=members, waiting=len(now["waiting"]))):
+            self.host.resize.remote(size.minimum, size.maximum)
 
     def _status(self, now: dict[str, Any]) -> Status:
         plan, step, last = self.plan, now["step"], now["last"]

@@ -226,6 +226,7 @@ class StepLog:
         """Remove the lines of steps >= `resume_step`, the latest file first: a kill in between leaves no gap."""
         import pyarrow.compute as pc  # noqa: PLC0415
 
+        storage.remove_staged(self._folder)
         for start in reversed(_ranges(self._folder)):
             if start >= resume_step:
                 storage.remove(self._url(start))
