@@ -67,16 +67,17 @@ def _sum_lines(workers: int, slots: int) -> Iterator[Comparison]:
             other_label="plain sum, all-reduce",
             **given,
         )
-    yield Comparison(
-        measure=f"buffers, {slots} slots",
-        against=f"slots, {slots} slots",
-        unit="gradients",
-        label=f"held at most, {slots} slots, {_named(workers)}",
-        other_label="one a slot",
-        role="limit",
-        target=1.0,
-        **given,
-    )
+    held = {"adding": "held at most while adding"} | ({"all": "the same with the exchange"} if workers > 1 else {})
+    for part, label in held.items():
+        yield Comparison(
+            measure=f"held_{part}, {slots} slots",
+            against=f"slots, {slots} slots",
+            unit="gradients",
+            label=f"{label}, {slots} slots, {_named(workers)}",
+            other_label="one a slot",
+            target=1.0,
+            **given,
+        )
 
 
 def _side(module: str, workers: int, options: dict[str, Any]) -> Side:

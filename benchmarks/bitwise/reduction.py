@@ -51,31 +51,44 @@ class Held(TorchDispatchMode):
 def run(total: SlotSum, slots: range, gradients: list[Tensor], group: Group) -> tuple[float, float]:
     """Add up all slots; return the seconds of all of it, and of the sum over workers alone."""
     start = time.perf_counter()
-    total.begin()
-    for slot, gradient in zip(slots, gradients, strict=True):
-        total.begin_slot(slot)
-        total.buffer.add_(gradient)  # what backward does
+    add(total, slots, gradients)
     folded = time.perf_counter()
     total.reduce(group)
     end = time.perf_counter()
     return end - start, end - folded
 
 
-def gradient(slot: int, floats: int) -> Tensor:
+def add(total: SlotSum, slots: range, gradients: list[Tensor]) -> None:
+    """Do what backward does for each slot."""
+    total.begin()
+    for slot, gradient in zip(slots, gradients, strict=True):
+        total.begin_slot(slot)
+        total.buffer.add_(gradient)
+
+
+def make_gradient(slot: int, floats: int) -> Tensor:
     """Return numbers of a wide range of sizes, so that every other order of adding gives other bits."""
     generator = torch.Generator().manual_seed(slot)
     return torch.randn(floats, generator=generator) * torch.exp(3 * torch.randn(floats, generator=generator))
 
 
-def measure(slots: int, floats: int, group: Group, rounds: int) -> tuple[dict[str, float], int, str]:
+def held_bytes(total: SlotSum, slots: range, gradients: list[Tensor], group: Group) -> dict[str, int]:
+    """Return the most bytes that a sum holds while slots are added, and with what the exchange between workers needs."""
+    with Held() as held:
+        add(total, slots, gradients)
+        adding = held.peak
+        total.reduce(group)
+    return {"adding": adding, "all": held.peak}
+
+
+def measure(slots: int, floats: int, group: Group, rounds: int) -> tuple[dict[str, float], dict[str, int], str]:
     """Return milliseconds of both sums, the most bytes that the tree held, and the digest of its result."""
     mine = slots_of(group.rank, group.size, slots)
-    gradients = [gradient(slot, floats) for slot in mine]
+    gradients = [make_gradient(slot, floats) for slot in mine]
     totals = {name: slot_sum(torch.zeros(floats), slots, consistency) for name, consistency in MODES.items()}
     run(totals["tree"], mine, gradients, group)
     run(totals["plain"], mine, gradients, group)
-    with Held() as held:  # not in the first run: what the tree keeps for the next one belongs to it
-        run(totals["tree"], mine, gradients, group)
+    held = held_bytes(totals["tree"], mine, gradients, group)  # by now it has what it keeps from step to step
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in totals}
     for name in alternating(list(totals), rounds):
         group.all_reduce(torch.zeros(1))  # all begin together
@@ -84,7 +97,8 @@ def measure(slots: int, floats: int, group: Group, rounds: int) -> tuple[dict[st
     for (name, values), (place, part) in itertools.product(taken.items(), enumerate(("all", "sum"))):
         measures[f"{name}_{part}_ms, {slots} slots"] = statistics.median(value[place] for value in values) * 1e3
     result = totals["tree"].buffer.numpy().tobytes()
-    return measures, held.peak, hashlib.sha256(result).hexdigest()
+    peaks = {f"peak_bytes_{part}_{slots}_slots": value for part, value in held.items()}
+    return measures, peaks, hashlib.sha256(result).hexdigest()
 
 
 def work(rank: int, given: dict[str, Any], folder: str) -> tuple[dict[str, float], dict[str, int], str]:
@@ -94,8 +108,8 @@ def work(rank: int, given: dict[str, Any], folder: str) -> tuple[dict[str, float
     group = join(folder, rank, given["workers"])
     measures, peaks, digests = dict[str, float](), dict[str, int](), dict[int, str]()
     for slots in SUM_SLOTS[given["workers"]]:
-        found, peaks[f"peak_bytes_{slots}_slots"], digests[slots] = measure(slots, floats, group, rounds)
-        measures |= found
+        found, held, digests[slots] = measure(slots, floats, group, rounds)
+        measures, peaks = measures | found, peaks | held
     return measures, peaks, digests[8]
 
 
@@ -107,8 +121,10 @@ def main() -> None:
     measures, peaks, digest = ranks[0]
     most = {name: max(rank[1][name] for rank in ranks) for name in peaks}
     for slots in SUM_SLOTS[given["workers"]]:
-        buffers = most[f"peak_bytes_{slots}_slots"] / (4 * given["floats"])
-        measures |= {f"buffers, {slots} slots": buffers, f"slots, {slots} slots": float(slots)}
+        measures[f"slots, {slots} slots"] = float(slots)
+        for part in ("adding", "all"):
+            buffers = most[f"peak_bytes_{part}_{slots}_slots"] / (4 * given["floats"])
+            measures[f"held_{part}, {slots} slots"] = buffers
     finish(measures, {"workers": given["workers"], **most}, digest)
 
 
