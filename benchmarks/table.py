@@ -17,6 +17,7 @@ TITLES = {
     "first_stall_s": "the same, first commit",
     "write_s": "until it is on disk",
     "load_s": "reading it back",
+    "goodput": "goodput",
 }
 
 

@@ -1,4 +1,4 @@
-"""What the same bits at any number of workers cost: `consistency: bitwise` over `sample`, and the two sums by themselves.
+"""What the same bits at any number of workers cost: `consistency: bitwise` over `sample`, and both sums by themselves.
 
 Both modes take turns in the same processes. All numbers of workers must come to the same weights, or the case fails.
 """
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bitwise.sizes import SUM_SLOTS, cells
+from benchmarks.bitwise.sizes import SUM_SLOTS, points
 from benchmarks.harness import Case, Comparison, Series, Side
 
 FLOATS, SMALL_FLOATS = 2_000_000, 10_000
@@ -33,18 +33,18 @@ def _steps(model: str, workers: tuple[int, ...], *, small: bool) -> Series:
 
 def _curve(workers: int, *, small: bool) -> Iterator[Comparison]:
     """Yield the lines of one number of workers; the target is for those that divide the slots."""
-    for cell in cells(workers, small=small):
+    for point in points(workers, small=small):
         yield Comparison(
-            measure=cell.named("bitwise_us"),
-            against=cell.named("sample_us"),
+            measure=point.named("bitwise_us"),
+            against=point.named("sample_us"),
             unit="µs",
             better="less",
             ours=_named(workers),
             other=_named(workers),
-            label=f"a step of {cell.slots} slots of {cell.rows} rows, {_named(workers)}",
+            label=f"a step of {point.slots} slots of {point.rows} rows, {_named(workers)}",
             other_label="sample",
-            target=None if cell.slots % workers else MOST,
-            where=(cell.named("share"), SMALL_SHARE, "all-reduce's share"),
+            target=None if point.slots % workers else MOST,
+            where=(point.named("share"), SMALL_SHARE, "all-reduce's share"),
         )
 
 
@@ -91,4 +91,6 @@ def _side(module: str, workers: int, options: dict[str, Any]) -> Side:
 
 
 def _named(workers: int) -> str:
-    return f"{workers} workers" if workers == 2 else "1 worker" if workers == 1 else f"{workers} workers, oversubscribed"
+    return (
+        f"{workers} workers" if workers == 2 else "1 worker" if workers == 1 else f"{workers} workers, oversubscribed"
+    )

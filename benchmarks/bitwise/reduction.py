@@ -31,11 +31,11 @@ class Held(TorchDispatchMode):
     """Counts the bytes of the tensors that operations have made and that are still held; `peak` is the most at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._made: list[ref[Tensor]] = []
         self.peak = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: PLW3201 -- torch's name
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do what was asked for, and count."""
         del types
         result = func(*args, **(kwargs or {}))
@@ -73,7 +73,7 @@ def make_gradient(slot: int, floats: int) -> Tensor:
 
 
 def held_bytes(total: SlotSum, slots: range, gradients: list[Tensor], group: Group) -> dict[str, int]:
-    """Return the most bytes that a sum holds while slots are added, and with what the exchange between workers needs."""
+    """Return the most bytes that a sum holds while slots are added, and with the exchange between workers."""
     with Held() as held:
         add(total, slots, gradients)
         adding = held.peak

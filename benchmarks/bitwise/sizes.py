@@ -1,4 +1,4 @@
-"""Which sizes of a step are measured, and how long; the same at any number of workers, so that digests may be compared."""
+"""Which sizes of a step are measured, and how long: the same at any number of workers, so that digests compare."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ FEWEST_SLOTS = 3  # sizes with fewer cannot be shared by all numbers of workers,
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class Point:
     """One point of the curve: a step of `slots` micro-batches of `rows` rows each."""
 
     slots: int
@@ -27,8 +27,8 @@ class Cell:
         return min(100, max(1, TURN_ROWS[model] // (self.slots * self.rows)))
 
 
-def cells(workers: int, *, small: bool) -> Iterator[Cell]:
+def points(workers: int, *, small: bool) -> Iterator[Point]:
     """Yield the sizes that so many workers can share."""
     for slots in SMALL_SLOTS if small else SLOTS:
         if slots >= workers:
-            yield from (Cell(slots, rows) for rows in (SMALL_ROWS if small else ROWS))
+            yield from (Point(slots, rows) for rows in (SMALL_ROWS if small else ROWS))

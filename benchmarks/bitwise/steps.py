@@ -12,7 +12,7 @@ import time
 from typing import Any, Literal
 
 import torch
-from benchmarks.bitwise.sizes import FEWEST_SLOTS, ROUNDS, SMALL_ROUNDS, WARM_STEPS, Cell, cells
+from benchmarks.bitwise.sizes import FEWEST_SLOTS, ROUNDS, SMALL_ROUNDS, WARM_STEPS, Point, points
 from benchmarks.loop.ours import MemoryFeed, join
 from benchmarks.loop.work import Size, work_of
 from benchmarks.script import finish, in_ranks, options
@@ -35,12 +35,12 @@ EPOCH_STEPS = 4
 class Trainee:
     """One worker's half of a run in one mode."""
 
-    def __init__(self, mode: Mode, model: str, cell: Cell, group: Group, steps: int) -> None:
-        batch = cell.slots * cell.rows
-        size = Size(held=EPOCH_STEPS * batch, rows=batch, slots=cell.slots, workers=group.size, steps=steps)
+    def __init__(self, mode: Mode, model: str, point: Point, group: Group, steps: int) -> None:
+        batch = point.slots * point.rows
+        size = Size(held=EPOCH_STEPS * batch, rows=batch, slots=point.slots, workers=group.size, steps=steps)
         work, device = work_of(model, size, mode), torch.device("cpu")
         self._mode, self._group, self._steps = mode, group, steps
-        self._slots = slots_of(group.rank, group.size, cell.slots)
+        self._slots = slots_of(group.rank, group.size, point.slots)
         self._batches = Batches(MemoryFeed(work, self._slots, steps), work.plan, device)
         self._clock = Clock()
         self.state = TrainState(work.spec, make_task(work.spec, work.dataset), device)
@@ -71,10 +71,12 @@ def _meet(group: Group) -> None:
     group.all_reduce(torch.zeros(1))
 
 
-def measure(model: str, cell: Cell, group: Group, rounds: int) -> tuple[dict[str, float], str]:
-    """Return microseconds a step in both modes and of one plain all-reduce of the same buffer; and bitwise's weights."""
-    turn = cell.turn(model)
-    trainees = {mode: Trainee(mode, model, cell, group, WARM_STEPS + turn * rounds) for mode in MODES}
+def measure(model: str, point: Point, group: Group, rounds: int) -> tuple[dict[str, float], str]:
+    """Return microseconds a step in both modes, a plain all-reduce's share of it, and the digest of bitwise's weights."""
+    turn = point.turn(model)
+    trainees: dict[str, Trainee] = {
+        mode: Trainee(mode, model, point, group, WARM_STEPS + turn * rounds) for mode in MODES
+    }
     for trainee in trainees.values():
         trainee.turn(WARM_STEPS)
     taken: dict[str, list[float]] = {mode: [] for mode in MODES}
@@ -85,8 +87,8 @@ def measure(model: str, cell: Cell, group: Group, rounds: int) -> tuple[dict[str
             reduce.append(all_reduce_s(group, trainees["sample"]))
     micros = {mode: statistics.median(values) * 1e6 for mode, values in taken.items()}
     share = statistics.median(reduce) * 1e6 / micros["sample"]
-    found = {cell.named(f"{mode}_us"): value for mode, value in micros.items()}
-    return {**found, cell.named("share"): share}, digest(trainees["bitwise"].state.model.state_dict())
+    found = {point.named(f"{mode}_us"): value for mode, value in micros.items()}
+    return {**found, point.named("share"): share}, digest(trainees["bitwise"].state.model.state_dict())
 
 
 def all_reduce_s(group: Group, trainee: Trainee, times: int = 5) -> float:
@@ -109,11 +111,11 @@ def work(rank: int, given: dict[str, Any], folder: str) -> tuple[dict[str, float
     small = bool(given["small"])
     group = join(folder, rank, given["workers"])
     total, measures, count = hashlib.sha256(), dict[str, float](), 0
-    for cell in cells(given["workers"], small=small):
-        found, weights = measure(given["model"], cell, group, SMALL_ROUNDS if small else ROUNDS)
+    for point in points(given["workers"], small=small):
+        found, weights = measure(given["model"], point, group, SMALL_ROUNDS if small else ROUNDS)
         measures |= found
         count += 1
-        if cell.slots >= FEWEST_SLOTS:
+        if point.slots >= FEWEST_SLOTS:
             total.update(weights.encode())
     return measures, total.hexdigest(), count
 

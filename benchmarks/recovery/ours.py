@@ -1,7 +1,8 @@
 """Ours: `elastrain train` as a command, a worker of which is killed; steps are read from the run's metrics.
 
-The metrics on disk are about a second behind. Where a run goes on from a checkpoint they are cut back to it, so they are
-looked at all the time, and a step that was done again is known by its second end.
+The metrics on disk are about a second behind. Where a run goes on from a checkpoint they are cut back to it, so they
+are looked at all the time, and a step that was done again is known by its second end; the last half second before a
+kill may never have been reported then.
 """
 
 import sys
@@ -80,24 +81,20 @@ def write_spec(folder: Path, given: dict[str, Any]) -> Path:
     return path
 
 
-def joined(records: Iterable[Record], kill: float, workers: int) -> int | None:
-    """Return the first step after a kill that had more workers than the one before; None if there is none.
-
-    Workers grow where a `resize` tells of more than what the loss had left.
-    """
-    counts = [workers - 1]
-    for record in records:
-        if record["kind"] == "resize" and record["t"] > kill and isinstance(record.get("workers"), int):
-            if record["workers"] > counts[-1]:
-                return int(record["step"])
-            counts.append(record["workers"])
-    return None
+def joined(records: Iterable[Record], kill: float) -> int | None:
+    """Return the first step after a kill that had more workers than the one before; None if there is none."""
+    grown = (
+        int(record["step"])
+        for record in records
+        if record["kind"] == "resize" and record["t"] > kill and record.get("workers", 0) > record.get("before", 0)
+    )
+    return next(grown, None)
 
 
-def watch_join(watch: Watch, ours: Ours, kill: float, workers: int) -> dict[str, float]:
+def watch_join(watch: Watch, ours: Ours, kill: float) -> dict[str, float]:
     """Wait for the replacement; return the pause of its join, nothing where the run started all workers again."""
     deadline = time.monotonic() + JOIN_S
-    while (step := joined(ours.records(), kill, workers)) is None:
+    while (step := joined(ours.records(), kill)) is None:
         if time.monotonic() > deadline or any(record["kind"] == "restart" for record in ours.records()):
             return {}
         watch.look()
@@ -125,7 +122,7 @@ def main() -> None:
                 measures = soak(watch, given)
             else:
                 kill, measures = kill_one(watch, given["workers"])
-                measures |= watch_join(watch, ours, kill, given["workers"])
+                measures |= watch_join(watch, ours, kill)
                 measures |= told(ours.report(), kill)
         finally:
             ours.command.end()
