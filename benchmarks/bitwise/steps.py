@@ -72,7 +72,7 @@ def _meet(group: Group) -> None:
 
 
 def measure(model: str, point: Point, group: Group, rounds: int) -> tuple[dict[str, float], str]:
-    """Return microseconds a step in both modes, a plain all-reduce's share of it, and the digest of bitwise's weights."""
+    """Return microseconds a step in both modes, plain all-reduce's share, and the digest of bitwise's weights."""
     turn = point.turn(model)
     trainees: dict[str, Trainee] = {
         mode: Trainee(mode, model, point, group, WARM_STEPS + turn * rounds) for mode in MODES

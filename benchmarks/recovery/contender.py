@@ -32,22 +32,23 @@ class Command:
 
     def __init__(self, arguments: Sequence[str], folder: Path) -> None:
         given = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        self._errors = (folder / "stderr").open("w+")
-        self._process = subprocess.Popen(
-            arguments,
-            cwd=folder,
-            env={**given, "RAY_TMPDIR": str(folder)},
-            stdout=subprocess.DEVNULL,
-            stderr=self._errors,
-            start_new_session=True,
-        )
+        self._errors = folder / "stderr"
+        with self._errors.open("w") as errors:
+            self._process = subprocess.Popen(
+                arguments,
+                cwd=folder,
+                env={**given, "RAY_TMPDIR": str(folder)},
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,
+            )
         self._seen: dict[int, int] = {}
 
     def look(self) -> dict[int, int]:
         """Return the processes below the command, and remember them; raises SystemExit if it has ended by itself."""
         if self._process.poll() is not None:
-            self._errors.seek(0)
-            raise SystemExit(f"the command ended with {self._process.returncode}\n{self._errors.read()[-4000:]}")
+            said = self._errors.read_text(errors="replace")[-4000:]
+            raise SystemExit(f"the command ended with {self._process.returncode}\n{said}")
         found = descendants(self._process.pid)
         self._seen |= found
         return found
@@ -76,4 +77,3 @@ class Command:
             if time.monotonic() > deadline:
                 raise SystemExit(f"processes {left} do not end")
             time.sleep(0.1)
-        self._errors.close()
