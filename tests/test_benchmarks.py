@@ -144,6 +144,7 @@ def test_a_recovery_ends_with_a_step_that_was_not_done_before() -> None:
     in_place = Timeline([(0, 1.0), (1, 2.0), (2, 3.0), (3, 3.9), (4, 4.9)])
     assert in_place.recovery_s(3.5) == pytest.approx(0.4)
     assert (in_place.done(3.5), in_place.redone(), in_place.lost()) == (2, 0, 0)
+    assert in_place.recovery_s(3.895) == pytest.approx(1.005), "step 3 was as good as done"
     restarted = Timeline([(0, 1.0), (1, 2.0), (2, 3.0)])
     restarted.add([(1, 2.0), (1, 13.0)])  # seen before, and done again
     assert restarted.recovery_s(3.5) is None

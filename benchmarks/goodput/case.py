@@ -10,7 +10,8 @@ from benchmarks.harness import Case, Comparison, Series
 from benchmarks.recovery.case import contenders
 
 LONG = True
-GIVEN = {"workers": 4, "every_s": 20.0, "window_s": 180.0}
+# Of twelve slots three workers hold four each where four hold three; of four slots one of three would hold two.
+GIVEN = {"workers": 4, "slots": 12, "every_s": 20.0, "window_s": 180.0}
 SMALL = {"workers": 2, "every_s": 4.0, "window_s": 8.0}
 LIMIT_S = 600.0
 

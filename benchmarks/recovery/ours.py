@@ -62,13 +62,17 @@ class Ours:
 
 
 def write_spec(folder: Path, given: dict[str, Any]) -> Path:
-    """Write the spec of a run that is longer than the case; return its path."""
+    """Write the spec of a run that is longer than the case; return its path.
+
+    However many slots there are, those of one of all workers sleep `forward_s` together.
+    """
+    slots = given.get("slots", given["workers"])
     spec = {
         "kind": "train",
         "name": NAME,
         "task": str(ROOT / "benchmarks" / "recovery" / "task.py") + ":Sleepy",
-        "task_args": {"forward_s": given["forward_s"]},
-        "data": {"train": f"{given['data']}/train", "global_batch": BATCH, "slots": given["workers"]},
+        "task_args": {"forward_s": given["forward_s"] * given["workers"] / slots},
+        "data": {"train": f"{given['data']}/train", "global_batch": BATCH, "slots": slots},
         "optimizer": {"name": "adamw", "lr": 0.001},
         "budget": {"steps": 100_000},
         "workers": {"min": 1, "max": given["workers"]},

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 NEAR_STEPS = 5  # on both sides of a join
+UNDER_WAY_S = 0.01  # a step whose sum had gone through when a worker died still ends: that is no recovery
 
 
 class Timeline:
@@ -32,7 +33,7 @@ class Timeline:
 
     def recovery_s(self, kill: float) -> float | None:
         """Return the seconds from a kill to the end of the first step not done before; None if there is none yet."""
-        before = self.done(kill)
+        before = self.done(kill + UNDER_WAY_S)
         return min((min(ends) - kill for step, ends in self._ends.items() if step > before), default=None)
 
     def redone(self) -> int:
