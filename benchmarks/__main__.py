@@ -20,17 +20,26 @@ def cases() -> list[str]:
     return sorted(path.parent.name for path in HERE.glob("*/case.py"))
 
 
+def short_cases() -> list[str]:
+    """Return the cases of a call without names: all whose case.py does not say LONG."""
+    return [name for name in cases() if not getattr(_module(name), "LONG", False)]
+
+
 def load_case(name: str, *, work: Path, small: bool) -> Case:
     """Return a case, its data made in `work` where they are not there yet."""
-    case: Case = importlib.import_module(f"benchmarks.{name}.case").make(work, small=small)
+    case: Case = _module(name).make(work, small=small)
     return case
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"benchmarks.{name}.case")
 
 
 def main() -> int:
     """Run what the command line asks for; return the exit code: 0, 1 if a side failed or did other work."""
     given = _parse()
     results: list[dict[str, Any]] = []
-    for name in given.cases or cases():
+    for name in given.cases or short_cases():
         case = load_case(name, work=given.work, small=given.small)
         try:
             result = run_case(case, pairs=given.pairs, say=lambda line: print(line, file=sys.stderr, flush=True))
@@ -48,7 +57,12 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="ours, the peers and the physical limit")
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"one or more of {', '.join(cases())}; all if none")
+    parser.add_argument(
+        "cases",
+        nargs="*",
+        metavar="CASE",
+        help=f"one or more of {', '.join(cases())}; without a name all but the long ones",
+    )
     parser.add_argument("--pairs", type=int, default=6, help="runs of each side (default 6)")
     parser.add_argument("--small", action="store_true", help="sizes for a test of the benchmarks themselves")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")

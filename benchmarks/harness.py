@@ -37,6 +37,7 @@ class Side:
     module: str
     options: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    limit_s: float = RUN_LIMIT_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,10 @@ class Comparison:
 
     `kind` ratio: ours / other; difference: ours − other. `target` is a bound on that, met from above where more is
     better and from below where less is; None where the line only informs. `role` says what the other side is.
+
+    One process may hold both sides, in turns too short for a process each: `against` is then the other's measure, and
+    `label` and `other_label` are what the table calls the two. `where` is (measure of ours, bound, what it is): the
+    target stands only where the measure's median is at most the bound.
     """
 
     measure: str
@@ -55,6 +60,10 @@ class Comparison:
     kind: Literal["ratio", "difference"] = "ratio"
     target: float | None = None
     role: Literal["limit", "peer"] = "peer"
+    against: str = ""
+    label: str = ""
+    other_label: str = ""
+    where: tuple[str, float, str] | None = None
 
     def met(self, value: float) -> bool | None:
         """Say whether a value meets the target; None without one."""
@@ -128,10 +137,10 @@ def run_side(side: Side) -> dict[str, Any]:
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=RUN_LIMIT_S)
+        out, err = process.communicate(timeout=side.limit_s)
     except subprocess.TimeoutExpired as error:
         os.killpg(process.pid, signal.SIGKILL)
-        raise BenchmarkError(f"{side.name}: no end after {RUN_LIMIT_S:g} s") from error
+        raise BenchmarkError(f"{side.name}: no end after {side.limit_s:g} s") from error
     wall_s = time.time() - start
     try:
         result: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
@@ -165,17 +174,25 @@ def _same_work(series: Series, runs: Mapping[str, list[dict[str, Any]]]) -> None
 
 
 def _compare(comparison: Comparison, runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    ours, others = ([r["measures"][comparison.measure] for r in runs[n]] for n in (comparison.ours, comparison.other))
+    """Return a line with its figures; they are None where a run did not come to what the line measures."""
+    ours = _values(runs[comparison.ours], comparison.measure)
+    others = _values(runs[comparison.other], comparison.against or comparison.measure)
+    line = {**asdict(comparison), "ours_median": _middle(ours), "other_median": _middle(others)}
+    if ours is None or others is None:
+        return {**line, "estimate": None, "spread": None, "met": None, "found": None}
     estimate = (stats.median_ratio if comparison.kind == "ratio" else stats.median_difference)(ours, others)
-    return {
-        **asdict(comparison),
-        "ours_median": _middle(ours),
-        "other_median": _middle(others),
-        "estimate": asdict(estimate),
-        "spread": stats.spread(others),
-        "met": comparison.met(estimate.value),
-    }
+    met, found = comparison.met(estimate.value), None
+    if comparison.where is not None:
+        found = _middle(_values(runs[comparison.ours], comparison.where[0]))
+        met = met if found is not None and found <= comparison.where[1] else None
+    return {**line, "estimate": asdict(estimate), "spread": stats.spread(others), "met": met, "found": found}
 
 
-def _middle(values: list[float]) -> float:
-    return stats.median_difference(values, [0.0] * len(values)).value
+def _values(runs: list[dict[str, Any]], measure: str) -> list[float] | None:
+    """Return a measure of all runs; None if one of them lacks it."""
+    values = [run["measures"].get(measure) for run in runs]
+    return None if None in values else values
+
+
+def _middle(values: list[float] | None) -> float | None:
+    return None if values is None else stats.median_difference(values, [0.0] * len(values)).value

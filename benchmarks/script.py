@@ -24,18 +24,33 @@ def finish(measures: Mapping[str, float], counters: Mapping[str, int], digest: s
 
 def tree_cpu_s(root: int) -> float:
     """Return the processor seconds of a process and all below it, ended children that were waited for included."""
-    parents: dict[int, int] = {}
-    spent: dict[int, float] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal():
-            continue
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # ended meanwhile
-        parents[int(entry.name)] = int(fields[1])
-        spent[int(entry.name)] = sum(int(value) for value in fields[11:15]) * TICK_S
-    return sum(seconds for pid, seconds in spent.items() if _is_below(pid, root, parents))
+    return sum(sum(int(value) for value in fields[11:15]) * TICK_S for fields in _tree(root).values())
+
+
+def descendants(root: int) -> dict[int, int]:
+    """Return the processes below one, each with the tick of its start, by which it is told from a later one."""
+    return {pid: int(fields[19]) for pid, fields in _tree(root).items() if pid != root}
+
+
+def lives(pid: int, started: int) -> bool:
+    """Say whether a process that was found by `descendants` is still running; a zombie is not."""
+    fields = _stat(pid)
+    return fields is not None and int(fields[19]) == started and fields[0] != "Z"
+
+
+def _tree(root: int) -> dict[int, list[str]]:
+    """Return what the kernel says of a process and all below it, from its state on."""
+    found = {int(entry.name): _stat(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdecimal()}
+    stats = {pid: fields for pid, fields in found.items() if fields is not None}
+    parents = {pid: int(fields[1]) for pid, fields in stats.items()}
+    return {pid: fields for pid, fields in stats.items() if _is_below(pid, root, parents)}
+
+
+def _stat(pid: int) -> list[str] | None:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None  # ended meanwhile
 
 
 def _is_below(pid: int, root: int, parents: Mapping[int, int]) -> bool:

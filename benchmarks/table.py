@@ -5,6 +5,7 @@ from typing import Any
 
 HEAD = ("Series", "Measure", "Ours", "Other", "Value", "Ours against it (95 %)", "Target", "")
 
+BOUNDS = {"more": "≥", "less": "≤"}
 TITLES = {
     "rows_per_s": "steady rate",
     "cpu_s_per_million_rows": "processor time a million rows",
@@ -16,6 +17,7 @@ TITLES = {
     "first_stall_s": "the same, first commit",
     "write_s": "until it is on disk",
     "load_s": "reading it back",
+    "goodput": "goodput",
 }
 
 
@@ -32,29 +34,48 @@ def _rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _row(title: str, line: Mapping[str, Any]) -> tuple[str, ...]:
-    estimate = line["estimate"]
-    low, value, high = (number(estimate[key]) for key in ("low", "value", "high"))
-    sign, unit = ("×", "") if line["kind"] == "ratio" else ("", f" {line['unit']}")
-    bound = "≥" if line["better"] == "more" else "≤"
+    measure = line["label"] or TITLES.get(line["measure"], line["measure"].rpartition("_")[0])
+    other = line["other_label"] or line["other"]
     return (
         title,
-        f"{TITLES.get(line['measure'], line['measure'].rpartition('_')[0])}, {line['unit']}",
+        f"{measure}, {line['unit']}",
         number(line["ours_median"]),
-        f"{line['other']} ({line['role']})" if line["role"] == "limit" else line["other"],
+        f"{other} (limit)" if line["role"] == "limit" else other,
         number(line["other_median"]),
-        f"{value}{sign}{unit} ({low}–{high})",
-        "" if line["target"] is None else f"{bound} {number(line['target'])}{sign}{unit}",
+        _value(line),
+        _target(line),
         {True: "met", False: "**missed**", None: ""}[line["met"]],
     )
 
 
-def number(value: float) -> str:
+def _value(line: Mapping[str, Any]) -> str:
+    if line["estimate"] is None:
+        return "not measured"
+    low, value, high = (number(line["estimate"][key]) for key in ("low", "value", "high"))
+    return f"{value}{_unit(line)} ({low}–{high})"
+
+
+def _target(line: Mapping[str, Any]) -> str:
+    """Return the bound, and where it stands only under a condition, that and what was found of it."""
+    bound = "" if line["target"] is None else f"{BOUNDS[line['better']]} {number(line['target'])}{_unit(line)}"
+    if line["where"] is None:
+        return bound
+    _, most, what = line["where"]
+    found = f"{what} {number(line['found'])}"
+    return f"{bound} if {found} ≤ {number(most)}" if bound else found
+
+
+def _unit(line: Mapping[str, Any]) -> str:
+    return "×" if line["kind"] == "ratio" else f" {line['unit']}"
+
+
+def number(value: float | None) -> str:
     """Return a number with three digits that count.
 
     >>> [number(x) for x in (1234567.0, 12.345, 0.012345, 0.0)]
     ['1,230,000', '12.3', '0.0123', '0']
     """
-    if not value or value != value:
-        return "0" if not value else "–"
+    if value is None or value != value:
+        return "–"
     size = f"{value:.3g}"
     return f"{float(size):,.0f}" if abs(value) >= 100 else f"{float(size):g}"

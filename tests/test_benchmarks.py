@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +87,113 @@ def test_the_table_shows_losses() -> None:
     assert "| c: s | time, s | 2 | peer | 1 | 2× (2–2) | ≤ 1× | **missed** |" in text
 
 
+def test_one_process_may_hold_both_sides_and_a_target_may_have_a_condition() -> None:
+    from benchmarks import harness, table
+
+    def line(most: float) -> harness.Comparison:
+        return harness.Comparison(
+            measure="new_us",
+            against="old_us",
+            unit="µs",
+            better="less",
+            other="ours",
+            label="a step",
+            other_label="old",
+            target=1.1,
+            where=("share", most, "its share"),
+        )
+
+    runs = {"ours": [{"measures": {"new_us": 3.0, "old_us": 2.0, "share": 0.04}}]}
+    stands, falls = (harness._compare(line(most), runs) for most in (0.05, 0.03))
+    assert (stands["met"], falls["met"]) == (False, None)
+    text = table.markdown([{"case": "c", "series": [{"series": "s", "comparisons": [stands, falls]}]}])
+    found = "| c: s | a step, µs | 3 | old | 2 | 1.5× (1.5–1.5) | ≤ 1.1× if its share 0.04 ≤"
+    assert f"{found} 0.05 | **missed** |" in text
+    assert f"{found} 0.03 |  |" in text
+
+
+def test_what_a_run_did_not_come_to_is_said_to_be_not_measured() -> None:
+    from benchmarks import harness, table
+
+    line = harness.Comparison(measure="other_s", unit="s", better="less", other="peer", target=1.0)
+    compared = harness._compare(line, {"ours": [run(2.0)], "peer": [run(1.0)]})
+    json.dumps(compared, allow_nan=False)
+    text = table.markdown([{"case": "c", "series": [{"series": "s", "comparisons": [compared]}]}])
+    assert "| – | peer | – | not measured | ≤ 1× |  |" in text
+
+
+def test_a_case_that_takes_long_is_asked_for_by_name() -> None:
+    from benchmarks.__main__ import cases, short_cases
+
+    assert set(cases()) - set(short_cases()) == {"goodput"}
+
+
 def test_a_failing_side_is_named_with_its_error() -> None:
     from benchmarks import harness
 
     with pytest.raises(harness.BenchmarkError, match=r"broken: exit 1(.|\n)*No module named benchmarks\.nothing"):
         harness.run_side(harness.Side(name="broken", module="benchmarks.nothing"))
+
+
+# --- what a kill cost
+
+
+def test_a_recovery_ends_with_a_step_that_was_not_done_before() -> None:
+    from benchmarks.recovery.timeline import Timeline
+
+    in_place = Timeline([(0, 1.0), (1, 2.0), (2, 3.0), (3, 3.9), (4, 4.9)])
+    assert in_place.recovery_s(3.5) == pytest.approx(0.4)
+    assert (in_place.done(3.5), in_place.redone(), in_place.lost()) == (2, 0, 0)
+    assert in_place.recovery_s(3.895) == pytest.approx(1.005), "step 3 was as good as done"
+    restarted = Timeline([(0, 1.0), (1, 2.0), (2, 3.0)])
+    restarted.add([(1, 2.0), (1, 13.0)])  # seen before, and done again
+    assert restarted.recovery_s(3.5) is None
+    restarted.add([(2, 14.0), (3, 15.0), (5, 17.0)])
+    assert restarted.recovery_s(3.5) == pytest.approx(11.5)
+    assert (restarted.redone(), restarted.lost()) == (2, 1)
+    assert restarted.counted(2.5, 15.0) == 2, "a step counts when it was first done"
+    assert restarted.step_s(0.0, 3.0) == pytest.approx(1.0)
+
+
+def test_the_pause_of_a_join_is_what_is_longer_than_usual_on_its_side() -> None:
+    from benchmarks.recovery.timeline import Timeline
+
+    slow, fast = [0.1 * step for step in range(20)], [1.9 + 0.04 + 0.05 * step for step in range(1, 20)]
+    ends = list(enumerate(slow + fast))
+    assert Timeline(ends).join_pause_s(20) == pytest.approx(0.04)
+    assert Timeline(ends).join_pause_s(37) is None, "too few steps after it"
+
+
+def test_a_join_is_a_resize_after_the_kill_with_more_workers_than_before() -> None:
+    from benchmarks.recovery.ours import joined, told
+
+    shrunk = {"kind": "resize", "t": 6.0, "step": 50, "before": 2, "workers": 1}
+    grown = {"kind": "resize", "t": 9.0, "step": 70, "before": 1, "workers": 2}
+    assert joined([{**grown, "t": 4.0}, shrunk], 5.0) is None
+    assert joined([shrunk, grown], 5.0) == 70
+    lost = {"kind": "worker_lost", "t": 5.4, "recovery_s": 0.4, "steps_redone": 0, "detect_s": 0.1, "state_s": 0.0}
+    assert told({"events": [{**lost, "t": 1.0}, lost]}, 5.0) == {
+        "told_recovery_s": 0.4,
+        "told_detect_s": 0.1,
+        "told_state_s": 1e-6,
+    }
+
+
+def test_only_what_a_command_has_started_is_killed_and_nothing_of_it_is_left(tmp_path: Path) -> None:
+    from benchmarks.recovery.contender import Command
+    from benchmarks.script import lives
+
+    code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    command = Command([sys.executable, "-c", f"{code}; time.sleep(60)"], tmp_path)
+    while not (found := command.look()):
+        time.sleep(0.01)
+    (child,) = found.items()
+    with pytest.raises(AssertionError, match="not a process of this command"):
+        command.kill(os.getpid())
+    command.end()
+    assert not lives(*child)
+    with pytest.raises(SystemExit, match="the command ended with -15"):
+        command.look()
 
 
 # --- the cases
@@ -149,3 +253,38 @@ def test_checkpoint_saves_the_same_bytes_on_all_sides(tmp_path: Path) -> None:
     assert len({json.dumps(side["counters"], sort_keys=True) for side in series.values()}) == 1
     assert series["ours"]["counters"]["bytes"] > 12e6
     assert series["ours"]["measures"]["stall_s"] < series["ours"]["measures"]["write_s"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_bitwise_comes_to_the_same_bits_at_any_number_of_workers(tmp_path: Path) -> None:
+    series = small("bitwise", tmp_path)
+    for sides in series.values():
+        assert len({side["digest"] for side in sides.values()}) == 1
+        assert {name: side["counters"]["workers"] for name, side in sides.items()} == {"1 worker": 1, "2 workers": 2}
+    gradient_bytes, sums = 4 * 10_000, series["sum of 10,000 floats"]
+    assert sums["1 worker"]["counters"]["peak_bytes_adding_8_slots"] == 4 * gradient_bytes, "the buffer and log2(8)"
+    assert sums["2 workers"]["counters"]["peak_bytes_adding_24_slots"] == 5 * gradient_bytes
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_recovery_goes_on_after_a_kill_on_all_sides(tmp_path: Path) -> None:
+    (series,) = small("recovery", tmp_path).values()
+    for side in series.values():
+        assert 0 < side["measures"]["recovery_s"] < 120
+        assert side["measures"]["steps_lost"] == 0
+        assert 0.05 <= side["measures"]["step_s"] < 0.5
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_goodput_counts_the_steps_of_a_window_with_a_kill(tmp_path: Path) -> None:
+    (series,) = small("goodput", tmp_path).values()
+    for side in series.values():
+        measures = side["measures"]
+        assert measures["kills"] == 1
+        assert measures["window_steps"] > 0
+        assert 0 < measures["goodput"] < 1.2

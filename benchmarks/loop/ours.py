@@ -1,5 +1,6 @@
 """Ours: `training.loop.Loop` on blocks in memory; two workers are two processes over gloo, without Ray."""
 
+import itertools
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,9 +28,9 @@ INDEX = (EPOCH, STEP, SLOT, ROW)
 class MemoryFeed:
     """Blocks made before the training starts."""
 
-    def __init__(self, work: Work, slot: int, steps: int) -> None:
+    def __init__(self, work: Work, slots: Sequence[int], steps: int) -> None:
         self._blocks: dict[tuple[int, int], dict[str, Array]] = {}
-        for block in range(work.plan.block_of(steps - 1) + 1):
+        for slot, block in itertools.product(slots, range(work.plan.block_of(steps - 1) + 1)):
             rows = work.plan.block(slot, block).rows(0, steps)
             index: dict[str, Array] = {
                 "epoch": rows.epoch,
@@ -125,7 +126,7 @@ def train(rank: int, given: dict[str, Any], folder: str) -> list[tuple[float, ..
         num_steps=steps,
         run_url=folder,
         state=state,
-        feed=MemoryFeed(work, rank, steps),
+        feed=MemoryFeed(work, [rank], steps),
         seat=FixedSeat(group),
         recorder=lines,
         clock=Clock(),

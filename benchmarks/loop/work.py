@@ -4,6 +4,7 @@ import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,34 +34,51 @@ class Work:
     plan: Plan
 
 
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much work: rows in the data, rows and slots of a step, steps, and the workers that share them."""
+
+    held: int
+    rows: int
+    slots: int
+    workers: int
+    steps: int
+
+
 def make_work(model: str, workers: int, steps: int) -> Work:
     """Return the work of `gpt` (about 10 ms a step on one core) or `mlp` (under 1 ms), one slot a worker."""
+    held, rows = (2048, 7) if model == "gpt" else (4096, 32)
+    return work_of(model, Size(held=held, rows=rows * workers, slots=workers, workers=workers, steps=steps))
+
+
+def work_of(model: str, size: Size, consistency: Literal["sample", "bitwise"] = "sample") -> Work:
+    """Return the work of a model in a size; `held` rows are cut into four row groups."""
     generator = np.random.default_rng(SEED)
     arrays: dict[str, Array]
     if model == "gpt":
-        tokens = generator.integers(0, 256, (2048, 65)).astype(np.uint16)
-        arrays, rows, args, task = {"tokens": tokens}, 7, GPT, "tiny_gpt/task.py:TinyGPT"
+        tokens = generator.integers(0, 256, (size.held, 65)).astype(np.uint16)
+        arrays, args, task = {"tokens": tokens}, GPT, "tiny_gpt/task.py:TinyGPT"
         columns = [Column(name="tokens", dtype="uint16", shape=(65,), num_values=256)]
     else:
-        image = generator.integers(0, 17, (4096, 8, 8)).astype(np.uint8)
-        label = generator.integers(0, 10, 4096).astype(np.uint8)
-        arrays, rows, args, task = {"image": image, "label": label}, 32, {"hidden": 128}, "digits_mlp/task.py:DigitsMLP"
+        image = generator.integers(0, 17, (size.held, 8, 8)).astype(np.uint8)
+        label = generator.integers(0, 10, size.held).astype(np.uint8)
+        arrays, args, task = {"image": image, "label": label}, {"hidden": 128}, "digits_mlp/task.py:DigitsMLP"
         columns = [Column(name="image", dtype="uint8", shape=(8, 8), num_values=17)]
         columns.append(Column(name="label", dtype="uint8", shape=(), num_values=10))
-    held = len(next(iter(arrays.values())))
-    shard = Shard(path="memory", size_bytes=0, row_groups=(held // 4,) * 4, footer="")
+    shard = Shard(path="memory", size_bytes=0, row_groups=(size.held // 4,) * 4, footer="")
     dataset = Dataset(url="memory", columns=tuple(columns), shards=(shard,), fingerprint="memory", packed=True)
     spec = TrainSpec(
         name=f"loop-{model}",
         task=str(ROOT / "pipelines" / task),
         task_args=args,
-        data=DataSpec(train="memory", global_batch=rows * workers, slots=workers, seed=SEED),
+        data=DataSpec(train="memory", global_batch=size.rows, slots=size.slots, seed=SEED),
         optimizer=OptimizerSpec(name="adamw", lr=1e-4),
-        budget=BudgetSpec(steps=steps),
-        workers=WorkersSpec(min=workers, max=workers),
-        checkpoint=CheckpointSpec(every_steps=10 * steps),
+        budget=BudgetSpec(steps=size.steps),
+        workers=WorkersSpec(min=size.workers, max=size.workers),
+        checkpoint=CheckpointSpec(every_steps=10 * size.steps),
+        consistency=consistency,
     )
-    plan = Plan.of(dataset, seed=SEED, global_batch=rows * workers, slots=workers)
+    plan = Plan.of(dataset, seed=SEED, global_batch=size.rows, slots=size.slots)
     return Work(spec=spec, dataset=dataset, arrays=arrays, plan=plan)
 
 
