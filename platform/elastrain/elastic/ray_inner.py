@@ -5,12 +5,14 @@ else in the package reaches into Ray. Both are made for one minor version of Ray
 says what has changed when the next one differs.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray._private.state
+import ray._private.worker
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup
@@ -99,3 +101,18 @@ def enable_token_auth() -> None:
     Stands on `ray._private.authentication`.
     """
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+@contextlib.contextmanager
+def deaths_untold() -> Iterator[None]:
+    """Keep Ray from printing on standard output, in many words, that a process died: the run tells what came of it.
+
+    Stands on `ray._private.worker.print_to_stdstream`, which the thread that hears of errors calls by that name.
+    """
+    worker: Any = ray._private.worker  # noqa: SLF001
+    before = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = before

@@ -13,7 +13,14 @@ from typing import Any
 import ray
 
 from elastrain.elastic.policy import sizes_at_start
-from elastrain.elastic.ray_inner import NodeType, available_per_node, draining_nodes, enable_token_auth, node_types
+from elastrain.elastic.ray_inner import (
+    NodeType,
+    available_per_node,
+    deaths_untold,
+    draining_nodes,
+    enable_token_auth,
+    node_types,
+)
 from elastrain.errors import ResourceError
 from elastrain.spec.train import WorkersSpec
 
@@ -44,7 +51,8 @@ def ray_session(address: str | None, *, cpus: float) -> Iterator[None]:
         where = f"no Ray answers at {target}" if target else "a local Ray did not start"
         raise ResourceError(f"{where}: {error}") from error
     try:
-        yield
+        with deaths_untold():
+            yield
     finally:
         ray.shutdown()
 
