@@ -1,4 +1,4 @@
-"""A history as it is carried out: what the driver sees goes in, what is to be done comes out. No Ray, no clock, no signal.
+"""A history as it is carried out: what the driver sees goes in, what is due comes out. No Ray, no clock, no signal.
 
 The run asks its `Script` at each poll what to do about the number of workers; what a script does to processes and nodes
 is its own affair.
