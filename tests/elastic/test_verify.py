@@ -227,16 +227,16 @@ def test_a_stage_signals_processes_and_replaces_nodes_that_are_still_wanted(spec
     stage = verify.Stage(Play(proof.history, proof.steps), nodes)  # type: ignore[arg-type] # as far as it is used
     with subprocess.Popen(SLEEP) as first, subprocess.Popen(SLEEP) as second:
         both = [Member(name=str(p.pid), node=f"n{p.pid}", pid=p.pid) for p in (first, second)]
-        assert stage.act(Seen(step=0, members=both, waiting=0)) == [Resize(1, 2)]
+        assert stage.act(Seen(step=0, members=both)) == [Resize(1, 2)]
         for step in range(1, 6):
-            stage.act(Seen(step=step, members=both, waiting=0))
+            stage.act(Seen(step=step, members=both))
         (victim,) = stage.play.acts[-1].victims
         struck, other = (first, second) if str(first.pid) == victim else (second, first)
         assert struck.wait(timeout=5) == -signal.SIGKILL
         assert other.poll() is None
         left = [member for member in both if member.pid == other.pid]
         for step in range(6, 40):
-            stage.act(Seen(step=step, members=left, waiting=0))
+            stage.act(Seen(step=step, members=left))
         other.kill()
     assert nodes.done == [f"lose n{other.pid}", "add"], "the last step is trained by one: a second node is not wanted"
 

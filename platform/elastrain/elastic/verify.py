@@ -21,7 +21,7 @@ from elastrain import storage
 from elastrain.data.dataset import Dataset
 from elastrain.data.plan import Plan
 from elastrain.elastic.histories import History, parse_history
-from elastrain.elastic.local_cluster import LocalCluster, local_cluster
+from elastrain.elastic.local_cluster import LocalCluster, start_cluster
 from elastrain.elastic.run import Run, train
 from elastrain.elastic.script import Act, Play, Resize, Script, Seen, Strike
 from elastrain.errors import SpecError
@@ -98,7 +98,7 @@ def verify_run(spec: TrainSpec, history: str, *, say: Callable[[str], None]) -> 
     play = Play(proof.history, proof.steps)
     with _quiet():
         say(f"starting {nodes} Ray node{'s' if nodes > 1 else ''} on this machine")
-        with local_cluster(nodes=nodes, cpus=cpus) as cluster:
+        with start_cluster(nodes=nodes, cpus=cpus) as cluster:
             say(f"training undisturbed ({proof.history.first} at a time)")
             undisturbed = _train(proof.undisturbed, None)
             say(f"training through {proof.history}")
