@@ -13,7 +13,7 @@ import pytest
 
 import elastrain
 from elastrain.elastic.keep import descendants
-from elastrain.elastic.local_cluster import LocalCluster, local_cluster
+from elastrain.elastic.local_cluster import LocalCluster, start_cluster
 from elastrain.observe.ledger import read_ledger, read_steps
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -37,7 +37,7 @@ def wait_for(what: Callable[[], object], *, seconds: float = 180) -> None:
 
 @pytest.fixture
 def cluster() -> Iterator[LocalCluster]:
-    with local_cluster(nodes=1, cpus=1) as made:
+    with start_cluster(nodes=1, cpus=1) as made:
         yield made
 
 

@@ -111,7 +111,7 @@ class Run:
         """Let the script act, then train on."""
         self.now += 0.2
         self.coming = [max(0, left - 1) for left in self.coming]
-        for command in self.play.next(Seen(step=self.step, members=tuple(self.members), waiting=0), self.now):
+        for command in self.play.next(Seen(step=self.step, members=tuple(self.members)), self.now):
             if isinstance(command, Resize):
                 assert 1 <= command.minimum <= command.maximum
                 self.minimum, self.maximum = command.minimum, command.maximum
@@ -178,12 +178,12 @@ def test_an_event_waits_for_its_turn() -> None:
     """The number before it is not there yet: workers need all of the run to come up."""
     play = Play(parse("1, 2, kill@10"), 200)
     member = Member(name="a", node="n", pid=1)
-    found = [play.next(Seen(step=step, members=[member], waiting=0), float(step)) for step in range(30)]
+    found = [play.next(Seen(step=step, members=[member]), float(step)) for step in range(30)]
     assert [command for commands in found for command in commands] == [Resize(1, 1), Resize(1, 2), Resize(2, 2)]
     assert [str(event) for event in play.left] == ["2", "kill@10"]
     both = [member, Member(name="b", node="m", pid=2)]
-    assert play.next(Seen(step=30, members=both, waiting=0), 30.0) == []
-    release, strike = play.next(Seen(step=31, members=both, waiting=0), 31.0)
+    assert play.next(Seen(step=30, members=both), 30.0) == []
+    release, strike = play.next(Seen(step=31, members=both), 31.0)
     assert release == Resize(1, 2)
     assert isinstance(strike, Strike)
     assert not play.left
@@ -192,9 +192,9 @@ def test_an_event_waits_for_its_turn() -> None:
 def test_a_lost_node_takes_all_its_workers() -> None:
     play = Play(parse("3, node@5"), 200)
     members = [Member(name=name, node="n", pid=pid) for pid, name in enumerate("abc")]
-    play.next(Seen(step=0, members=members, waiting=0), 0.0)
+    play.next(Seen(step=0, members=members), 0.0)
     for step in range(1, 6):
-        play.next(Seen(step=step, members=members, waiting=0), float(step))
+        play.next(Seen(step=step, members=members), float(step))
     assert play.acts[-1].victims == {"a", "b", "c"}
     assert play.acts[-1].survivors == 0
 

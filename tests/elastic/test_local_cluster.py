@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from elastrain.elastic.keep import descendants
+from elastrain.errors import ConflictError
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -55,9 +56,9 @@ def test_a_leash_leaves_nothing(end: str) -> None:
 def test_nodes_come_drain_and_die_and_nothing_is_left() -> None:
     import ray
 
-    from elastrain.elastic.local_cluster import LABEL, local_cluster
+    from elastrain.elastic.local_cluster import LABEL, start_cluster
 
-    with local_cluster(nodes=3, cpus=1) as cluster:
+    with start_cluster(nodes=3, cpus=1) as cluster:
         head = next(node["NodeID"] for node in ray.nodes() if LABEL not in node["Labels"])
         assert ray.get_runtime_context().get_node_id() == head
         assert ray.cluster_resources()["CPU"] == 3
@@ -79,6 +80,9 @@ def test_nodes_come_drain_and_die_and_nothing_is_left() -> None:
         wait_for(lambda: not alive(where[nodes[1]]), seconds=20)
         wait_for(lambda: nodes[1] not in [node["NodeID"] for node in ray.nodes() if node["Alive"]])
         assert cluster.size == 1
+        cluster.lose(nodes[1])  # once more is no harm
+        with pytest.raises(ConflictError, match="connected to a Ray already"), start_cluster(nodes=1, cpus=1):
+            pass
         cluster.add()
         cluster.wait()
         pids = [*cluster.pids, *where.values()]
@@ -87,8 +91,8 @@ def test_nodes_come_drain_and_die_and_nothing_is_left() -> None:
 
 
 STARTER = """
-from elastrain.elastic.local_cluster import local_cluster
-with local_cluster(nodes=1, cpus=1) as cluster:
+from elastrain.elastic.local_cluster import start_cluster
+with start_cluster(nodes=1, cpus=1) as cluster:
     print(*cluster.pids, flush=True)
     input()
 """

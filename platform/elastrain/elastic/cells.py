@@ -107,12 +107,6 @@ def free_cell(cell: Any) -> None:
     shutil.rmtree(_scratch(actor_id(cell)), ignore_errors=True)
 
 
-def _scratch(cell_id: str) -> Path:
-    """Return where Ray Train keeps what it writes for a cell; a killed cell cannot remove it, its driver's node can."""
-    return Path(tempfile.gettempdir(), f"elastrain-cell-{cell_id}")
-    shutil.rmtree(_scratch(actor_id(cell)), ignore_errors=True)
-
-
 def _scratch(cell: str) -> str:
     """Return the folder that Ray Train wants to have; nothing of ours is in it."""
     return str(Path(tempfile.gettempdir()) / f"elastrain-cell-{cell}")

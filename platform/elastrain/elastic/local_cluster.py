@@ -5,7 +5,6 @@ in a session and a folder of its own, on a leash (`keep`): however this process 
 """
 
 import contextlib
-import logging
 import os
 import shutil
 import signal
@@ -18,9 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ray
-from ray._private.authentication import authentication_token_setup as token
 
 from elastrain.elastic import keep
+from elastrain.elastic.ray_inner import secure_new_cluster
 from elastrain.elastic.session import ray_session
 from elastrain.errors import ConflictError, ResourceError
 
@@ -33,7 +32,7 @@ STORE_SHARE, STORE_LEAST = 0.3, 100 << 20  # of the memory, for the object store
 
 
 class LocalCluster:
-    """Nodes by the name of their label; `local_cluster` makes one."""
+    """Nodes by the name of their label; `start_cluster` makes one."""
 
     def __init__(self, folder: Path, *, cpus: int, nodes: int) -> None:
         self._folder, self._cpus = folder, cpus
@@ -78,15 +77,14 @@ class LocalCluster:
 
     def drain(self, node: str) -> None:
         """Send SIGTERM to the `ray start` of the node with this Ray id: it drains, and ends within DRAIN_S."""
-        name = _joined()[node]
-        self._gone.add(name)
-        self._keepers[name].send_signal(signal.SIGTERM)
+        keeper = self._part_with(node)
+        if keeper is not None:
+            keeper.send_signal(signal.SIGTERM)
 
     def lose(self, node: str) -> None:
         """Send SIGKILL to the raylet of the node with this Ray id; its other processes go with it."""
-        name = _joined()[node]
-        self._gone.add(name)
-        for pid in keep.descendants(self._keepers[name].pid):
+        keeper = self._part_with(node)
+        for pid in keep.descendants(keeper.pid) if keeper is not None else ():
             if _is_raylet(pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -99,6 +97,14 @@ class LocalCluster:
                 keeper.stdin.close()
         for keeper in self._keepers.values():
             keeper.wait()
+
+    def _part_with(self, node: str) -> "subprocess.Popen[bytes] | None":
+        """Count a node no more; None if it has gone already."""
+        name = _joined().get(node)
+        if name is None:
+            return None
+        self._gone.add(name)
+        return self._keepers[name]
 
     def _start(self, name: str, *options: str) -> None:
         folder = self._folder / name  # nodes that share one and start at once race for the names of their sockets
@@ -126,14 +132,14 @@ class LocalCluster:
 
 
 @contextlib.contextmanager
-def local_cluster(*, nodes: int, cpus: int) -> Iterator[LocalCluster]:
+def start_cluster(*, nodes: int, cpus: int) -> Iterator[LocalCluster]:
     """Start a head and `nodes` nodes of `cpus` logical CPUs each, connect this process, and end all of it afterwards.
 
     Raises ConflictError if this process uses a Ray already, ResourceError if a node does not start.
     """
     if ray.is_initialized():
         raise ConflictError("this process is connected to a Ray already, and needs one of its own: call ray.shutdown()")
-    _secure()
+    secure_new_cluster()
     folder = Path(tempfile.mkdtemp(prefix="elastrain-"))
     cluster = LocalCluster(folder, cpus=cpus, nodes=nodes)
     try:
@@ -146,13 +152,6 @@ def local_cluster(*, nodes: int, cpus: int) -> Iterator[LocalCluster]:
     finally:
         cluster.close()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _secure() -> None:
-    """Have tokens checked as a Ray that `ray.init` starts does, and make one where the user has none."""
-    logging.getLogger(token.__name__).setLevel(logging.ERROR)
-    token.enable_token_auth_by_default()
-    token.ensure_token_if_auth_enabled()
 
 
 def _environment() -> dict[str, str]:

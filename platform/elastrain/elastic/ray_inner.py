@@ -6,6 +6,7 @@ says what has changed when the next one differs.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import ray
 import ray._private.state
 import ray._private.worker
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.authentication import authentication_token_setup as token
 from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup
 
@@ -100,7 +101,17 @@ def enable_token_auth() -> None:
 
     Stands on `ray._private.authentication`.
     """
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    token.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def secure_new_cluster() -> None:
+    """Have tokens checked as a Ray that `ray.init` starts does, and make one where the user has none.
+
+    Stands on `ray._private.authentication`.
+    """
+    logging.getLogger(token.__name__).setLevel(logging.ERROR)
+    token.enable_token_auth_by_default()
+    token.ensure_token_if_auth_enabled()
 
 
 @contextlib.contextmanager

@@ -23,11 +23,10 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seen:
-    """What the driver sees: steps done, who trains (in rank order, the living only) and how many stand by."""
+    """What the driver sees: the steps that the most advanced member has done, and who trains: the living, by rank."""
 
     step: int
     members: Sequence[Member]
-    waiting: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ real signals to real processes. They are compared by what they leave on disk, no
 """
 
 import contextlib
-import io
 import os
 import signal
 import time
@@ -21,7 +20,7 @@ from elastrain import storage
 from elastrain.data.dataset import Dataset
 from elastrain.data.plan import Plan
 from elastrain.elastic.histories import History, parse_history
-from elastrain.elastic.local_cluster import LocalCluster, local_cluster
+from elastrain.elastic.local_cluster import LocalCluster, start_cluster
 from elastrain.elastic.run import Run, train
 from elastrain.elastic.script import Act, Play, Resize, Seen, Strike
 from elastrain.errors import SpecError
@@ -101,13 +100,12 @@ def verify_run(spec: TrainSpec, history: str, *, say: Callable[[str], None]) -> 
     nodes = proof.history.most if proof.history.hits_nodes else 1
     cpus = int(proof.disturbed.workers.cpus) * proof.history.most // nodes
     play = Play(proof.history, proof.steps)
-    with _quiet():
-        say(f"starting {nodes} Ray node{'s' if nodes > 1 else ''} on this machine")
-        with local_cluster(nodes=nodes, cpus=cpus) as cluster:
-            say(f"training undisturbed ({proof.history.first} at a time)")
-            undisturbed = train(proof.undisturbed, fresh=True)
-            say(f"training through {proof.history}")
-            disturbed = train(proof.disturbed, fresh=True, script=Stage(play, cluster))
+    say(f"starting {nodes} Ray node{'s' if nodes > 1 else ''} on this machine")
+    with start_cluster(nodes=nodes, cpus=cpus) as cluster:
+        say(f"training undisturbed ({proof.history.first} at a time)")
+        undisturbed = train(proof.undisturbed, fresh=True)
+        say(f"training through {proof.history}")
+        disturbed = train(proof.disturbed, fresh=True, script=Stage(play, cluster))
     if play.left:
         raise SpecError(
             f"the run was over at step {disturbed.step} before it was the turn of {', '.join(map(str, play.left))}: "
@@ -250,13 +248,6 @@ def _remarks(spec: TrainSpec, proof: Proof) -> Iterator[str]:
     if forced:
         yield f"whatever the spec says, verify trains with {' and '.join(forced)}: it proves to the bit"
     yield from proof.history.remarks()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep off standard output what Ray prints there about nodes that are lost: it is meant, and not a result."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def _files(folder: str) -> Iterator[tuple[str, bytes]]:

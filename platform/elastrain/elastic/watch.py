@@ -90,7 +90,7 @@ class Watch:
 
     def _follow(self, script: Script, now: dict[str, Any]) -> None:
         members = [Member(name=name, node=node, pid=int(name.rsplit("-", 1)[1])) for name, node, _ in now["members"]]
-        for size in script.act(Sight(step=now["step"], members=members, waiting=len(now["waiting"]))):
+        for size in script.act(Sight(step=now["step"], members=members)):
             self.host.resize.remote(size.minimum, size.maximum)
 
     def _status(self, now: dict[str, Any]) -> Status:
