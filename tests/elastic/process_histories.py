@@ -30,7 +30,7 @@ from elastrain.observe.ledger import read_ledger, read_steps
 from elastrain.training.manifests import newest_whole, read_manifest
 
 LEASE_S, TIMEOUT_S = 1.0, 2.0
-BOUND_S = 60.0  # a history that takes longer hangs
+BOUND_S = 30.0  # a history that takes longer hangs
 HOLD_S = 1.0  # the longest that workers are held at a place; less than what the watchdog allows
 END_S = 10.0  # within which everybody is gone once the run is over
 ATTEMPTS = 9
@@ -169,6 +169,9 @@ class History:
                 self._check_lost()
                 return None
             if time.monotonic() - self._begun > BOUND_S:
+                for member in self._living():
+                    member.signal(signal.SIGUSR1)
+                time.sleep(0.5)
                 self._fail(f"no end: {now}")
             time.sleep(0.01)
 
@@ -203,6 +206,7 @@ class History:
         for member in self.members:
             member.process.kill()
             member.process.join()
+            member.seated.set()
             if member.thread is not None:
                 member.thread.join()
             member.pipe.close()
@@ -293,12 +297,12 @@ class History:
     def _hear_finished(self, member: Member) -> None:
         member.end = "finished"
 
-    def _hear_raised(self, member: Member, name: str, kind: str, message: str, text: str) -> bool:
-        if member.harm == "raised" and kind == "ElastrainError":
-            member.end = "raised"
-            return self._host.tripped(name, max(member.steps, default=-1), kind, message)
+    def _hear_raised(self, member: Member, name: str, passes: bool, text: str) -> bool:
+        """A worker ends with an exception; as in a run, it ends the run unless another process might not meet it."""
+        if member.harm == "raised" and passes:
+            return self._host.tripped(name, max(member.steps, default=-1), "ElastrainError", text)
         member.end = text
-        self._host.fail(name, kind, text)
+        self._host.fail(name, "ElastrainError", text)
         return True
 
     # --- events
@@ -337,10 +341,11 @@ class History:
             time.sleep(0.005)
 
     def _told(self, member: Member, action: str) -> str:
-        if action == "hang" and len(member.steps) < 3:
-            action = "raise"  # a process's first step may take ten times as long
-        if action != "slow":
-            member.harm = {"raise": "raised", "hang": "hung"}[action]
+        if action == "slow":
+            return action
+        if len(member.steps) < 3:  # what fails in a process's first step ends the run, and it may take ten times as long
+            self._kill(member)
+        member.harm = member.harm or {"raise": "raised", "hang": "hung"}[action]
         return action
 
     def _rank(self, member: Member) -> int | None:

@@ -5,7 +5,9 @@ history can kill it between handing over its samples and the sum, in the middle 
 says what it trains and, for controls, what is wrong with it. No Ray here.
 """
 
+import faulthandler
 import os
+import signal
 import threading
 import time
 import traceback
@@ -15,6 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any, ClassVar
 
 import torch
+import torch._dynamo  # the first optimizer of a process would import it, which takes a second; this is imported once
 from tests.training.harness import CPU, Adversarial, Arrays, Classifier, Convolution, MemoryFeed, Setup, make_spec
 from torch import Tensor, nn
 from torch.nn import functional
@@ -310,6 +313,7 @@ def restore(job: Job, state: TrainState, generation: int) -> None:
 def in_process(pipe: Connection, number: int) -> None:
     """Wait to be seated, then work; how it ended goes to the test, as `worker.work` tells the host."""
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1)  # where a history does not end, it says where its workers are
     storage._flush = lambda _: None  # a flush is for power cuts, which no test makes
     wire, name = Wire(pipe), f"{number}-{os.getpid()}"
     job, place = wire.ask("seat")
@@ -320,7 +324,8 @@ def in_process(pipe: Connection, number: int) -> None:
         os._exit(DISMISSED)
     except Exception as error:  # noqa: BLE001 -- brought to the test
         known, text = ours(error), traceback.format_exc()
-        ended = wire.ask("raised", name, type(known or error).__name__, str(known) if known else text, text)
+        passes = isinstance(error.__cause__ if known else error, RuntimeError)
+        ended = wire.ask("raised", name, passes, text)
         os._exit(RAISED if not ended else 1)
     wire.tell("finished")
     os._exit(0)
