@@ -277,9 +277,9 @@ class History:
     def _hear_arrived(self, member: Member) -> None:
         pass
 
-    def _hear_sync(self, member: Member, generation: int) -> bool:
+    def _hear_sync(self, member: Member, name: str) -> bool:
         with self._lock:
-            return self._host.sync(generation)
+            return self._host.sync(name)
 
     def _hear_report(self, member: Member, name: str, status: Any) -> None:
         self._host.report(name, status)

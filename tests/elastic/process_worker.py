@@ -168,7 +168,6 @@ class PipeRecorder:
     def __init__(self, wire: Wire, places: Places, name: str) -> None:
         self._wire, self._places, self._name = wire, places, name
         self._lines: list[tuple[int, int, Mapping[str, Array]]] = []
-        self._generation = 0
 
     def audit(self, step: int, slot: int, columns: Mapping[str, Array]) -> None:
         """Hand over the samples of a slot in a step."""
@@ -187,12 +186,11 @@ class PipeRecorder:
     def settled(self) -> None:
         """Wait until what was reported is in storage; raises ConflictError if this worker was given up."""
         self._places.at("commit")
-        if not self._wire.ask("sync", self._generation):
+        if not self._wire.ask("sync", self._name):
             raise ConflictError("this worker was given up while it wrote a checkpoint")
 
     def report(self, status: Mapping[str, Any]) -> None:
         """Hand over position, seconds and lines of metrics."""
-        self._generation = status["generation"]
         self._wire.tell("report", self._name, dict(status))
 
     def result(self, found: Mapping[str, Any]) -> None:
