@@ -109,8 +109,9 @@ class Host:
 
     @ray.method(concurrency_group=RECORDS)
     def result(self, found: dict[str, Any]) -> None:
-        """Take over what the run came to, after everything that was reported before."""
+        """Take over what the run came to, after everything that was reported before; who waits for a place may go."""
         self._outcome = self._outcome or found
+        self.membership.end()
 
     @ray.method(concurrency_group=RECORDS)
     def audit(self, lines: Sequence[tuple[int, int, Mapping[str, Array]]]) -> None:
