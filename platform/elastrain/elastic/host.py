@@ -109,8 +109,9 @@ class Host:
 
     @ray.method(concurrency_group=RECORDS)
     def result(self, found: dict[str, Any]) -> None:
-        """Take over what the run came to, after everything that was reported before."""
+        """Take over what the run came to, after everything that was reported before; who waits for a place may go."""
         self._outcome = self._outcome or found
+        self.membership.end()
 
     @ray.method(concurrency_group=RECORDS)
     def audit(self, lines: Sequence[tuple[int, int, Mapping[str, Array]]]) -> None:
@@ -140,10 +141,10 @@ class Host:
                 self._last = {"step": step, "loss": loss}
 
     @ray.method(concurrency_group=RECORDS)
-    def sync(self, generation: int) -> bool:
-        """Write what has arrived. Say whether a checkpoint may say that its steps are done: not one of another time."""
+    def sync(self, worker: str) -> bool:
+        """Write what has arrived. Say whether this worker's checkpoint may exist: not if it has been given up."""
         self._flush()
-        return self.membership.accepts(generation)
+        return self.membership.trusts(worker)
 
     @ray.method(concurrency_group=RECORDS)
     def event(self, kind: str, fields: Mapping[str, Any]) -> None:

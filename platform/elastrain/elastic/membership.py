@@ -143,6 +143,16 @@ class Membership:
         with self._lock:
             return self.roster.accepts(generation)
 
+    def trusts(self, name: str) -> bool:
+        """Say whether a worker belongs to the newest generation, or left in good order: its checkpoint may count.
+
+        The generation does not tell: one may have formed, with this worker in it, since the checkpoint was begun.
+        """
+        with self._lock:
+            roster = self.roster
+            members = {member.worker.name for member in roster.generation.members}
+            return name in roster.released or (name in roster.seats and name in members)
+
     def view(self) -> dict[str, Any]:
         """Return who is there: `members` at work and `waiting` workers, as (name, node, cell); `missing` and `step`."""
         with self._lock:

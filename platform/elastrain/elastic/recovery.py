@@ -30,6 +30,7 @@ class Recovery:
     generation: int = 0
     members: tuple[str, ...] = ()
     drained: set[str] = field(default_factory=set)
+    begun: bool = False  # some worker has had the state
     _losses: list[Loss] = field(default_factory=list)
     _before: tuple[str, ...] = ()
     _positions: dict[str, tuple[Position | None, bool]] = field(default_factory=dict)
@@ -49,6 +50,7 @@ class Recovery:
         """Note that a member came to the end of its generation, with its position."""
         self._entered = now if self._entered is None else self._entered
         self._positions[name] = (position, failed)
+        self.begun = self.begun or position is not None
 
     def formed(self, generation: Generation, now: float) -> None:
         """Note the next generation. If the one before made no new step, what it was to recover from goes on."""
@@ -64,12 +66,17 @@ class Recovery:
         self._formed, self._positions, self._pending = now, {}, bool(self._before)
 
     def is_stored(self, stored: Position | None) -> bool:
-        """Say whether storage holds all that the members had: they came in good order, and no further than that."""
+        """Say whether storage holds all that the members had: they came in good order, and no further than that.
+
+        Where nobody has had the state yet, all of it is still there.
+        """
+        if not self.begun:
+            return True
         return not self._losses and stored is not None and stored >= (self._left_behind or stored)
 
     def ready(self, now: float, connect_s: float, state_s: float) -> None:
         """Note that the group is connected and all its members have the state."""
-        self._ready, self._parts = now, (connect_s, state_s)
+        self._ready, self._parts, self.begun = now, (connect_s, state_s), True
 
     def stepped(self, now: float) -> None:
         """Note the end of the first new step: what happened before is over, and told."""

@@ -40,7 +40,6 @@ class HostRecorder:
 
     def __init__(self, host: Any, name: str) -> None:
         self._host, self._name = host, name
-        self._generation = 0
         self._lines: list[tuple[int, int, Mapping[str, Array]]] = []
         self._sent: list[Any] = []
 
@@ -64,12 +63,11 @@ class HostRecorder:
         Raises ConflictError if this worker was given up meanwhile: others train on, and what it has is not to count.
         """
         self.arrived()
-        if not ray.get(self._host.sync.remote(self._generation)):
+        if not ray.get(self._host.sync.remote(self._name)):
             raise ConflictError("this worker was given up while it wrote a checkpoint")
 
     def report(self, status: Mapping[str, Any]) -> None:
         """Hand over position, seconds and lines of metrics."""
-        self._generation = status["generation"]
         self._note(self._host.report.remote(self._name, dict(status)))
 
     def result(self, found: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ fall to its rank. What it reports goes to a recorder; what it keeps is one state
 
 import math
 import time
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -113,7 +112,6 @@ class Loop:
     recorder: Recorder
     clock: Clock
     info: Mapping[str, Any]
-    _lines: deque[tuple[float, ...]] = field(default_factory=deque)
     _pending: list[tuple[int, StepResult]] = field(default_factory=list)
 
     def run(self) -> dict[str, Any]:
@@ -132,6 +130,7 @@ class Loop:
                 try:
                     return self._run(writer, batches, lead)
                 except GroupLost:
+                    self._read(force=True)  # who comes new takes over the lines of the steps that are done
                     self.clock.switch("wait")
                     self.seat.lost()
                     self.state.renew()
@@ -221,7 +220,7 @@ class Loop:
             norm = math.nan if result.grad_norm is None else float(result.grad_norm)
             samples = float(self.plan.batch_rows(step))
             epoch = float(step // self.plan.steps_per_epoch)
-            self._lines.append((float(step), epoch, samples, loss, result.lr, norm, time.time()))
+            self.state.lines.append((float(step), epoch, samples, loss, result.lr, norm, time.time()))
         self._pending.clear()
         return decided
 
@@ -286,7 +285,7 @@ class Loop:
 
     def _report(self, lead: "Lead") -> None:
         """Report where this worker is. All keep the last lines of metrics: who comes after rank 0 sends them again."""
-        lines, sent = self._lines, lead.sent
+        lines, sent = self.state.lines, lead.sent
         spent = self.clock.spent()
         report = {"step": self.state.step, "spent": spent, "lead": lead.leads, "generation": lead.generation}
         self.recorder.report({**report, "lines": [line for line in lines if line[0] > sent] if lead.leads else []})

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,9 +56,11 @@ class Phase:
 class TrainState:
     """Everything that a step changes. `model` is the plain module, `forward` the one to call (compiled where asked).
 
-    Phases before `phase` of step `step` are done, and `done` holds their loss sums and weights. `due`: evaluation or
+    Phases before `phase` of step `step` are done: `done` holds their loss sums and weights, `norm` the gradient's norm in
+    the first if it was needed. `due`: evaluation or
     commit before the step are not. `stored`: the step of the checkpoint that it comes from. `metrics` are those of the
-    step `evaluated`. `stopping`: the run ends here.
+    step `evaluated`. `stopping`: the run ends here. `lines` are the last steps' lines of metrics: whoever leads next
+    sends them again.
     """
 
     def __init__(self, spec: TrainSpec, task: Task, device: torch.device) -> None:
@@ -77,8 +80,10 @@ class TrainState:
         self.scale = LossScale.of(spec.precision)
         self.step, self.phase, self.samples = 0, 0, 0
         self.done: list[Tensor] = []
+        self.norm: Tensor | None = None
         self.due, self.stopping, self.stored, self.evaluated = False, False, -1, -1
         self.metrics: dict[str, float] = {}
+        self.lines: deque[tuple[float, ...]] = deque()
 
     def position(self) -> Position:
         """Return how far the state is."""
@@ -152,7 +157,7 @@ class TrainState:
             unpack(phase.optimizer, numbers["optim"][phase.name], tensors)
             phase.moves = moves
         self.step, self.phase, self.samples = numbers["step"], numbers["phase"], numbers["samples"]
-        self.scale, self.done = LossScale(*numbers["loss_scale"]), []
+        self.scale, self.done, self.norm = LossScale(*numbers["loss_scale"]), [], None
         self.due, self.stored = False, self.step
 
     def share(self, group: Group, source: int) -> None:
@@ -161,6 +166,8 @@ class TrainState:
             "numbers": self.numbers(),
             "moment": [self.due, self.stopping, self.stored, self.evaluated, self.metrics],
             "done": [totals.tolist() for totals in self.done],
+            "lines": list(self.lines),
+            "norm": None if self.norm is None else self.norm.tolist(),
             "tensors": {n: [str(t.dtype), list(t.shape)] for n, t in self.tensors().items()},
         }
         header = broadcast_object(group, header, source, self.device)
@@ -175,8 +182,10 @@ class TrainState:
         if group.rank != source:
             self.load(received, header["numbers"])
             self.due, self.stopping, self.stored, self.evaluated, self.metrics = header["moment"]
+            self.lines = deque(map(tuple, header["lines"]))
             like = self.phases[0].gradients.buffer
             self.done = [like.new_tensor(totals) for totals in header["done"]]
+            self.norm = None if header["norm"] is None else like.new_tensor(header["norm"])
 
 
 def digest(state: Mapping[str, Tensor]) -> str:

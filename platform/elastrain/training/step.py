@@ -53,7 +53,6 @@ def run_step(
     """
     factor = learning_factor(state.spec.schedule, state.step, num_steps)
     batches.move_to(state.step, slots, clock)
-    first: tuple[float, Tensor | None] | None = None
     while state.phase < len(state.phases):
         phase = state.phases[state.phase]
         _only_trains(state, phase)
@@ -65,15 +64,13 @@ def run_step(
             state.norms.end(None)
             state.buffers.put_back()
             raise
-        lr = phase.base_lr * factor
-        norm = _update(state, phase, lr)
-        first = first or (lr, norm)
+        norm = _update(state, phase, phase.base_lr * factor)
+        state.norm = norm if state.phase == 0 else state.norm
         state.done.append(totals)
         state.phase += 1
-    assert first is not None
     state.samples += batches.plan.batch_rows(state.step)
-    result = StepResult(torch.stack(state.done), *first, flags)
-    state.step, state.phase, state.done = state.step + 1, 0, []
+    result = StepResult(torch.stack(state.done), state.phases[0].base_lr * factor, state.norm, flags)
+    state.step, state.phase, state.done, state.norm = state.step + 1, 0, [], None
     return result
 
 
