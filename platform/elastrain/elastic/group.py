@@ -45,8 +45,9 @@ class Door:
         def connect() -> TorchGroup:
             host, port = generation.members[0].worker.store
             timeout = datetime.timedelta(seconds=CONNECT_S)
-            mine = (host, port) == self.address
-            store = self._store if mine else TCPStore(host, port, is_master=False, timeout=timeout)
+            # Also where it is this worker's own: a wait in a store lets nobody else use that object, and one that was
+            # given up goes on for CONNECT_S.
+            store = TCPStore(host, port, is_master=False, timeout=timeout)
             prefixed = PrefixStore(f"generation-{generation.number}", store)
             made = _made(prefixed, rank, size, device)
             return TorchGroup(made, (rank, size, generation.number), lost, wakes=device.type == "cuda")
