@@ -183,7 +183,9 @@ class History:
             if member.seated.is_set() and not member.settled and not member.process.is_alive():
                 self._check_ended(member)
         there = {name for kind in ("members", "waiting") for name, _, _ in now[kind]}
-        coming = [m for m in self.members if m.seated.is_set() and not m.settled and m.name not in there and not m.steps]
+        coming = [
+            m for m in self.members if m.seated.is_set() and not m.settled and m.name not in there and not m.steps
+        ]
         coming = [m for m in coming if not m.harm and not m.end]
         self._seat(now["missing"] - len(coming))
         if self._wrong:
@@ -343,7 +345,9 @@ class History:
     def _told(self, member: Member, action: str) -> str:
         if action == "slow":
             return action
-        if len(member.steps) < 3:  # what fails in a process's first step ends the run, and it may take ten times as long
+        if (
+            len(member.steps) < 3
+        ):  # what fails in a process's first step ends the run, and it may take ten times as long
             self._kill(member)
         member.harm = member.harm or {"raise": "raised", "hang": "hung"}[action]
         return action
@@ -456,9 +460,13 @@ class History:
 
     def _may_be_dismissed(self, member: Member) -> bool:
         roster = self._host.membership.roster
-        left = member.name in roster.released and bool(self.seen["drain"] + self.seen["drain_all"] + self.seen["resize"])
+        left = member.name in roster.released and bool(
+            self.seen["drain"] + self.seen["drain_all"] + self.seen["resize"]
+        )
         left = left or member.name in roster.released and "not needed" in member.end
-        return left or roster.ended or member.name in self._host.membership.dropped or bool(self._host.poll()["outcome"])
+        return (
+            left or roster.ended or member.name in self._host.membership.dropped or bool(self._host.poll()["outcome"])
+        )
 
     def _check_lost(self) -> None:
         """Nobody has the state: then nobody who trained was left in peace."""
@@ -501,7 +509,9 @@ def check(history: History, alone: History) -> None:
     found = [table.select(METRICS.names[:6]) for table in (history.lines, alone.lines)]
     if not found[0].equals(found[1]):
         wrong = [pair for pair in zip(found[0].to_pylist(), found[1].to_pylist(), strict=False) if pair[0] != pair[1]]
-        raise Violation(f"lines of metrics: {found[0].num_rows} of {found[1].num_rows}; the first that differs: {wrong[:1]}")
+        raise Violation(
+            f"lines of metrics: {found[0].num_rows} of {found[1].num_rows}; the first that differs: {wrong[:1]}"
+        )
     check_audit(history.audit, rows=100, epochs=3)
 
 

@@ -5,7 +5,8 @@ the same history again, `World(seed, trace=True)` writes it down in `world.lines
 each is mended in time; after the last one the world sees to it that enough workers are there, and waits for a new step.
 
 A worker's weights are a chain of hashes over its phases: one done twice, left out, or done on the wrong weights shows.
-The roster itself is reliable here (it may stop for a while): its death is a restart from storage.
+What the roster says without being asked gets lost, late and out of order like everything else. The roster itself is
+reliable here (it may stop for a while): its death is a restart from storage.
 """
 
 from collections import Counter
@@ -21,6 +22,7 @@ WAIT_S = 1.5  # a worker that computes for longer ends itself; in half of the hi
 AGAIN_S = 0.6  # an entry without an answer is sent again
 FAULTS_S = 2.5  # faults begin within
 BOUND_S = 30.0  # after the last fault, within which a new step has to be accepted
+SHORT_S = 2.5  # after this, a generation that has become too small has come to a boundary
 CONNECT, STATE = -2, -1  # collectives before the first step; those of the steps have their index
 GARBAGE = -1
 
@@ -103,8 +105,16 @@ class Process:
             self.enter(failed=True)
 
     def beat(self) -> None:
-        """Send a beat."""
-        self.world.to_roster(self, self.world.on_beat, self.generation, self.world.now)
+        """Send a beat; it also says since when this worker waits for others."""
+        waits = None if self.awaits is None else self.since
+        self.world.to_roster(self, self.world.on_beat, self.generation, self.world.now, waits)
+
+    def on_push(self, reply: Reply) -> None:
+        """Act on what the roster says without being asked: it answers no beat, so the lease grows no longer."""
+        if self.doing == "waiting" and reply.dropped and reply.generation == self.generation:
+            self.on_answer(Verdict.DROPPED, self.call)
+        else:
+            self.on_reply(reply, float("-inf"))
 
     def on_reply(self, reply: Reply, sent_at: float) -> None:
         """Act on the answer to a beat."""
@@ -271,6 +281,7 @@ class Group:
         self.calls: dict[int, dict[str, Any]] = {}
         self.closed: set[str] = set()
         self.lost: dict[tuple[str, int], bool] = {}  # (member, collective): nobody tells it
+        self.jammed = False  # no collective ends any more, well or otherwise
 
     def contribute(self, process: Process, label: int, value: Any) -> None:
         """Take a member's part; the last one lets the collective end, for each member in its own time."""
@@ -284,6 +295,8 @@ class Group:
 
     def deliver(self, process: Process, label: int) -> None:
         """Let a collective end for a member, as soon as the members can see each other."""
+        if self.jammed:
+            return
         if self.world.cuts and self.world.splits(self.names):
             self.world.at(0.1, self.deliver, process, label)
         elif (process.name, label) not in self.lost:
@@ -328,10 +341,13 @@ class World:
         self.processes: dict[str, Process] = {}
         self.groups: dict[int, Group] = {}
         self.calls: dict[str, tuple[Process, int, int]] = {}
+        self.told: dict[str, tuple[int, Reply | None]] = {}  # the generation that a worker knows of, the last push
+        self.waits: dict[str, tuple[int, float | None]] = {}  # from a worker's last beat: since when it waits
         self.cuts: list[tuple[frozenset[str], bool, bool]] = []  # who, from the roster, from each other
         self.asleep_until, self.troubles, self.calm_at = 0.0, 1, float("inf")
         self.drained: set[str] = set()
         self.shrunk, self.finished = False, False
+        self.short: tuple[int, float] | None = None  # a generation that is too small, and since when
         self.saved = self.committed = self.reached = 0  # how far checkpoints, accepted records, done steps have come
 
     # --- the run of a history
@@ -436,7 +452,20 @@ class World:
             self.at(self.asleep_until - self.now, self.tick)
         else:
             self.tell(self.roster.tick, self.now)
+            if self.all_wait():
+                self.seen["all wait for each other"] += not self.roster.broken
+                self.tell(self.roster.fail)
+            if self.random() < 0.02:
+                self.push(again=True)
             self.at(TICK_S, self.tick)
+
+    def all_wait(self) -> bool:
+        """Say whether all members have said that they wait for each other, for too long."""
+        number, names = self.roster.generation.number, [m.worker.name for m in self.roster.generation.members]
+        heard = [self.waits.get(name, (0, None)) for name in names]
+        return bool(names) and all(
+            left == number and since is not None and self.now - since > WAIT_S for left, since in heard
+        )
 
     def say(self, call: Callable[..., object], *arguments: Any) -> None:
         """Tell the roster something, when it is awake."""
@@ -445,9 +474,10 @@ class World:
         else:
             self.tell(call, *arguments)
 
-    def on_beat(self, process: Process, generation: int, sent_at: float) -> None:
+    def on_beat(self, process: Process, generation: int, sent_at: float, waits: float | None) -> None:
         """Answer a beat."""
         process.overdue = False
+        self.waits[process.name] = generation, waits
         reply = self.roster.beat(process.name, generation, self.now)
         if reply.commit:
             self.seen["a checkpoint before all leave"] += 1
@@ -488,7 +518,8 @@ class World:
         """Say whether the newest generation is at work, and everybody in it who should be."""
         members, seats = {member.worker.name for member in self.roster.generation.members}, self.roster.seats.keys()
         full = len(members) == self.roster.maximum or (members >= seats and len(members) < self.roster.maximum)
-        return full and not self.roster.broken and not self.drained & seats
+        enough = len(members) >= self.roster.minimum
+        return full and enough and not self.roster.broken and not self.drained & seats
 
     def on_checkpoint(self, process: Process, generation: int, index: int, weights: int, _: float) -> None:
         """Commit a checkpoint, if the fence lets it in."""
@@ -513,7 +544,20 @@ class World:
             answer = self.roster.answer(name, left)
             if answer is not Verdict.WAIT:
                 del self.calls[name]
+                self.told[name] = answer.number if isinstance(answer, Generation) else left, None
                 self.to_process(process, process.main, process.on_answer, answer, number)
+        self.push()
+
+    def push(self, *, again: bool = False) -> None:
+        """Tell those who wait for no answer what has changed for them, without being asked."""
+        for name, (generation, before) in self.told.items():
+            if name in self.calls or not (again or name in self.roster.seats):
+                continue
+            reply = self.roster.reply(name, generation)
+            if again or reply != before:
+                self.told[name] = generation, reply
+                process = self.processes[name]
+                self.to_process(process, process.on_push, reply)
 
     # --- what must never happen
 
@@ -574,6 +618,9 @@ class World:
         """Whoever starts a step is in the newest generation."""
         if process.generation != self.roster.generation.number and not process.falsely_dead:
             self.fail(f"{process.name} starts a step in generation {process.generation}, which is over")
+        number, since = self.short or (0, 0.0)
+        if number == process.generation and self.now > max(since, self.asleep_until) + SHORT_S:
+            self.fail(f"generation {process.generation} goes on for more than {SHORT_S:g} s with too few members")
 
     def check_weights(self, process: Process) -> None:
         """Whoever has done a step has the weights that everybody has after it."""
@@ -715,11 +762,34 @@ class World:
 
     def resize(self) -> None:
         """Set other size limits."""
-        minimum = self.pick(1, 2)
-        maximum = self.pick(minimum, 4)
+        minimum = self.pick(1, 4)
+        maximum = self.pick(minimum, 5)
         self.log(f"resize to {minimum}, {maximum}")
         self.shrunk = True
-        self.say(self.roster.resize, minimum, maximum)
+        self.say(self.on_resize, minimum, maximum)
+
+    def on_resize(self, minimum: int, maximum: int) -> None:
+        """Let the roster know; sometimes somebody starts the workers that it then lacks."""
+        number, size = self.roster.generation.number, len(self.roster.generation.members)
+        if not 0 < size < minimum:
+            self.short = None
+        elif self.short is None or self.short[0] != number:
+            self.short = number, self.now
+            self.seen["a generation is too small"] += 1
+        self.roster.resize(minimum, maximum)
+        if self.random() < 0.5:
+            self.refill()
+
+    def jam(self) -> None:
+        """Let the newest group get stuck, so that its members wait for each other and no connection fails."""
+        if self.groups:
+            self.log(f"generation {max(self.groups)} is jammed")
+            self.groups[max(self.groups)].jammed = True
+
+    def give_up(self) -> None:
+        """Let the generation be called over though nothing is wrong with it."""
+        self.log("called over")
+        self.say(self.roster.fail)
 
     def grow(self) -> None:
         """Start new workers."""
@@ -729,5 +799,6 @@ class World:
 
 FAULTS = (
     *(World.kill, World.kill, World.stop, World.stop, World.cut, World.cut, World.grow, World.grow),
-    *(World.hang, World.delay, World.sleep, World.slander, World.drain, World.resize),
+    *(World.hang, World.delay, World.sleep, World.slander, World.drain, World.resize, World.resize, World.jam),
+    World.give_up,
 )

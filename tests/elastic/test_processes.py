@@ -1,4 +1,5 @@
 """x"""
+
 import multiprocessing, multiprocessing.forkserver, os, sys
 from pathlib import Path
 import pytest

@@ -358,13 +358,80 @@ def test_a_smaller_maximum_sends_no_newcomer_away() -> None:
     assert made.answer("b", 0) is Verdict.WAIT
 
 
-def test_a_greater_minimum_stops_nobody() -> None:
+def test_below_a_greater_minimum_the_members_wait_at_the_boundary() -> None:
+    made = roster("a", "b")
+    made.resize(3, 4)
+    assert made.beat("a", 1, 0.0) == Reply(generation=1, change=True)
+    come(made, a=(4, 0), b=(4, 0))
+    assert made.answer("a", 1) is made.answer("b", 1) is Verdict.WAIT
+    assert made.missing() == 1
+    made.enter(worker("c"), None, 0.0)
+    assert formed(made) == {"a": (4, 0), "b": (4, 0), "c": None}
+    assert made.beat("a", 2, 0.0) == Reply(generation=2)
+
+
+def test_a_greater_minimum_that_the_members_keep_to_changes_nothing() -> None:
+    made = roster("a", "b")
+    made.resize(2, 4)
+    assert not made.beat("a", 1, 0.0).change
+
+
+def test_a_minimum_that_is_lowered_again_lets_those_go_on_who_wait() -> None:
     made = roster("a")
     made.resize(3, 4)
-    made.enter(worker("b"), None, 0.0)
-    assert not made.beat("a", 1, 0.0).change, "two would be as far from three"
+    made.beat("a", 1, 0.0)
+    come(made, a=(4, 0))
+    assert made.answer("a", 1) is Verdict.WAIT
+    made.resize(1, 4)
+    assert formed(made) == {"a": (4, 0)}
+
+
+def test_members_that_wait_for_each_other_are_told_to_abort() -> None:
+    made = roster("a", "b")
+    made.fail()
+    assert made.beat("a", 1, 0.0).abort
+    assert made.beat("b", 1, 0.0).abort
+    come(made, failed=True, a=(4, 0), b=(4, 0))
+    assert formed(made) == {"a": (4, 0), "b": (4, 0)}, "all live: nobody is dropped"
+    assert made.beat("a", 2, 0.0) == Reply(generation=2)
+
+
+def test_what_is_said_unasked_renews_no_lease() -> None:
+    made = roster("a", "b")
+    for quarter in range(1, 8):
+        made.beat("a", 1, quarter / 4)
+        made.reply("b", 1)
+        assert made.tick(quarter / 4) == []
+    assert made.tick(LEASE_S) == ["b"]
+    lease = Lease(1, LEASE_S)
+    lease.renewed(Reply(generation=1), float("-inf"))
+    assert not lease.valid(0.0)
+
+
+def test_what_is_said_unasked_is_what_a_beat_would_be_answered_with() -> None:
+    made = roster("a", "b")
+    assert made.reply("c", 0) == Reply(generation=0, dropped=True)
     made.enter(worker("c"), None, 0.0)
-    assert made.beat("a", 1, 0.0).change
+    assert made.reply("a", 1) == made.beat("a", 1, 0.0) == Reply(generation=1, change=True)
+    made.drain(["b"])
+    assert made.reply("b", 1) == made.beat("b", 1, 0.0) == Reply(generation=1, change=True, leave=True)
+    made.died("a")
+    assert made.reply("b", 1) == made.beat("b", 1, 0.0) == Reply(generation=1, abort=True)
+
+
+def test_who_comes_to_a_change_that_it_was_told_of_unasked_has_not_failed() -> None:
+    made = roster("a", "b")
+    made.enter(worker("c"), None, 0.0)
+    made.reply("a", 1)
+    come(made, a=(7, 0))
+    assert not made.broken
+
+
+def test_cell_and_arithmetic_of_a_worker_are_handed_on() -> None:
+    made = Roster(minimum=1, maximum=1, initial=1, lease_s=LEASE_S)
+    whole = Worker(name="a", node="n", place=0, store=("", 0), cell="c1", arithmetic="avx2")
+    made.enter(whole, None, 0.0)
+    assert made.generation.members[0].worker == whole
 
 
 def test_after_the_end_nothing_forms() -> None:
@@ -488,7 +555,7 @@ def test_histories() -> None:
     for seed in range(FIRST_SEED, FIRST_SEED + HISTORIES):
         seen.update(play(seed).seen)
     rare = {what: times for what, times in seen.items() if times < HISTORIES / 200}
-    assert len(seen) == 8, seen
+    assert len(seen) == 10, seen
     assert not rare, "these situations hardly ever came up"
 
 
@@ -578,9 +645,9 @@ class ForgetsThatItSlept(Roster):
 class NeverAborts(Roster):
     """Tells nobody that the generation is broken."""
 
-    def beat(self, name: str, generation: int, now: float) -> Reply:
+    def reply(self, name: str, generation: int) -> Reply:
         """Say go on."""
-        reply = super().beat(name, generation, now)
+        reply = super().reply(name, generation)
         return Reply(generation=generation) if reply.abort else reply
 
 
@@ -589,6 +656,30 @@ class NeverKnowsOfCheckpoints(Roster):
 
     def noted(self, position: Position) -> None:
         """Ignore it."""
+
+
+class NeverGivesUp(Roster):
+    """Lets members wait for each other for ever."""
+
+    def fail(self) -> None:
+        """Ignore it."""
+
+
+class NeverTooSmall(Roster):
+    """Lets a generation below a new minimum go on."""
+
+    def _look_ahead(self) -> None:
+        kept, self.minimum = self.minimum, min(self.minimum, max(1, len(self._members())))
+        super()._look_ahead()
+        self.minimum = kept
+
+
+class CountsWhatItDidNotAsk(Process):
+    """A worker whose lease is renewed by what it is told unasked."""
+
+    def on_push(self, reply: Reply) -> None:
+        """Take it for the answer to a beat."""
+        self.on_reply(reply, self.world.now)
 
 
 class StartsWithoutALease(Process):
@@ -626,6 +717,9 @@ BROKEN: dict[type[Roster] | type[Process], str] = {
     ForgetsThatItSlept: "is dropped, heard",
     NeverAborts: "no new step within",
     NeverKnowsOfCheckpoints: "no new step within",
+    NeverGivesUp: "no new step within",
+    NeverTooSmall: "with too few members",
+    CountsWhatItDidNotAsk: "starts a step in generation",
     StartsWithoutALease: "starts a step in generation",
     CountsFromTheAnswer: "starts a step in generation",
     CountsHalfAState: "counts as holding a state that it does not hold",

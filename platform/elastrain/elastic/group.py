@@ -4,8 +4,10 @@ torch's default group cannot be re-formed while a process lives; these can: each
 prefix of rank 0's store. A group can be abandoned from another thread: whoever waits in it gets GroupLost at once.
 """
 
+import atexit
 import contextlib
 import datetime
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +21,11 @@ from elastrain.training.reduce import Group, GroupLost, Solo
 
 CONNECT_S = 60.0  # for what nobody waits for any more: who waits is woken by the membership
 LOOK_S = 0.02  # how often a wait looks whether its group was abandoned
+EXIT_S = 2.0  # a process that exits waits no longer for a group that is being destroyed
+ALONE = 2  # references to what is in a list only: the list's, and the one that counting takes
 FOREVER = datetime.timedelta(days=1)  # hangs are the membership's business: torch's own time-out would kill a process
 
-_abandoned: list[Any] = []  # groups with an operation that may never end: to destroy one would wait for it
+_exiting, _destroying = threading.Event(), threading.Lock()
 
 
 class Door:
@@ -76,8 +80,8 @@ def _unless(lost: threading.Event, make: Callable[[], "TorchGroup"], what: str) 
             made.append(make())
         except BaseException as error:  # noqa: BLE001 -- whoever waits must hear of it
             made.append(error)
-        if lost.is_set():
-            _abandoned.extend(made)
+        if lost.is_set() and isinstance(made[0], TorchGroup):
+            made[0].abandon()
         done.set()
 
     threading.Thread(target=work, daemon=True, name="connect").start()
@@ -98,44 +102,57 @@ class TorchGroup:
     def __init__(self, group: Any, place: tuple[int, int, int], lost: threading.Event, *, wakes: bool) -> None:
         self.rank, self.size, self.generation = place
         self._group, self._lost, self._wakes = group, lost, wakes
+        self._work: Any = None
+        self._leaving = threading.Lock()
         self._slice = datetime.timedelta(seconds=LOOK_S)
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Replace `tensor` by its sum over all members; raises GroupLost if one is gone."""
-        self._wait(self._group.allreduce, [tensor])
+        self._wait("allreduce", [tensor])
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Replace `tensor` by the one of rank `source`; raises GroupLost if a member is gone."""
-        self._wait(self._group.broadcast, tensor, source)
+        self._wait("broadcast", tensor, source)
 
     def all_to_all(self, output: Tensor, tensor: Tensor, received: list[int], sent: list[int]) -> None:
         """Send `sent[r]` elements to each rank r, and receive `received[r]` from it; raises GroupLost."""
-        self._wait(self._group.alltoall_base, output, tensor, received, sent)
+        self._wait("alltoall_base", output, tensor, received, sent)
 
     def all_gather(self, output: Tensor, tensor: Tensor) -> None:
         """Put the equally long tensors of all members into `output`; raises GroupLost if one is gone."""
-        self._wait(self._group._allgather_base, output, tensor)  # noqa: SLF001 -- what torch's own function calls
+        self._wait("_allgather_base", output, tensor)  # what torch's own function calls
 
     def abandon(self) -> None:
         """Leave the group for good, from any thread. An operation that is under way may go on to touch its tensors."""
-        _abandoned.append(self._group)
+        with self._leaving:
+            group, self._group = self._group, None
+            work = None if self._wakes else self._work
+        if group is None:
+            return
         if self._wakes:
             with contextlib.suppress(RuntimeError):
-                self._group.abort()
+                group.abort()
+        threading.Thread(target=_drop, args=([group], work), daemon=True, name="drop").start()
 
-    def _wait(self, operation: Callable[..., Any], *arguments: Any) -> None:
-        if self._lost.is_set():
+    def _wait(self, name: str, *arguments: Any) -> None:
+        group = self._group
+        if group is None or self._lost.is_set():
             raise GroupLost("a member is gone")
         try:
-            work = operation(*arguments)
             if self._wakes:
-                work.wait()
+                getattr(group, name)(*arguments).wait()
                 return
+            with self._leaving:  # so that who abandons the group knows what is under way in it
+                if self._group is None:
+                    raise GroupLost("a member is gone")
+                self._work = work = getattr(group, name)(*arguments)
             while not self._is_over(work):
-                if self._lost.is_set():
+                if self._group is None or self._lost.is_set():
                     raise GroupLost("a member is gone")
         except RuntimeError as error:
             raise GroupLost(str(error)) from error
+        finally:
+            del group  # an error keeps this frame, which would keep the group
 
     def _is_over(self, work: Any) -> bool:
         """Wait for a slice of time; say whether the operation is over. Raises RuntimeError if it failed."""
@@ -147,3 +164,23 @@ class TorchGroup:
             if not work.is_success():
                 raise
         return True
+
+
+def _drop(held: list[Any], work: Any) -> None:
+    """Destroy the group in `held` once nobody else holds it and `work`, its last operation, is over.
+
+    To destroy it earlier would wait for that, and whoever comes out of such a wait while Python exits aborts the
+    process. It is over when the other members let go of the group, too, or their connections end.
+    """
+    while (work is not None and not work.is_completed()) or sys.getrefcount(held[0]) > ALONE:
+        if _exiting.wait(LOOK_S):
+            threading.Event().wait()  # the process ends, and these threads with it
+    with _destroying:
+        held.clear()
+
+
+@atexit.register
+def _let_finish() -> None:
+    """Wait until no group is being destroyed, and let no other begin."""
+    _exiting.set()
+    _destroying.acquire(timeout=EXIT_S)
