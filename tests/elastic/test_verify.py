@@ -1,6 +1,7 @@
 """`elastrain verify`: what it refuses, how it compares, what it says of each event, and the proof itself."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from elastrain.__main__ import app
 from elastrain.data.columns import to_table
 from elastrain.elastic import verify
-from elastrain.elastic.histories import Event, parse_history
+from elastrain.elastic.histories import Event, parse_history, random_history
 from elastrain.elastic.run import Run
 from elastrain.elastic.script import Act, Member, Play, Resize, Seen
 from elastrain.errors import ElastrainError, SpecError
@@ -257,11 +258,25 @@ def test_a_difference_ends_with_1_after_the_result(monkeypatch: pytest.MonkeyPat
 # --- the proof itself
 
 
+FIRST_SEED, CELL_HISTORIES = (int(os.environ.get(name, "0")) for name in ("FIRST_SEED", "CELL_HISTORIES"))
+HISTORIES = [
+    *("3, kill@60, 2, 3, stop@200", "3, kill@40, 2, 3, drain@120, 1, 2, node@220"),
+    *(str(random_history(seed, slots=4, steps=400)) for seed in range(FIRST_SEED, FIRST_SEED + CELL_HISTORIES)),
+]
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("history", ["3, kill@60, 2, 3, stop@200", "3, kill@40, 2, 3, drain@120, 1, 2, node@220"])
+@pytest.mark.parametrize("history", HISTORIES)
 def test_a_disturbed_run_is_equal_to_the_bit(cli: Callable[..., Any], history: str) -> None:
-    sets = ("precision=fp32", "data.slots=4", "budget={steps: 400}", f"name=proof-{len(history)}")
+    """`CELL_HISTORIES=20 FIRST_SEED=0 pytest tests/elastic/test_verify.py -k disturbed_run` tries more of them."""
+    sets = (
+        "precision=fp32",
+        "data.slots=4",
+        "budget={steps: 400}",
+        "workers.timeout_s=5",
+        f"name=proof-{len(history)}",
+    )
     arguments = [part for change in sets for part in ("--set", change)]
     done = cli("verify", str(DIGITS), "--history", history, *arguments, "--json", timeout=500)
     assert done.returncode == 0, done.stderr
@@ -269,10 +284,11 @@ def test_a_disturbed_run_is_equal_to_the_bit(cli: Callable[..., Any], history: s
     assert found["equal"] is True
     assert found["undisturbed"]["weights_sha256"] == found["disturbed"]["weights_sha256"]
     assert [event["event"] for event in found["events"]] == history.split(", ")[1:]
-    for event in found["events"]:
-        assert event["steps_redone"] == 0, event
-        assert event["survivors_kept"] in (None, event["survivors"]), event
-    assert found["disturbed"]["restarts"] == 0
+    if history in HISTORIES[:2]:  # somebody is always left: nothing starts again
+        assert found["disturbed"]["restarts"] == 0
+        for event in found["events"]:
+            assert event["steps_redone"] == 0, event
+            assert event["survivors_kept"] in (None, event["survivors"]), event
 
 
 def test_the_shipped_gpt_has_room_for_the_demonstration() -> None:
