@@ -14,8 +14,10 @@ worker ─► enter (Worker, Position | None, left, failed)      beat (generatio
 """
 
 import contextlib
+import os
 import secrets
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +30,7 @@ from elastrain.elastic.protocol import Generation, Reply, Roster, Verdict, Worke
 from elastrain.elastic.recovery import Recovery
 from elastrain.errors import ResourceError
 
+SEND_S = 0.1  # whose buffers are full for so long is cut off: nothing is sent but what a worker reads at once
 GREETING_S = 10.0  # within which a connection has to prove that it knows the token
 WAITING = "reduce"  # what a worker says that it does while it waits for the others
 
@@ -47,9 +50,16 @@ class Line:
     since: float = 0.0
 
     def send(self, *message: Any) -> None:
-        """Send; that nobody listens any more is found out by whoever receives."""
-        with contextlib.suppress(OSError):
+        """Send; that nobody listens any more, or can be told anything, is found out by whoever receives."""
+        try:
             self.connection.send(message)
+        except OSError:
+            self.end()
+
+    def end(self) -> None:
+        """End the connection for both sides: to close it would not wake who is reading, and its number may be reused."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as same:
+            same.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass(slots=True, eq=False)
@@ -96,7 +106,7 @@ class Membership:
         self._door.close()
         with self._lock:
             for line in self.lines.values():
-                line.connection.close()
+                line.end()
 
     # --- what the driver says
 
@@ -174,8 +184,10 @@ class Membership:
         """Hear one worker until its connection ends."""
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A worker that is stopped or cut off reads nothing, and everybody else would wait for the lock behind it.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, int(SEND_S * 1e6)))
         line = Line(Connection(sock.detach()))
-        late = threading.Timer(GREETING_S, line.connection.close)
+        late = threading.Timer(GREETING_S, line.end)
         late.start()
         try:
             deliver_challenge(line.connection, self.token)
