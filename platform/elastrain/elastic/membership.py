@@ -261,7 +261,9 @@ class Membership:
             self.fail(ResourceError.__name__, message)
         else:
             self.event("refused", {"worker": worker.name, "reason": message})
-            self.lines[worker.name].send("answer", self.lines[worker.name].left, Verdict.LEAVE)
+            line = self.lines[worker.name]
+            line.waits = False  # else it would be told to come again, too
+            line.send("answer", line.left, Verdict.LEAVE)
         return True
 
     # --- what follows
