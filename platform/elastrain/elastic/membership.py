@@ -114,6 +114,10 @@ class Membership:
         """Ask the workers to stop at the next step boundary, after a commit."""
         with self._lock:
             self.stop = True
+            # It is a step that tells all workers: who waits for more of them makes it without.
+            self.roster.resize(1, self.roster.maximum)
+            self.roster.expect(1)
+            self._tell()
             for line in self.lines.values():
                 line.send("reply", self.roster.reply(line.name, line.generation), None, True)
 
