@@ -296,13 +296,15 @@ class Membership:
                     line.send("reply", reply, None, self.stop)
 
     def _look(self) -> None:
-        """See whether a generation has formed, and whether it has a state to go on from."""
-        made = self.roster.generation
+        """See whether a generation has formed, and whether there is a state to go on from."""
+        made, before = self.roster.generation, self._recovery.members
         if made.number == self._recovery.generation:
-            return
-        before = self._recovery.members
-        self._recovery.formed(made, time.monotonic())
-        if before and made.source is None and not self._recovery.is_stored(self.roster.stored):
+            # What they had is gone, whoever comes next: nobody need wait for that.
+            over = self._recovery.has_losses() and not any(name in self.roster.seats for name in before)
+        else:
+            self._recovery.formed(made, time.monotonic())
+            over = bool(before) and made.source is None and not self._recovery.is_stored(self.roster.stored)
+        if over and not self.roster.ended:
             self.lost = f"all {len(before)} workers were lost" if len(before) > 1 else "a worker was lost"
             self.roster.end()
 

@@ -65,7 +65,11 @@ class Recovery:
 
     def is_stored(self, stored: Position | None) -> bool:
         """Say whether storage holds all that the members had: they came in good order, and no further than that."""
-        return not self._losses and stored is not None and stored >= (self._left_behind or stored)
+        return not self.has_losses() and stored is not None and stored >= (self._left_behind or stored)
+
+    def has_losses(self) -> bool:
+        """Say whether members are gone since the last new step."""
+        return bool(self._losses)
 
     def ready(self, now: float, connect_s: float, state_s: float) -> None:
         """Note that the group is connected and all its members have the state."""
