@@ -14,8 +14,10 @@ worker ─► enter (Worker, Position | None, left, failed)      beat (generatio
 """
 
 import contextlib
+import os
 import secrets
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +30,7 @@ from elastrain.elastic.protocol import Generation, Position, Reply, Roster, Verd
 from elastrain.elastic.recovery import Recovery
 from elastrain.errors import ResourceError
 
+SEND_S = 0.1  # whose buffers are full for so long is cut off: nothing is sent but what a worker reads at once
 GREETING_S = 10.0  # within which a connection has to prove that it knows the token
 WAITING = "reduce"  # what a worker says that it does while it waits for the others
 
@@ -47,9 +50,16 @@ class Line:
     since: float = 0.0
 
     def send(self, *message: Any) -> None:
-        """Send; that nobody listens any more is found out by whoever receives."""
-        with contextlib.suppress(OSError):
+        """Send; that nobody listens any more, or can be told anything, is found out by whoever receives."""
+        try:
             self.connection.send(message)
+        except OSError:
+            self.end()
+
+    def end(self) -> None:
+        """End the connection for both sides: to close it would not wake who is reading, and its number may be reused."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as same:
+            same.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass(slots=True, eq=False)
@@ -96,7 +106,7 @@ class Membership:
         self._door.close()
         with self._lock:
             for line in self.lines.values():
-                line.connection.close()
+                line.end()
 
     # --- what the driver says
 
@@ -104,6 +114,10 @@ class Membership:
         """Ask the workers to stop at the next step boundary, after a commit."""
         with self._lock:
             self.stop = True
+            # It is a step that tells all workers: who waits for more of them makes it without.
+            self.roster.resize(1, self.roster.maximum)
+            self.roster.expect(1)
+            self._tell()
             for line in self.lines.values():
                 line.send("reply", self.roster.reply(line.name, line.generation), None, self.stop)
 
@@ -184,8 +198,10 @@ class Membership:
         """Hear one worker until its connection ends."""
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A worker that is stopped or cut off reads nothing, and everybody else would wait for the lock behind it.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, int(SEND_S * 1e6)))
         line = Line(Connection(sock.detach()))
-        late = threading.Timer(GREETING_S, line.connection.close)
+        late = threading.Timer(GREETING_S, line.end)
         late.start()
         try:
             deliver_challenge(line.connection, self.token)
@@ -258,7 +274,9 @@ class Membership:
             self.fail(ResourceError.__name__, message)
         else:
             self.event("refused", {"worker": worker.name, "reason": message})
-            self.lines[worker.name].send("answer", self.lines[worker.name].left, Verdict.LEAVE)
+            line = self.lines[worker.name]
+            line.waits = False  # else it would be told to come again, too
+            line.send("answer", line.left, Verdict.LEAVE)
         return True
 
     # --- what follows
@@ -287,13 +305,15 @@ class Membership:
                     line.send("reply", reply, None, self.stop)
 
     def _look(self) -> None:
-        """See whether a generation has formed, and whether it has a state to go on from."""
-        made = self.roster.generation
+        """See whether a generation has formed, and whether there is a state to go on from."""
+        made, before = self.roster.generation, self._recovery.members
         if made.number == self._recovery.generation:
-            return
-        before = self._recovery.members
-        self._recovery.formed(made, time.monotonic())
-        if before and made.source is None and not self._recovery.is_stored(self.roster.stored):
+            # What they had is gone, whoever comes next: nobody need wait for that.
+            over = self._recovery.has_losses() and not any(name in self.roster.seats for name in before)
+        else:
+            self._recovery.formed(made, time.monotonic())
+            over = bool(before) and made.source is None and not self._recovery.is_stored(self.roster.stored)
+        if over and not self.roster.ended:
             self.lost = f"all {len(before)} workers were lost" if len(before) > 1 else "a worker was lost"
             self.roster.end()
 

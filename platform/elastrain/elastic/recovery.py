@@ -72,7 +72,11 @@ class Recovery:
         """
         if not self.begun:
             return True
-        return not self._losses and stored is not None and stored >= (self._left_behind or stored)
+        return not self.has_losses() and stored is not None and stored >= (self._left_behind or stored)
+
+    def has_losses(self) -> bool:
+        """Say whether members are gone since the last new step."""
+        return bool(self._losses)
 
     def ready(self, now: float, connect_s: float, state_s: float) -> None:
         """Note that the group is connected and all its members have the state."""
