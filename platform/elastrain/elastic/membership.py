@@ -14,6 +14,7 @@ worker ─► enter (Worker, Position | None, left, failed)      beat (generatio
 """
 
 import contextlib
+import os
 import secrets
 import socket
 import threading
@@ -50,6 +51,12 @@ class Line:
         """Send; that nobody listens any more is found out by whoever receives."""
         with contextlib.suppress(OSError):
             self.connection.send(message)
+
+
+def hang_up(connection: Connection) -> None:
+    """End a connection that another thread reads from: that one sees its end, and closes it."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass(slots=True, eq=False)
@@ -96,7 +103,7 @@ class Membership:
         self._door.close()
         with self._lock:
             for line in self.lines.values():
-                line.connection.close()
+                hang_up(line.connection)
 
     # --- what the driver says
 
@@ -185,7 +192,7 @@ class Membership:
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         line = Line(Connection(sock.detach()))
-        late = threading.Timer(GREETING_S, line.connection.close)
+        late = threading.Timer(GREETING_S, hang_up, (line.connection,))
         late.start()
         try:
             deliver_challenge(line.connection, self.token)
@@ -199,8 +206,8 @@ class Membership:
             pass
         finally:
             late.cancel()
-            line.connection.close()
             with self._lock:
+                line.connection.close()
                 self._gone(line)
 
     def _hear_enter(
