@@ -54,12 +54,13 @@ class Line:
         try:
             self.connection.send(message)
         except OSError:
-            self.end()
+            hang_up(self.connection)
 
-    def end(self) -> None:
-        """End the connection for both sides: to close it would not wake who is reading, and its number may be reused."""
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as same:
-            same.shutdown(socket.SHUT_RDWR)
+
+def hang_up(connection: Connection) -> None:
+    """End a connection that another thread reads from: that one sees its end, and closes it."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass(slots=True, eq=False)
@@ -106,7 +107,7 @@ class Membership:
         self._door.close()
         with self._lock:
             for line in self.lines.values():
-                line.end()
+                hang_up(line.connection)
 
     # --- what the driver says
 
@@ -201,7 +202,7 @@ class Membership:
         # A worker that is stopped or cut off reads nothing, and everybody else would wait for the lock behind it.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, int(SEND_S * 1e6)))
         line = Line(Connection(sock.detach()))
-        late = threading.Timer(GREETING_S, line.end)
+        late = threading.Timer(GREETING_S, hang_up, (line.connection,))
         late.start()
         try:
             deliver_challenge(line.connection, self.token)
@@ -215,8 +216,8 @@ class Membership:
             pass
         finally:
             late.cancel()
-            line.connection.close()
             with self._lock:
+                line.connection.close()
                 self._gone(line)
 
     def _hear_enter(self, line: Line, worker: Worker, position: Position | None, *rest: Any) -> None:

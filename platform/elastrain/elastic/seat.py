@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from elastrain.elastic.group import Door
+from elastrain.elastic.membership import hang_up
 from elastrain.elastic.protocol import Generation, Lease, Position, Reply, Verdict, Worker
 from elastrain.observe.ledger import Clock
 from elastrain.training.loop import Decision
@@ -120,8 +121,7 @@ class MemberSeat:
     def close(self) -> None:
         """Leave the membership: the end of the connection says it."""
         self._closed = self._gone = True
-        with contextlib.suppress(OSError):
-            self._connection.close()
+        hang_up(self._connection)
 
     # --- from one generation to the next
 
@@ -204,8 +204,9 @@ class MemberSeat:
                     self._watch(now)
                 if self._connection.poll(max(0.0, due - time.monotonic())):
                     self._hear(*self._connection.recv())
-        except (OSError, EOFError, TypeError):  # TypeError: closed while it was read
+        except (OSError, EOFError):
             pass
+        self._connection.close()
         with self._changed:
             self._gone = True
             self._lost.set()

@@ -182,6 +182,7 @@ class Loop:
         batches.move_to(step, slots, self.clock)
         if self.spec.audit:
             # Before the sum: whoever dies after it has left its lines. A step that is done again replaces them.
+            self.clock.switch("data")  # a host that is slow to answer is no worker that stands still
             self._audit(batches, step, slots)
             self.recorder.audited()
         flag = self.seat.decision().flag() if group.rank == 0 else 0.0
