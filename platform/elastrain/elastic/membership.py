@@ -117,9 +117,9 @@ class Membership:
             # It is a step that tells all workers: who waits for more of them makes it without.
             self.roster.resize(1, self.roster.maximum)
             self.roster.expect(1)
-            self._tell()
             for line in self.lines.values():
-                line.send("reply", self.roster.reply(line.name, line.generation), None, True)
+                line.told = None  # the stop is news to everybody
+            self._tell()
 
     def drain(self, names: Iterable[str]) -> None:
         """See `Roster.drain`."""
