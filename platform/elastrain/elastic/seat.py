@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from elastrain.elastic.group import Door
+from elastrain.elastic.membership import WAITING
 from elastrain.elastic.protocol import Generation, Lease, Position, Reply, Verdict, Worker
 from elastrain.observe.ledger import Clock
 from elastrain.training.loop import Decision
@@ -223,6 +224,9 @@ class MemberSeat:
     def _beat(self, now: float) -> None:
         if self._number:
             doing, since = self._clock.running()
+            waits = getattr(self._group, "waits", None)
+            if waits is not None:  # for the others, whatever the time is booked under
+                doing, since = WAITING, waits
             self._send("beat", self._number, self._step, doing, time.perf_counter() - since, now)
 
     def _hear(self, kind: str, *arguments: Any) -> None:
