@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -97,12 +98,14 @@ class TorchGroup:
     """A group over torch's gloo or NCCL backend; `place` is (rank, size, generation).
 
     `wakes`: to abort the group ends what waits in it, as NCCL does. gloo's waits can only be cut into slices.
+    `waits` is since when an operation has been under way, by `time.perf_counter`, for other threads to see.
     """
 
     def __init__(self, group: Any, place: tuple[int, int, int], lost: threading.Event, *, wakes: bool) -> None:
         self.rank, self.size, self.generation = place
         self._group, self._lost, self._wakes = group, lost, wakes
         self._work: Any = None
+        self.waits: float | None = None
         self._leaving = threading.Lock()
         self._slice = datetime.timedelta(seconds=LOOK_S)
 
@@ -138,6 +141,7 @@ class TorchGroup:
         group = self._group
         if group is None or self._lost.is_set():
             raise GroupLost("a member is gone")
+        self.waits = time.perf_counter()
         try:
             if self._wakes:
                 getattr(group, name)(*arguments).wait()
@@ -152,6 +156,7 @@ class TorchGroup:
         except RuntimeError as error:
             raise GroupLost(str(error)) from error
         finally:
+            self.waits = None
             del group  # an error keeps this frame, which would keep the group
 
     def _is_over(self, work: Any) -> bool:

@@ -152,11 +152,14 @@ class Host:
         self.note(kind, fields)
 
     def note(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """Write something into the ledger."""
-        with self._lock:
-            self._ledger.event(kind, **fields)
-            if kind == "checkpoint":
-                self._last_checkpoint = fields["step"]
+        """Write something into the ledger, without the lock.
+
+        The membership calls this under its own, which a report waits for while it holds ours; and ours is held while
+        storage is written to. The ledger takes a line at a time, and writes whole lists of them.
+        """
+        self._ledger.event(kind, **fields)
+        if kind == "checkpoint":
+            self._last_checkpoint = fields["step"]
 
     def poll(self) -> dict[str, Any]:
         """Return what the driver shows and acts on."""

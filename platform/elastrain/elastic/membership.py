@@ -118,9 +118,9 @@ class Membership:
             # It is a step that tells all workers: who waits for more of them makes it without.
             self.roster.resize(1, self.roster.maximum)
             self.roster.expect(1)
-            self._tell()
             for line in self.lines.values():
-                line.send("reply", self.roster.reply(line.name, line.generation), None, self.stop)
+                line.told = None  # the stop is news to everybody
+            self._tell()
 
     def drain(self, names: Iterable[str]) -> None:
         """See `Roster.drain`."""
@@ -313,7 +313,10 @@ class Membership:
             over = self._recovery.has_losses() and not any(name in self.roster.seats for name in before)
         else:
             self._recovery.formed(made, time.monotonic())
-            over = bool(before) and made.source is None and not self._recovery.is_stored(self.roster.stored)
+            goes_on = made.source is not None or self._recovery.is_stored(self.roster.stored)
+            # Who was lost before anybody had the state has taken nothing along.
+            begins = not self._recovery.has_begun() and any(made.rank(name) is not None for name in before)
+            over = bool(before) and not goes_on and not begins
         if over and not self.roster.ended:
             self.lost = f"all {len(before)} workers were lost" if len(before) > 1 else "a worker was lost"
             self.roster.end()

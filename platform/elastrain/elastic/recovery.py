@@ -74,6 +74,10 @@ class Recovery:
             return True
         return not self.has_losses() and stored is not None and stored >= (self._left_behind or stored)
 
+    def has_begun(self) -> bool:
+        """Say whether any generation came so far that all its members had a state."""
+        return self._ready > 0.0
+
     def has_losses(self) -> bool:
         """Say whether members are gone since the last new step."""
         return bool(self._losses)

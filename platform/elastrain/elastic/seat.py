@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from elastrain.elastic.group import Door
-from elastrain.elastic.membership import hang_up
+from elastrain.elastic.membership import WAITING, hang_up
 from elastrain.elastic.protocol import Generation, Lease, Position, Reply, Verdict, Worker
 from elastrain.observe.ledger import Clock
 from elastrain.training.loop import Decision
@@ -141,13 +141,13 @@ class MemberSeat:
             generation = self._enter(state, failed=self._failed)
             start = time.perf_counter()
             try:
-                group = self._door.join(generation, self._me.name, self._device, self._lost)
+                group = self._group = self._door.join(generation, self._me.name, self._device, self._lost)
                 connected = time.perf_counter()
                 self._share(state, group, generation)
             except GroupLost:
-                self._failed = True
+                self._leave(failed=True)
                 continue
-            self._whole, self._group, self._failed = True, group, False
+            self._whole, self._failed = True, False
             self._began, self._fresh = state.position(), True
             if group.rank == 0:
                 self._send("ready", self._number, connected - start, time.perf_counter() - connected)
@@ -206,13 +206,20 @@ class MemberSeat:
                     self._hear(*self._connection.recv())
         except (OSError, EOFError):
             pass
-        self._connection.close()
-        with self._changed:
-            self._gone = True
-            self._lost.set()
-            self._lost_at = self._lost_at or time.monotonic()
-            self._changed.notify_all()
+        finally:  # without this thread nobody would wake or watch the main thread
+            self._connection.close()
+            with self._changed:
+                self._gone = True
+                self._end_generation()
+                self._changed.notify_all()
         self._ends_if_stuck()
+
+    def _end_generation(self) -> None:
+        """Wake the main thread out of whatever it waits for in its group."""
+        self._lost_at = self._lost_at or time.monotonic()
+        self._lost.set()
+        if self._group is not None and hasattr(self._group, "abandon"):
+            self._group.abandon()
 
     def _send(self, *message: Any) -> None:
         with self._send_lock, contextlib.suppress(OSError):
@@ -221,6 +228,9 @@ class MemberSeat:
     def _beat(self, now: float) -> None:
         if self._number:
             doing, since = self._clock.running()
+            waits = getattr(self._group, "waits", None)
+            if waits is not None:  # for the others, whatever the time is booked under
+                doing, since = WAITING, waits
             self._send("beat", self._number, self._step, doing, time.perf_counter() - since, now)
 
     def _hear(self, kind: str, *arguments: Any) -> None:
@@ -253,10 +263,7 @@ class MemberSeat:
         self._reply = reply
         self._lease.renewed(reply, float("-inf") if sent_at is None else sent_at)
         if (reply.dropped or reply.abort) and not self._lost.is_set():
-            self._lost_at = time.monotonic()
-            self._lost.set()
-            if self._group is not None and hasattr(self._group, "abandon"):
-                self._group.abandon()
+            self._end_generation()
 
     def _watch(self, now: float) -> None:
         """End the process if the main thread stands still."""
