@@ -35,11 +35,13 @@ class Decision:
     """What rank 0 was told, summed along with a step's gradients so that all workers act on it at the same boundary.
 
     `stop`: commit and end. `change`: the members change. `commit`: write a checkpoint before that, for nobody stays.
+    `leave` is for rank 0 alone: it will not be among the next members.
     """
 
     stop: bool = False
     change: bool = False
     commit: bool = False
+    leave: bool = False
 
     def flag(self) -> float:
         """Return it as a number that a sum over workers keeps, where all others add 0."""
@@ -150,7 +152,7 @@ class Loop:
             elif state.step >= self.num_steps or state.stopping:
                 return self._end(group, writer, lead)
             else:
-                self._one(batches, group, lead)
+                self._one(batches, group, writer, lead)
             now = time.perf_counter()
             if now - lead.reported > REPORT_S:
                 self._written(writer)
@@ -176,7 +178,7 @@ class Loop:
         group.all_reduce(torch.zeros(1, device=state.device))
         return result
 
-    def _one(self, batches: Batches, group: Group, lead: "Lead") -> None:
+    def _one(self, batches: Batches, group: Group, writer: Writer, lead: "Lead") -> None:
         state, step = self.state, self.state.step
         slots = slots_of(group.rank, group.size, self.plan.slots)
         batches.move_to(step, slots, self.clock)
@@ -185,8 +187,8 @@ class Loop:
             self.clock.switch("data")  # a host that is slow to answer is no worker that stands still
             self._audit(batches, step, slots)
             self.recorder.audited()
-        flag = self.seat.decision().flag() if group.rank == 0 else 0.0
-        result = run_step(state, batches, group, slots, clock=self.clock, flag=flag, num_steps=self.num_steps)
+        told = self.seat.decision() if group.rank == 0 else Decision()
+        result = run_step(state, batches, group, slots, clock=self.clock, flag=told.flag(), num_steps=self.num_steps)
         self._pending.append((step, result))
         if group.rank == 0 and step % self.plan.block_steps == 0:
             self.feed.release_before(self.plan.block_of(step))
@@ -194,6 +196,8 @@ class Loop:
         state.due = self._is_due(state.step) or decided.stop or decided.commit
         state.stopping, lead.commits = decided.stop, decided.commit
         if decided.change and not decided.commit:
+            if told.leave:
+                writer.wait()  # before another one leads and writes
             self.seat.change()
 
     def _audit(self, batches: Batches, step: int, slots: range) -> None:
