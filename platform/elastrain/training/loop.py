@@ -144,12 +144,13 @@ class Loop:
         state = self.state
         while True:
             group = self.seat.group(state)
-            lead.look(group)
-            if lead.owes and not state.due and not state.phase:
+            lead.look(group, state.step)
+            ends = state.step >= self.num_steps or state.stopping
+            if lead.owes and not state.due and not state.phase and (ends or state.step > lead.since):
                 self._commit(writer, lead)
             if state.due or (state.step >= self.num_steps and state.evaluated != state.step):
                 self._boundary(group, writer, lead)
-            elif state.step >= self.num_steps or state.stopping:
+            elif ends:
                 return self._end(group, writer, lead)
             else:
                 self._one(batches, group, writer, lead)
@@ -305,23 +306,25 @@ class Loop:
 class Lead:
     """What a worker keeps in mind of its generation: whether it leads, and what whoever led before may not have done.
 
-    `sent`: the step of the last line that was sent. `owes`: another one led before, maybe up to the middle of a commit.
-    `commits`: a commit is due before the members change.
+    `sent`: the step of the last line that was sent. `owes`: another one led before, maybe up to the middle of a commit;
+    it may be at that still, so what is owed is written a step later than `since`, in a folder of its own. `commits`: a
+    commit is due before the members change.
     """
 
     generation: int = 0
     leads: bool = False
     owes: bool = False
+    since: int = 0
     commits: bool = False
     sent: float = -1.0
     reported: float = 0.0
 
-    def look(self, group: Group) -> None:
-        """Take note of the generation of a group."""
+    def look(self, group: Group, step: int) -> None:
+        """Take note of the generation of a group, which begins at a step."""
         if group.generation != self.generation:
             leads = group.rank == 0
             if leads and not self.leads:
-                self.sent, self.owes = -1.0, group.generation > 1
+                self.sent, self.owes, self.since = -1.0, group.generation > 1, step
             self.generation, self.leads = group.generation, leads
             self.owes = self.owes and leads
 
