@@ -81,7 +81,10 @@ class Member:
 
 @dataclass(kw_only=True)
 class History:
-    """A run of a kind from `process_worker.KINDS` that begins with `size` workers; `changes` are those of its spec."""
+    """A run of a kind from `process_worker.KINDS` that begins with `size` workers; `changes` are those of its spec.
+
+    `newest_first`: a newcomer's place is before those of the others.
+    """
 
     kind: str = "mlp"
     size: int = 3
@@ -89,6 +92,7 @@ class History:
     changes: dict[str, Any] = field(default_factory=dict)
     limits: tuple[int, int] = (1, 9)
     variant: str = ""
+    newest_first: bool = False
     seen: Counter[str] = field(default_factory=Counter)
     result: dict[str, Any] = field(default_factory=dict)
     lines: pa.Table | None = None
@@ -236,8 +240,8 @@ class History:
                 self._spare(count - len(free))
                 free = [member for member in self.members if not member.seated.is_set()]
             for member in free[: max(0, count)]:
-                # A newcomer may have a place before all others, and lead.
-                member.job = (self._job, self.members.index(member) * 7 % 11)
+                number = self.members.index(member)
+                member.job = (self._job, 100 - number if self.newest_first else number)
                 member.seated.set()
             return free[: max(0, count)]
 
@@ -454,7 +458,7 @@ class History:
         reasons = {"killed": -signal.SIGKILL, "raised": RAISED, "hung": HUNG}
         if reasons.get(member.harm) == code or why == "finished":
             return
-        if member.harm == "killed" or (why.startswith("dismissed") and self._may_be_dismissed(member)):
+        if member.harm == "killed" or member.name in self._host.membership.dropped or (why.startswith("dismissed") and self._may_be_dismissed(member)):
             return
         self._fail(f"{member.name} ended by itself, with code {code}: {why or 'without a word'}")
 

@@ -232,9 +232,9 @@ class WatchedDoor(Door):
 class Skipping(Loop):
     """A loop that takes the step in flight for done when its group is lost."""
 
-    def _one(self, batches: Any, group: Group, lead: Lead) -> None:
+    def _one(self, batches: Any, group: Group, writer: Any, lead: Lead) -> None:
         try:
-            super()._one(batches, group, lead)
+            super()._one(batches, group, writer, lead)
         except GroupLost:
             self.state.step, self.state.phase = self.state.step + 1, 0
             raise

@@ -98,6 +98,23 @@ def test_workers_of_a_node_have_ranks_side_by_side() -> None:
     assert [made.generation.rank(name) for name in "abcde"] == [0, 1, 2, 3, None]
 
 
+def test_who_leads_goes_on_to_as_long_as_it_stays() -> None:
+    made = Roster(minimum=1, maximum=2, initial=2, lease_s=LEASE_S)
+    for each in (worker("a", "n2", 2), worker("b", "n2", 1)):
+        made.enter(each, None, 0.0)
+    assert [member.worker.name for member in made.generation.members] == ["b", "a"]
+    for each in (worker("c", "n1", 0), worker("d", "n2", 0)):
+        made.enter(each, None, 0.0)
+    made.resize(1, 4)
+    assert made.beat("b", 1, 0.0).change
+    for each in (worker("a", "n2", 2), worker("b", "n2", 1)):
+        made.enter(each, (1, 1), 0.0, left=1)
+    assert [member.worker.name for member in made.generation.members] == ["b", "d", "a", "c"]
+    made.resize(1, 1)
+    come(made, a=(2, 1), b=(2, 1), c=(2, 1), d=(2, 1))
+    assert formed(made) == {"b": (2, 1)}
+
+
 def test_a_failure_breaks_the_generation_and_the_others_are_told_to_abort() -> None:
     made = roster("a", "b")
     assert made.beat("b", 1, 0.1) == Reply(generation=1)

@@ -312,6 +312,20 @@ def test_what_belongs_to_a_checkpoint_is_safe_before_it_exists(tmp_path: Path) -
     assert newest_whole(str(tmp_path), warn=pytest.fail) == 2
 
 
+def test_a_worker_that_was_given_up_leaves_the_folder_to_the_one_that_leads_now(tmp_path: Path) -> None:
+    def overtaken() -> None:
+        other = Writer(str(tmp_path), CheckpointSpec())
+        other.commit(small_state()[0], {"step": 1}, {})
+        other.wait()
+        raise ConflictError("given up")
+
+    writer = Writer(str(tmp_path), CheckpointSpec(), settle=overtaken)
+    writer.commit(small_state()[0], {"step": 1}, {})
+    with pytest.raises(ConflictError, match="given up"):
+        writer.wait()
+    assert newest_whole(str(tmp_path), warn=pytest.fail) == 1
+
+
 # --- what is not worth keeping
 
 
@@ -379,7 +393,9 @@ def kept(run: Path, values: list[float | None], *, newest: int | None = None, **
     """Which steps stay of checkpoints with these metrics at steps 1, 2 and so on."""
     for step, value in enumerate(values, start=1):
         storage.put(storage.join(folder(str(run), step), "state.json"), b"{}")
-        write_manifest(str(run), step, {}, {"metrics": {} if value is None else {"val_loss": value}})
+        broken = newest is not None and step > newest
+        files = {"state.json": {"bytes": 9, "sha256": ""}} if broken else {}
+        write_manifest(str(run), step, files, {"metrics": {} if value is None else {"val_loss": value}})
     retain(str(run), CheckpointSpec.model_validate(spec), newest=newest or len(values))
     assert sorted(int(path.name[5:]) for path in (run / "checkpoints").iterdir()) == list(read_manifests(str(run)))
     return list(read_manifests(str(run)))
@@ -399,6 +415,13 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
 def test_retention_removes_what_a_run_went_back_from(tmp_path: Path) -> None:
     """Steps 4 and 5 were broken, the run went on from 2 and commits 3 again: that one must stay."""
     assert kept(tmp_path, [1, 2, 3, 4, 5], newest=3, keep=1, best=None) == [3]
+
+
+def test_a_worker_that_has_ceased_to_lead_removes_nothing_of_the_one_that_leads_now(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        write_manifest(str(tmp_path), step, {}, {})
+    retain(str(tmp_path), CheckpointSpec(keep=1), newest=3)
+    assert list(read_manifests(str(tmp_path))) == [1, 2, 3, 4, 5]
 
 
 def test_retention_removes_half_written_folders_once_they_are_old(tmp_path: Path) -> None:

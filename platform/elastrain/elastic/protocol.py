@@ -297,6 +297,10 @@ class Roster:
     def _needed(self) -> int:
         return self.minimum if self.generation.number else self.initial
 
+    def _lead(self) -> str:
+        """The name of rank 0, empty before the first generation."""
+        return self.generation.members[0].worker.name if self.generation.members else ""
+
     def _best(self) -> Position | None:
         return max((seat.position for seat in self._members() if seat.position is not None), default=None)
 
@@ -318,7 +322,8 @@ class Roster:
         """
         members = self._members()
         stay = [seat for seat in members if seat.worker.name not in self.leaving]
-        stay.sort(key=lambda seat: seat.worker.name not in leads)  # where not all have room, the state has
+        lead = self._lead()  # where not all have room, the state has, and then who leads
+        stay.sort(key=lambda seat: (seat.worker.name not in leads, seat.worker.name != lead))
         keep = [seat for seat in members if seat.worker.name in leads and seat.worker.name in self.leaving][:1]
         if stored or any(seat.worker.name in leads for seat in stay):
             keep = []
@@ -343,7 +348,7 @@ class Roster:
 
     def _form(self, chosen: list[Seat]) -> None:
         leads, number = self._leads(), self.generation.number + 1
-        workers = {worker.name: worker for worker in ranked(seat.worker for seat in chosen)}
+        workers = {worker.name: worker for worker in ranked((seat.worker for seat in chosen), self._lead())}
         members = tuple(Member(worker=workers[name], position=self.seats[name].position) for name in workers)
         source = next((rank for rank, name in enumerate(workers) if name in leads), None)
         for seat in chosen:
@@ -372,10 +377,14 @@ class Roster:
         self.released.add(name)
 
 
-def ranked(workers: Iterable[Worker]) -> list[Worker]:
-    """Return workers in rank order: those of a node side by side, nodes in the order of their first places."""
+def ranked(workers: Iterable[Worker], lead: str = "") -> list[Worker]:
+    """Return workers in rank order: those of a node side by side, nodes in the order of their first places.
+
+    `lead` comes first, with its node: who has led goes on to, as a checkpoint may be under way.
+    """
     workers = list(workers)
     first: dict[str, int] = {}
     for worker in workers:
         first[worker.node] = min(worker.place, first.get(worker.node, worker.place))
-    return sorted(workers, key=lambda worker: (first[worker.node], worker.node, worker.place, worker.name))
+    home = {worker.node for worker in workers if worker.name == lead}
+    return sorted(workers, key=lambda w: (w.node not in home, first[w.node], w.node, w.name != lead, w.place, w.name))

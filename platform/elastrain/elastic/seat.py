@@ -104,7 +104,9 @@ class MemberSeat:
         """Return what this worker has been told to ask the others for."""
         reply = self._reply
         known = reply.generation == self._number
-        return Decision(stop=self._stop, change=known and reply.change, commit=known and reply.change and reply.commit)
+        if not known or not reply.change:
+            return Decision(stop=self._stop)
+        return Decision(stop=self._stop, change=True, commit=reply.commit, leave=reply.leave)
 
     def change(self) -> None:
         """Enter at the next call of `group`: all members do."""

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from elastrain import storage
-from elastrain.errors import DivergedError, ElastrainError, StorageError
+from elastrain.errors import ConflictError, DivergedError, ElastrainError, StorageError
 from elastrain.spec.train import CheckpointSpec
 from elastrain.training.manifests import (
     MANIFEST,
@@ -186,6 +186,8 @@ class Writer:
             files = self._put_files(tensors, numbers, url)
             self._settle()
             write_manifest(self._run, step, files, info)
+        except ConflictError:
+            raise  # by now the folder may be another worker's
         except Exception:
             with contextlib.suppress(StorageError):
                 storage.remove(url)  # on a full disk half a checkpoint would be in the way

@@ -35,11 +35,13 @@ class Decision:
     """What rank 0 was told, summed along with a step's gradients so that all workers act on it at the same boundary.
 
     `stop`: commit and end. `change`: the members change. `commit`: write a checkpoint before that, for nobody stays.
+    `leave` is for rank 0 alone: it will not be among the next members.
     """
 
     stop: bool = False
     change: bool = False
     commit: bool = False
+    leave: bool = False
 
     def flag(self) -> float:
         """Return it as a number that a sum over workers keeps, where all others add 0."""
@@ -142,15 +144,16 @@ class Loop:
         state = self.state
         while True:
             group = self.seat.group(state)
-            lead.look(group)
-            if lead.owes and not state.due and not state.phase:
+            lead.look(group, state.step)
+            ends = state.step >= self.num_steps or state.stopping
+            if lead.owes and not state.due and not state.phase and (ends or state.step > lead.since):
                 self._commit(writer, lead)
             if state.due or (state.step >= self.num_steps and state.evaluated != state.step):
                 self._boundary(group, writer, lead)
-            elif state.step >= self.num_steps or state.stopping:
+            elif ends:
                 return self._end(group, writer, lead)
             else:
-                self._one(batches, group, lead)
+                self._one(batches, group, writer, lead)
             now = time.perf_counter()
             if now - lead.reported > REPORT_S:
                 self._written(writer)
@@ -176,7 +179,7 @@ class Loop:
         group.all_reduce(torch.zeros(1, device=state.device))
         return result
 
-    def _one(self, batches: Batches, group: Group, lead: "Lead") -> None:
+    def _one(self, batches: Batches, group: Group, writer: Writer, lead: "Lead") -> None:
         state, step = self.state, self.state.step
         slots = slots_of(group.rank, group.size, self.plan.slots)
         batches.move_to(step, slots, self.clock)
@@ -185,8 +188,8 @@ class Loop:
             self.clock.switch("data")  # a host that is slow to answer is no worker that stands still
             self._audit(batches, step, slots)
             self.recorder.audited()
-        flag = self.seat.decision().flag() if group.rank == 0 else 0.0
-        result = run_step(state, batches, group, slots, clock=self.clock, flag=flag, num_steps=self.num_steps)
+        told = self.seat.decision() if group.rank == 0 else Decision()
+        result = run_step(state, batches, group, slots, clock=self.clock, flag=told.flag(), num_steps=self.num_steps)
         self._pending.append((step, result))
         if group.rank == 0 and step % self.plan.block_steps == 0:
             self.feed.release_before(self.plan.block_of(step))
@@ -194,6 +197,8 @@ class Loop:
         state.due = self._is_due(state.step) or decided.stop or decided.commit
         state.stopping, lead.commits = decided.stop, decided.commit
         if decided.change and not decided.commit:
+            if told.leave:
+                writer.wait()  # before another one leads and writes
             self.seat.change()
 
     def _audit(self, batches: Batches, step: int, slots: range) -> None:
@@ -301,23 +306,25 @@ class Loop:
 class Lead:
     """What a worker keeps in mind of its generation: whether it leads, and what whoever led before may not have done.
 
-    `sent`: the step of the last line that was sent. `owes`: another one led before, maybe up to the middle of a commit.
-    `commits`: a commit is due before the members change.
+    `sent`: the step of the last line that was sent. `owes`: another one led before, maybe up to the middle of a commit;
+    it may be at that still, so what is owed is written a step later than `since`, in a folder of its own. `commits`: a
+    commit is due before the members change.
     """
 
     generation: int = 0
     leads: bool = False
     owes: bool = False
+    since: int = 0
     commits: bool = False
     sent: float = -1.0
     reported: float = 0.0
 
-    def look(self, group: Group) -> None:
-        """Take note of the generation of a group."""
+    def look(self, group: Group, step: int) -> None:
+        """Take note of the generation of a group, which begins at a step."""
         if group.generation != self.generation:
             leads = group.rank == 0
             if leads and not self.leads:
-                self.sent, self.owes = -1.0, group.generation > 1
+                self.sent, self.owes, self.since = -1.0, group.generation > 1, step
             self.generation, self.leads = group.generation, leads
             self.owes = self.owes and leads
 

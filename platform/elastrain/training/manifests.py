@@ -55,9 +55,7 @@ def newest_whole(run: str, *, warn: Callable[[str], None]) -> int | None:
     """Return the step of the newest checkpoint that is whole, None if there is none; broken ones go to `warn`."""
     for step in reversed(_steps(run)):
         try:
-            manifest = read_manifest(run, step)
-            for name in manifest["files"]:
-                read_verified(folder(run, step), manifest, name)
+            verify(run, step, read_manifest(run, step))
         except FileNotFoundError:
             continue  # cut off while it was written
         except StorageError as error:
@@ -65,6 +63,21 @@ def newest_whole(run: str, *, warn: Callable[[str], None]) -> int | None:
         else:
             return step
     return None
+
+
+def verify(run: str, step: int, manifest: Mapping[str, Any]) -> None:
+    """Compare every file of a checkpoint with its manifest; raises StorageError, naming the first that differs."""
+    for name in manifest["files"]:
+        read_verified(folder(run, step), manifest, name)
+
+
+def is_whole(run: str, step: int, manifest: Mapping[str, Any]) -> bool:
+    """Say whether every file of a checkpoint is what its manifest says."""
+    try:
+        verify(run, step, manifest)
+    except StorageError:
+        return False
+    return True
 
 
 def read_verified(url: str, manifest: Mapping[str, Any], name: str) -> bytes:
@@ -89,10 +102,13 @@ def check_best(spec: CheckpointSpec, metrics: Mapping[str, float]) -> None:
 def retain(run: str, spec: CheckpointSpec, *, newest: int) -> None:
     """Remove all but the newest `keep` checkpoints up to step `newest` and the best one by `best`; manifests go first.
 
-    What lies past `newest` was broken, or the run would have gone on from there. Folders without a manifest go once
-    they are older than everything kept: until then they may be in the making.
+    What lies past `newest` is broken, or the run would have gone on from there. If it is not, another worker has led
+    since this one began to write, and cares for them all. Folders without a manifest go once they are older than
+    everything kept: until then they may be in the making.
     """
     found = read_manifests(run)
+    if any(step > newest and is_whole(run, step, found[step]) for step in found):
+        return
     held = {step: manifest for step, manifest in found.items() if step <= newest}
     kept = set(sorted(held)[-spec.keep :])
     oldest = min(kept, default=0)
