@@ -1,5 +1,7 @@
 """A sum over slots has the same bits at any number of workers under `bitwise`, and other bits without it."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from tests.training.test_tasks import KINDS, make_setup
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from elastrain.training import slotsum
 from elastrain.training.reduce import Group, Solo, slots_of
 from elastrain.training.slotsum import PlainSum, TreeSum, nodes_of
 from elastrain.training.state import digest
@@ -35,11 +38,15 @@ def reference(slots: int, length: int) -> Tensor:
     return node(0, slots, 1 << (slots - 1).bit_length())
 
 
-def summed(kind: type[Any], slots: int, size: int, length: int) -> list[Tensor]:
-    """What each of `size` workers holds after a sum; `buffer` is used for two steps, the first of them broken off."""
+def summed(kind: type[Any], slots: int, sizes: tuple[int, ...], length: int) -> list[Tensor]:
+    """What each worker of each size holds after a sum; they keep their `total`, and break off a step before each."""
+    totals = [
+        TreeSum(torch.zeros(length), slots) if kind is TreeSum else PlainSum(torch.zeros(length))
+        for _ in range(max(sizes))
+    ]
 
     def work(group: Group) -> Tensor:
-        total = TreeSum(torch.zeros(length), slots) if kind is TreeSum else PlainSum(torch.zeros(length))
+        total = totals[group.rank]
         for broken in (True, False):
             total.begin()
             for slot in slots_of(group.rank, group.size, slots):
@@ -47,22 +54,26 @@ def summed(kind: type[Any], slots: int, size: int, length: int) -> list[Tensor]:
                 total.buffer.add_(leaf(slot, length))
             if not broken:
                 total.reduce(group)
-        return total.buffer
+        return total.buffer.clone()
 
-    return lockstep(size, work)
+    return [found for size in sizes for found in lockstep(size, work)]
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(1, 13), st.integers(1, 40), st.data())
-def test_the_tree_gives_the_same_bits_on_any_number_of_workers(slots: int, length: int, data: st.DataObject) -> None:
-    size = data.draw(st.integers(1, slots))
+@settings(deadline=None, max_examples=80)
+@given(st.integers(1, 13), st.integers(1, 40), st.integers(1, 50), st.data())
+def test_the_tree_gives_the_same_bits_on_any_number_of_workers(
+    slots: int, length: int, chunk: int, data: st.DataObject
+) -> None:
+    sizes = tuple(data.draw(st.lists(st.integers(1, slots), min_size=1, max_size=3)))
     expected = reference(slots, length)
-    for found in summed(TreeSum, slots, size, length):
-        assert torch.equal(found, expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slotsum, "CHUNK", chunk)
+        for found in summed(TreeSum, slots, sizes, length):
+            assert torch.equal(found, expected)
 
 
 def test_a_plain_sum_does_not() -> None:
-    found = {tuple(summed(PlainSum, 8, size, 40)[0].tolist()) for size in (1, 2, 3, 4)}
+    found = {tuple(summed(PlainSum, 8, (size,), 40)[0].tolist()) for size in (1, 2, 3, 4)}
     assert len(found) > 1
 
 
@@ -83,6 +94,60 @@ def test_a_worker_holds_one_partial_sum_a_level() -> None:
             total.begin_slot(slot)
             assert len(total._nodes) + len(total._spare) <= 6
         total.reduce(Solo())
+
+
+class Mute:
+    """A group of which only one member is there: what it would receive is not written."""
+
+    generation = 1
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def all_to_all(self, output: Tensor, tensor: Tensor, received: list[int], sent: list[int]) -> None:
+        """Check that what is sent and received has its place."""
+        assert (output.numel(), tensor.numel()) == (sum(received), sum(sent))
+
+    def all_gather(self, output: Tensor, tensor: Tensor) -> None:
+        """Check that all have the same share."""
+        assert output.numel() == self.size * tensor.numel()
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"{name} is not to be called")
+
+
+@pytest.mark.parametrize(("slots", "most"), [(8, 4.2), (9, 5), (13, 5), (24, 6), (31, 6), (64, 7.5)])
+def test_no_worker_holds_the_gradients_of_all_slots(slots: int, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    from benchmarks.bitwise.reduction import Held
+
+    length = 1000
+    monkeypatch.setattr(slotsum, "CHUNK", length // 20)
+    assert most < min(slots, math.log2(slots) + 2)
+    for size in (1, 2, 3, 5, slots):
+        for rank in range(0, size, 1 + size // 8):
+            total = TreeSum(torch.zeros(length), slots)
+            with Held() as held:
+                for _ in range(2):  # the second step has what the first keeps
+                    total.begin()
+                    for slot in slots_of(rank, size, slots):
+                        total.begin_slot(slot)
+                    total.reduce(Mute(rank, size))
+            assert held.peak / total.buffer.nbytes < most
+
+
+def test_exchanges_keep_their_memory_from_step_to_step() -> None:
+    def work(group: Group) -> None:
+        total, kept = TreeSum(torch.zeros(100), 5), set()
+        for _ in range(3):
+            total.begin()
+            for slot in slots_of(group.rank, group.size, 5):
+                total.begin_slot(slot)
+            total.reduce(group)
+            kept.add(total._kept.data_ptr())
+        assert len(kept) == 1
+
+    lockstep(3, work)
 
 
 class Counting:

@@ -2,8 +2,9 @@
 
 Under `bitwise` the slots are the leaves of a binary tree. Node (first, level) is the sum over the slots from `first` up
 to `first + 2**level`, as far as they exist: left half + right half. A worker folds its slots as they finish, so it
-holds at most one partial sum a level. Then each worker finishes the tree for its share of the elements, and the shares
-are gathered: the traffic of a ring all-reduce where workers hold whole nodes, and the same bits at any number of them.
+holds at most one partial sum a level. Then, chunk by chunk, each worker finishes the tree for its share of the elements
+and the shares are gathered: the traffic of a ring all-reduce where workers hold whole nodes, little memory besides the
+partial sums, and the same bits at any number of workers.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,10 @@ from torch import Tensor
 from elastrain.training.reduce import Group, slots_of
 
 Node = tuple[int, int]
+
+CHUNK = 1 << 20
+"""Elements that workers exchange at a time. Each time costs them two meetings: with a quarter of it, they take longer
+than their data; far more is no faster, and would be held besides the partial sums."""
 
 
 class SlotSum(Protocol):
@@ -58,6 +63,9 @@ class TreeSum:
         self._nodes: list[tuple[Node, Tensor]] = []
         self._spare: list[Tensor] = []
         self._leaf: int | None = None  # the slot whose numbers are in the buffer
+        # For exchanges, and kept: touching fresh memory takes as long as sending what is in it. An exchange that was
+        # given up may go on to write here as into `buffer`: whoever replaces that one makes a new TreeSum.
+        self._kept = buffer.new_empty(0)
 
     def begin(self) -> None:
         """Clear the buffer, and forget what a broken step left."""
@@ -79,12 +87,10 @@ class TreeSum:
     def reduce(self, group: Group) -> None:
         """Finish the tree with all workers; `buffer` holds its root."""
         assert self._leaf is not None, "every worker holds a slot"
-        self._nodes.append(self._fold(self._leaf))
         if group.size == 1:
-            root = _root(dict(self._nodes), self._slots)
-            if root is not self.buffer:
-                self.buffer.copy_(root)
+            _finish(dict([*self._nodes, ((self._leaf, 0), self.buffer)]), self._slots, self.buffer)
         else:
+            self._nodes.append(self._fold(self._leaf))
             self._exchange(group)
         self._leaf = None
 
@@ -100,23 +106,44 @@ class TreeSum:
         return (first, level), value
 
     def _exchange(self, group: Group) -> None:
-        size, length = group.size, self.buffer.numel()
-        share = -(-length // size)
-        lengths = [min(length, (rank + 1) * share) - min(length, rank * share) for rank in range(size)]
-        values = [value for _, value in self._nodes]
-        cuts = [part for parts in zip(*(value.split(lengths) for value in values), strict=True) for part in parts]
-        sent = values[0] if len(values) == 1 else torch.cat(cuts)
-        layout = [nodes_of(slots_of(rank, size, self._slots)) for rank in range(size)]
+        """Finish the tree with all workers, chunk by chunk: what it takes besides partial sums has a bound."""
+        layout = [nodes_of(slots_of(rank, group.size, self._slots)) for rank in range(group.size)]
         assert [node for node, _ in self._nodes] == layout[group.rank]
-        mine = lengths[group.rank]
-        received = self.buffer.new_empty(mine * sum(map(len, layout)))
-        group.all_to_all(received, sent, [mine * len(nodes) for nodes in layout], [n * len(values) for n in lengths])
-        parts = received.view(-1, mine).unbind() if mine else [received] * sum(map(len, layout))
-        root = _root(dict(zip([node for nodes in layout for node in nodes], parts, strict=True)), self._slots)
-        own, gathered = self.buffer.new_zeros(share), self.buffer.new_empty(share * size)
-        own[:mine] = root
-        group.all_gather(gathered, own)
-        self.buffer.copy_(gathered[:length])
+        length = max(1, self.buffer.numel())
+        share = -(-length // (-(-length // CHUNK) * group.size))  # of chunks of equal length, but for the last one's
+        chunks = (tensor.split(share * group.size) for tensor in (self.buffer, *(value for _, value in self._nodes)))
+        for result, *values in zip(*chunks, strict=True):
+            self._exchange_chunk(group, layout, result, values)
+
+    def _exchange_chunk(self, group: Group, layout: list[list[Node]], result: Tensor, values: list[Tensor]) -> None:
+        """Put the sum over all slots into `result`: of this worker's share from all partial sums, then of all shares.
+
+        `values` are the worker's own partial sums; one of them may be in the memory of `result`.
+        """
+        length, rank, others = len(result), group.rank, [r for r in range(group.size) if r != group.rank]
+        share = -(-length // group.size)
+        lengths = [max(0, min(share, length - r * share)) for r in range(group.size)]
+        mine, cuts = lengths[rank], [value.split(lengths) for value in values]
+        received = [0 if r == rank else mine * len(layout[r]) for r in range(group.size)]
+        sent = [0 if r == rank else lengths[r] * len(values) for r in range(group.size)]
+        inbox, outbox = self._scratch(sum(received), max(sum(sent), share * group.size))
+        packed = torch.cat([cut[r] for r in others for cut in cuts], out=outbox[: sum(sent)])
+        group.all_to_all(inbox, packed, received, sent)
+        nodes = layout[rank] + [node for r in others for node in layout[r]]
+        parts = [cut[rank] for cut in cuts] + list(inbox.split([mine] * (len(nodes) - len(values))))
+        whole = result if length == share * group.size else outbox[: share * group.size]
+        own = whole[rank * share : (rank + 1) * share]
+        _finish(dict(zip(nodes, parts, strict=True)), self._slots, own[:mine])
+        group.all_gather(whole, own)
+        if whole is not result:
+            result.copy_(whole[:length])
+
+    def _scratch(self, *sizes: int) -> tuple[Tensor, ...]:
+        """Return pieces of the memory that is kept; it grows where a group needs more than those before."""
+        if self._kept.numel() < sum(sizes):
+            self._kept = self.buffer.new_empty(sum(sizes))
+        pieces: tuple[Tensor, ...] = self._kept[: sum(sizes)].split(sizes)
+        return pieces
 
 
 def nodes_of(slots: range) -> list[Node]:
@@ -135,16 +162,21 @@ def nodes_of(slots: range) -> list[Node]:
     return nodes
 
 
-def _root(parts: Mapping[Node, Tensor], slots: int) -> Tensor:
-    """Return the sum over all slots from partial sums that cover them; what they hold is used up."""
+def _finish(parts: Mapping[Node, Tensor], slots: int, result: Tensor) -> None:
+    """Put the sum over all slots into `result`, from partial sums that cover them; what they hold is used up."""
 
-    def value(first: int, level: int) -> Tensor:
+    def value(first: int, level: int, out: Tensor | None = None) -> Tensor:
         if (first, level) in parts:
             return parts[first, level]
-        left, middle = value(first, level - 1), first + 2 ** (level - 1)
-        return left.add_(value(middle, level - 1)) if middle < slots else left
+        middle = first + 2 ** (level - 1)
+        if middle >= slots:
+            return value(first, level - 1, out)
+        left = value(first, level - 1)
+        return torch.add(left, value(middle, level - 1), out=left if out is None else out)
 
-    return value(0, (slots - 1).bit_length())
+    root = value(0, (slots - 1).bit_length(), result)
+    if root is not result:
+        result.copy_(root)
 
 
 def slot_sum(buffer: Tensor, slots: int, consistency: str) -> SlotSum:
