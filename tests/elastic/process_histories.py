@@ -458,7 +458,11 @@ class History:
         reasons = {"killed": -signal.SIGKILL, "raised": RAISED, "hung": HUNG}
         if reasons.get(member.harm) == code or why == "finished":
             return
-        if member.harm == "killed" or member.name in self._host.membership.dropped or (why.startswith("dismissed") and self._may_be_dismissed(member)):
+        if (
+            member.harm == "killed"
+            or member.name in self._host.membership.dropped
+            or (why.startswith("dismissed") and self._may_be_dismissed(member))
+        ):
             return
         self._fail(f"{member.name} ended by itself, with code {code}: {why or 'without a word'}")
 

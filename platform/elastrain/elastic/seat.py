@@ -35,8 +35,12 @@ class Dismissed(Exception):  # noqa: N818 -- an event
     """The membership has no place for this worker; `again`: for this process, but a new one would be welcome."""
 
     def __init__(self, verdict: Verdict | None) -> None:
-        super().__init__(verdict.value if verdict else "the membership is gone")
+        super().__init__(verdict)  # as it is: Ray makes it anew in another process
         self.again = verdict in (Verdict.DROPPED, Verdict.DEAD)
+
+    def __str__(self) -> str:
+        verdict: Verdict | None = self.args[0]
+        return verdict.value if verdict else "the membership is gone"
 
 
 class MemberSeat:
@@ -70,6 +74,7 @@ class MemberSeat:
         self._changed = threading.Condition()
         self._send_lock = threading.Lock()
         self._stop, self._gone, self._closed = False, False, False
+        self._introduced = False
         self._number, self._entered = 0, False  # the generation that it is in or, once it has entered, comes from
         self._answer: Generation | Verdict | None = None
         self._reply = Reply(generation=0)
@@ -161,6 +166,7 @@ class MemberSeat:
             self._entered, self._answer, self._lost_at = True, None, None
         position = state.position() if self._whole else None
         self._send("enter", self._me, position, self._number, failed)
+        self._introduced = True  # from now on it beats, also while it waits for its first generation
         with self._changed:
             answer = self._awaited()
             if not isinstance(answer, Generation):
@@ -228,7 +234,7 @@ class MemberSeat:
             self._connection.send(message)
 
     def _beat(self, now: float) -> None:
-        if self._number:
+        if self._introduced:
             doing, since = self._clock.running()
             waits = getattr(self._group, "waits", None)
             if waits is not None:  # for the others, whatever the time is booked under

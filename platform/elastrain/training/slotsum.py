@@ -109,9 +109,9 @@ class TreeSum:
         """Finish the tree with all workers, chunk by chunk: what it takes besides partial sums has a bound."""
         layout = [nodes_of(slots_of(rank, group.size, self._slots)) for rank in range(group.size)]
         assert [node for node, _ in self._nodes] == layout[group.rank]
-        length = self.buffer.numel()
-        chunk = max(1, -(-length // (-(-length // CHUNK) * group.size))) * group.size  # all but the last can be shared
-        chunks = (tensor.split(chunk) for tensor in (self.buffer, *(value for _, value in self._nodes)))
+        length = max(1, self.buffer.numel())
+        share = -(-length // (-(-length // CHUNK) * group.size))  # of chunks of equal length, but for the last one's
+        chunks = (tensor.split(share * group.size) for tensor in (self.buffer, *(value for _, value in self._nodes)))
         for result, *values in zip(*chunks, strict=True):
             self._exchange_chunk(group, layout, result, values)
 
