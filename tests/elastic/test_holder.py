@@ -22,19 +22,6 @@ from elastrain.training.manifests import newest_whole, read_manifests, seal
 
 pytestmark = pytest.mark.timeout(300)
 
-SLOW = """
-
-import time
-from pathlib import Path
-
-
-class Slow(DigitsMLP):
-    def losses(self, model, batch):
-        if not Path({fast!r}).exists():
-            time.sleep(0.025)
-        return super().losses(model, batch)
-"""
-
 
 def snapshot_of(step: int, plan: Any = 1) -> tuple[bytes, dict[str, bytes]]:
     """A manifest and its files."""
@@ -272,10 +259,8 @@ def test_a_holder_to_which_nobody_speaks_ends_itself() -> None:
 class Story:
     """A run of a task that takes its time until it is let go, by the command line on the cluster of the test."""
 
-    def __init__(self, workspace: Path, start: Callable[..., Any], address: str) -> None:
-        self._fast = workspace / "fast"
-        task = workspace / "slow.py"
-        task.write_text((SPEC.parent / "task.py").read_text() + SLOW.format(fast=str(self._fast)))
+    def __init__(self, workspace: Path, task: Path, start: Callable[..., Any], address: str) -> None:
+        self._fast = task.with_name("fast")
         self.run = workspace / "runs" / "story"
         self._start = start
         fixed = ("precision=fp32", "consistency=bitwise", "audit=true", "budget={steps: 2000}", "eval.every_steps=5000")
@@ -342,9 +327,9 @@ def audit_files(run: str) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def story(three: Nodes, workspace: Path, start: Callable[..., Any]) -> Story:
+def story(three: Nodes, workspace: Path, slow_task: Path, start: Callable[..., Any]) -> Story:
     """The run that the test is about; it has not begun."""
-    return Story(workspace, start, three.cluster.address)
+    return Story(workspace, slow_task, start, three.cluster.address)
 
 
 @pytest.fixture
@@ -380,10 +365,10 @@ def test_a_run_goes_on_from_snapshots_whatever_is_lost_and_comes_out_the_same(
     assert story.began(2) >= story.snapshots(1)[-1] > before
 
     until(lambda: story.snapshots(2), timeout=60)
-    seen = len(story.snapshots(2))
     assert node_of(found(run)) == three.ids[-1]
     three.lose(three.ids[-1])
-    until(lambda: len(story.snapshots(2)) > seen and story.events("snapshot_lost", attempt=2), timeout=60)
+    lost = until(lambda: story.events("snapshot_lost", attempt=2), timeout=60)
+    until(lambda: story.snapshots(2)[-1] > lost[0]["step"], timeout=60)
     assert node_of(found(run)) in three.ids, "with a worker, where there is no other"
 
     story.let_go()

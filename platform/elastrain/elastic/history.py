@@ -7,7 +7,7 @@ from typing import Any
 from elastrain import storage
 from elastrain.data.dataset import Dataset
 from elastrain.data.plan import Plan
-from elastrain.errors import ConflictError, StorageError
+from elastrain.errors import ConflictError, ElastrainError, StorageError
 from elastrain.spec.document import changed, dump, parse_train
 from elastrain.spec.train import TrainSpec
 from elastrain.training.manifests import newest_whole, read_manifests
@@ -49,7 +49,10 @@ def prepare(spec: TrainSpec, dataset: Dataset, run: str, *, fresh: bool) -> tupl
 
 def is_same(run: str, spec: TrainSpec, plan: Plan) -> bool:
     """Say whether the directory holds this very run, be it one that has committed nothing yet."""
-    found = _begun(run)
+    try:
+        found = _begun(run)
+    except ElastrainError:  # of another version, or cut off: a run to go on from is refused in `prepare`
+        return False
     return found is not None and not changed(found[0], spec) and found[1] == plan.identity()
 
 
