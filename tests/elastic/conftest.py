@@ -123,6 +123,28 @@ def spec_of(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., A
     return read
 
 
+SLOW = """
+
+import time
+from pathlib import Path
+
+
+class Slow(DigitsMLP):
+    def losses(self, model, batch):
+        if not Path(__file__).with_name("fast").exists():
+            time.sleep(0.025)
+        return super().losses(model, batch)
+"""
+
+
+@pytest.fixture
+def slow_task(tmp_path: Path) -> Path:
+    """A file with a task `Slow`: the digits', which takes its time until there is a file `fast` beside it."""
+    task = tmp_path / "slow.py"
+    task.write_text((SPEC.parent / "task.py").read_text() + SLOW)
+    return task
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MiB; only root can mount one."""

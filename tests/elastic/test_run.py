@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 import elastrain
+from elastrain.elastic.holder import NAMESPACE
 from elastrain.observe.ledger import read_ledger, read_steps
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -111,6 +113,34 @@ def test_an_audit_changes_nothing_else(spec_of: Callable[..., Any]) -> None:
 def test_mixed_precision_learns(spec_of: Callable[..., Any], precision: str) -> None:
     run = elastrain.train(spec_of(precision, f"precision={precision}", "budget={epochs: 10}"))
     assert run.metrics["accuracy"] > 0.9
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_on_a_single_node_nobody_holds_snapshots(spec_of: Callable[..., Any], slow_task: Path) -> None:
+    import ray
+
+    from elastrain.training.snapshot import SNAPSHOT_S
+
+    found: list[dict[str, str]] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.5):
+            found.extend(ray.util.list_named_actors(all_namespaces=True))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        sized = ("budget={steps: 300}", "checkpoint.every_steps=1000", "workers={min: 1, max: 1}", "data.slots=1")
+        run = elastrain.train(spec_of("alone", f"task={slow_task}:Slow", *sized, "eval.every_steps=1000"))
+    finally:
+        over.set()
+        looking.join()
+    assert found, "somebody has a name: Ray's coordinator"
+    assert not [actor for actor in found if actor["namespace"] == NAMESPACE]
+    ended = np.asarray(read_steps(f"{run.url}/metrics")["ended"])
+    assert ended[-1] - ended[0] > SNAPSHOT_S, "time enough"
+    assert not any("snapshot" in record["kind"] for record in read_ledger(run.url))
 
 
 @pytest.mark.usefixtures("local_ray")

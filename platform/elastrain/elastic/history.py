@@ -7,7 +7,7 @@ from typing import Any
 from elastrain import storage
 from elastrain.data.dataset import Dataset
 from elastrain.data.plan import Plan
-from elastrain.errors import ConflictError, StorageError
+from elastrain.errors import ConflictError, ElastrainError, StorageError
 from elastrain.spec.document import changed, dump, parse_train
 from elastrain.spec.train import TrainSpec
 from elastrain.training.manifests import newest_whole, read_manifests
@@ -47,6 +47,15 @@ def prepare(spec: TrainSpec, dataset: Dataset, run: str, *, fresh: bool) -> tupl
     return spec, plan
 
 
+def is_same(run: str, spec: TrainSpec, plan: Plan) -> bool:
+    """Say whether the directory holds this very run, be it one that has committed nothing yet."""
+    try:
+        found = _begun(run)
+    except ElastrainError:  # of another version, or cut off: a run to go on from is refused in `prepare`
+        return False
+    return found is not None and not changed(found[0], spec) and found[1] == plan.identity()
+
+
 def begin(run: str, spec: TrainSpec, plan: Plan, *, fresh: bool) -> None:
     """Store what the run is; `fresh` removes what it was before."""
     for part in PARTS if fresh else ():
@@ -73,11 +82,18 @@ def _stored(run: str) -> tuple[TrainSpec, dict[str, Any]] | None:
     """Return spec and plan identity of the run; None where nothing was committed that they would bind."""
     if not read_manifests(run):
         return None
+    found = _begun(run)
+    if found is None:
+        raise StorageError(f"{run}: checkpoints without {PLAN} or {SPEC}; restore them or use --fresh")
+    return found
+
+
+def _begun(run: str) -> tuple[TrainSpec, dict[str, Any]] | None:
     try:
         identity = storage.read_json(storage.join(run, PLAN))
         text = storage.read_bytes(storage.join(run, SPEC)).decode()
     except FileNotFoundError:
-        raise StorageError(f"{run}: checkpoints without {PLAN} or {SPEC}; restore them or use --fresh") from None
+        return None
     return parse_train(text, name=storage.join(run, SPEC)), identity
 
 

@@ -66,8 +66,14 @@ class Host:
             host=ray.util.get_node_ip_address(),
         )
 
+    @ray.method(concurrency_group=RECORDS)
     def open(self) -> None:
-        """Go on with the run's records; raises StorageError."""
+        """Go on with the run's records; raises StorageError.
+
+        What was told of this attempt before is written first: what is cut back here is cut back by an attempt that all
+        who come later know of.
+        """
+        self._ledger.flush()
         for name, schema in (("audit", AUDIT), ("metrics", METRICS)):
             self._logs[name] = StepLog(storage.join(self._run, name), schema, resume_step=self._resume_step)
         self._writer.start()
@@ -160,6 +166,11 @@ class Host:
         self._ledger.event(kind, **fields)
         if kind == "checkpoint":
             self._last_checkpoint = fields["step"]
+
+    def nodes(self) -> tuple[str, list[str]]:
+        """Return this actor's node, which is the driver's, and those of the members."""
+        members = self.membership.view()["members"]
+        return ray.get_runtime_context().get_node_id(), [node for _, node, _ in members]
 
     def poll(self) -> dict[str, Any]:
         """Return what the driver shows and acts on."""

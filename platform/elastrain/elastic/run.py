@@ -23,9 +23,11 @@ from elastrain.data.plan import Plan
 from elastrain.data.transforms import check_transforms
 from elastrain.elastic.config import LEASE_S, WorkerConfig
 from elastrain.elastic.fleet import Fleet
-from elastrain.elastic.history import Resume, begin, prepare, resumable
+from elastrain.elastic.history import Resume, begin, is_same, prepare, resumable
+from elastrain.elastic.holder import end_holder, recall
 from elastrain.elastic.host import RECORDS, Host
 from elastrain.elastic.protocol import Roster
+from elastrain.elastic.ray_inner import actor_id
 from elastrain.elastic.script import Script
 from elastrain.elastic.session import embedded_cpus, find_room, fitting, ray_session, reading_resources
 from elastrain.elastic.watch import POLL_S, Watch, WorkerLost
@@ -129,6 +131,10 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
         # Ray takes SIGTERM for itself when it starts, so ours comes after it
         with ray_session(address, cpus=embedded_cpus(spec.workers)), _stopping(job):
             _placed(job)  # what cannot be placed removes nothing
+            if fresh or not is_same(run_url, spec, plan):
+                end_holder(run_url)
+            else:
+                recall(run_url, plan.identity(), warn=job.warn)
             begin(run_url, spec, plan, fresh=fresh)
             return _attempts(job)
 
@@ -151,7 +157,9 @@ def _attempts(job: Job) -> Run:
             job.losses = job.losses or [(time.time(), step)]
             job.warn(f"{error}; starting again from the last checkpoint")
             time.sleep(BACK_OFF_S * idle)
+            recall(job.run_url, job.plan.identity(), warn=job.warn)
             continue
+        end_holder(job.run_url)
         if result["stopped"]:
             raise Interrupted(f"stopped at step {result['step']} after a commit; the same command goes on from there")
         return _finished(job, resume)
@@ -195,6 +203,7 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
     try:
         started = fleet.start(sizes)
         start = {"step": first, "workers": size, "host": socket.gethostname(), "versions": versions()}
+        start["id"] = actor_id(host)
         for kind, fields in (("start", start), *((event.kind, event.fields) for event in started)):
             host.event.remote(kind, fields)
         _ready(host)

@@ -21,6 +21,7 @@ from elastrain.data.columns import Array
 from elastrain.data.feed import WorkerFeed
 from elastrain.elastic.config import LEASE_S, WorkerConfig
 from elastrain.elastic.group import Door
+from elastrain.elastic.holder import HolderVault
 from elastrain.elastic.protocol import Worker
 from elastrain.elastic.seat import Dismissed, MemberSeat
 from elastrain.errors import ConflictError, ElastrainError, ResourceError, ours
@@ -117,6 +118,7 @@ class RunWorker:
         self._config, self._name = config, name
         self._clock = Clock(before_s=max(0.0, time.time() - config.launched))
         self._recorder = HostRecorder(config.host, name)
+        self._vault = HolderVault(config.host, config.run_url)
         self._state: TrainState | None = None
         self._seat: MemberSeat | None = None
         self._feed: WorkerFeed | None = None
@@ -134,6 +136,7 @@ class RunWorker:
 
     def close(self) -> None:
         """Leave the membership, so that the others need not wait."""
+        self._vault.close()
         if self._seat is not None:
             self._seat.close()
         if self._feed is not None:
@@ -165,6 +168,7 @@ class RunWorker:
             recorder=self._recorder,
             clock=self._clock,
             info={**config.info, "arithmetic": arithmetic(device)},
+            vault=self._vault,
         )
         loop.run()
 

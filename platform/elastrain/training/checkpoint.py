@@ -15,8 +15,9 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from elastrain import storage
@@ -31,6 +33,7 @@ from elastrain.errors import ConflictError, DivergedError, ElastrainError, Stora
 from elastrain.spec.train import CheckpointSpec
 from elastrain.training.manifests import (
     MANIFEST,
+    clear,
     folder,
     read_manifest,
     read_verified,
@@ -50,6 +53,10 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     numbers: Mapping[str, Any]
     info: Mapping[str, Any]
+
+
+Content = str | dict[str, Tensor]
+"""What a file of a checkpoint holds: JSON, or tensors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +102,46 @@ def write_weights(path: str, tensors: Mapping[str, Tensor]) -> None:
         _save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary, path)
 
 
+class Copies:
+    """Copies of a state, in buffers that are kept: fresh memory would cost its page faults each time."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return copies of these tensors on the CPU, over the ones that were returned before."""
+        for name, tensor in tensors.items():
+            held = self._buffers.get(name)
+            if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+                held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._buffers[name] = held
+            held.copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        return {name: self._buffers[name] for name in tensors}
+
+
+def contents(tensors: Mapping[str, Tensor], numbers: str) -> Iterator[tuple[str, Content]]:
+    """Yield the files of a checkpoint by name, with what they hold."""
+    yield "state.json", numbers
+    for prefix, name in FILES.items():
+        own = {key[len(prefix) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f"{prefix}/")}
+        if own:
+            yield name, own
+
+
+def as_bytes(content: Content) -> bytes:
+    """Return a file's bytes: those that a commit writes to a disk."""
+    return content.encode() if isinstance(content, str) else save_bytes(content)
+
+
+def check_finite(tensors: Mapping[str, Tensor], step: int, buffers: frozenset[str]) -> None:
+    """Raise DivergedError if a state is not finite (`buffers` may be infinite, not NaN)."""
+    broken = next((n for n, t in tensors.items() if _is_broken(t, infinite=n in buffers)), None)
+    if broken is not None:
+        raise DivergedError(f"step {step}: {broken} is not finite any more; the checkpoint before is kept")
+
+
 class Writer:
     """Commits checkpoints of one run in a thread; one is being written at a time, the next waits for it.
 
@@ -103,7 +150,7 @@ class Writer:
 
     def __init__(self, run: str, spec: CheckpointSpec, *, settle: Callable[[], None] = lambda: None) -> None:
         self._run, self._spec, self._settle = run, spec, settle
-        self._buffers: dict[str, Tensor] = {}
+        self._copies = Copies()
         self._thread: threading.Thread | None = None
         self._error: ElastrainError | None = None
         self.written: list[Written] = []
@@ -123,7 +170,7 @@ class Writer:
         """
         start = time.perf_counter()
         self.wait()
-        copies = self._copied(tensors)
+        copies = self._copies.of(tensors)
         stall_s = time.perf_counter() - start
         arguments = (copies, json.dumps(numbers), dict(info), int(numbers["step"]), stall_s, buffers)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
@@ -142,18 +189,6 @@ class Writer:
             error, self._error = self._error, None
             raise error
 
-    def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy into buffers that are kept between commits: fresh memory would cost its page faults each time."""
-        for name, tensor in tensors.items():
-            held = self._buffers.get(name)
-            if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
-                held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._buffers[name] = held
-            held.copy_(tensor, non_blocking=True)
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            torch.cuda.synchronize()
-        return {name: self._buffers[name] for name in tensors}
-
     def _write(
         self,
         tensors: dict[str, Tensor],
@@ -165,9 +200,7 @@ class Writer:
     ) -> None:
         start = time.perf_counter()
         try:
-            broken = next((n for n, t in tensors.items() if _is_broken(t, infinite=n in buffers)), None)
-            if broken is not None:
-                raise DivergedError(f"step {step}: {broken} is not finite any more; the checkpoint before is kept")
+            check_finite(tensors, step, buffers)
             size = self._put(tensors, numbers, info, step)
             self.written.append(
                 Written(step=step, size_bytes=size, stall_s=stall_s, write_s=time.perf_counter() - start)
@@ -180,8 +213,7 @@ class Writer:
 
     def _put(self, tensors: dict[str, Tensor], numbers: str, info: dict[str, Any], step: int) -> int:
         url = folder(self._run, step)
-        storage.remove(storage.join(url, MANIFEST))
-        storage.remove(url)  # what a writer that was killed left there
+        clear(self._run, step)  # what a writer that was killed left there
         try:
             files = self._put_files(tensors, numbers, url)
             self._settle()
@@ -195,12 +227,10 @@ class Writer:
         return sum(file["bytes"] for file in files.values())
 
     def _put_files(self, tensors: dict[str, Tensor], numbers: str, url: str) -> dict[str, dict[str, Any]]:
-        files = {"state.json": _placed(storage.join(url, "state.json"), lambda path: _text(path, numbers))}
-        for prefix, name in FILES.items():
-            own = {key[len(prefix) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f"{prefix}/")}
-            if own:
-                target = storage.join(url, name)
-                files[name] = _placed(target, lambda path, own=own, target=target: _save(own, path, target))  # type: ignore[misc]
+        files = {}
+        for name, content in contents(tensors, numbers):
+            target = storage.join(url, name)
+            files[name] = _placed(target, partial(_write_content, content, target))
         return files
 
 
@@ -223,6 +253,13 @@ def _placed(url: str, write: Callable[[Path], None]) -> dict[str, Any]:
         with temporary.open("rb") as file:
             value = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": temporary.stat().st_size, "sha256": value}
+
+
+def _write_content(content: Content, target: str, path: Path) -> None:
+    if isinstance(content, str):
+        _text(path, content)
+    else:
+        _save(content, path, target)
 
 
 def _text(path: Path, text: str) -> None:

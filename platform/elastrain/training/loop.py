@@ -22,6 +22,7 @@ from elastrain.training.batches import Batches, Feed
 from elastrain.training.checkpoint import Writer
 from elastrain.training.evaluation import evaluate
 from elastrain.training.reduce import Group, GroupLost, slots_of
+from elastrain.training.snapshot import Snapshots, Vault
 from elastrain.training.state import Position, TrainState, digest
 from elastrain.training.step import StepResult, run_step
 
@@ -114,6 +115,7 @@ class Loop:
     recorder: Recorder
     clock: Clock
     info: Mapping[str, Any]
+    vault: Vault | None = None  # where snapshots go, if anywhere
     _pending: list[tuple[int, StepResult]] = field(default_factory=list)
 
     def run(self) -> dict[str, Any]:
@@ -125,7 +127,7 @@ class Loop:
         """
         writer = Writer(self.run_url, self.spec.checkpoint, settle=self.recorder.settled)
         batches = Batches(self.feed, self.plan, self.state.device)
-        lead = Lead()
+        lead = Lead(Snapshots(self.vault, settle=self.recorder.settled))
         self.state.model.train()
         try:
             while True:
@@ -146,8 +148,8 @@ class Loop:
             group = self.seat.group(state)
             lead.look(group, state.step)
             ends = state.step >= self.num_steps or state.stopping
-            if lead.owes and not state.due and not state.phase and (ends or state.step > lead.since):
-                self._commit(writer, lead)
+            if lead.leads and not state.due and not state.phase:
+                self._keep(writer, lead, ends=ends)
             if state.due or (state.step >= self.num_steps and state.evaluated != state.step):
                 self._boundary(group, writer, lead)
             elif ends:
@@ -255,16 +257,31 @@ class Loop:
             lead.commits = False
             self.seat.change()
 
+    def _keep(self, writer: Writer, lead: "Lead", *, ends: bool) -> None:
+        """Between two steps: commit what another lead may not have, else take a snapshot where it is time for one."""
+        state = self.state
+        if lead.owes:
+            if ends or state.step > lead.since:
+                self._commit(writer, lead)
+        elif max(0, state.stored) < state.step < self.num_steps and not self._pending and lead.snapshots.due():
+            self.clock.switch("checkpoint")
+            self._report(lead)  # before the snapshot, which settles what was reported
+            lead.snapshots.take(state.tensors(), state.numbers(), self._info(), buffers=state.buffer_names())
+
     def _commit(self, writer: Writer, lead: "Lead") -> None:
+        state = self.state
+        self._report(lead)  # before the commit, which settles what was reported
+        writer.commit(state.tensors(), state.numbers(), self._info(), buffers=state.buffer_names())
+        self._written(writer)
+        lead.owes = False
+        lead.snapshots.postpone()
+
+    def _info(self) -> dict[str, Any]:
+        """Return what a checkpoint says of itself."""
         state, last = self.state, self.state.step >= self.num_steps
         metrics = state.metrics if state.evaluated == state.step else {}
         info = {**self.info, "metrics": metrics, "samples": state.samples, "complete": last}
-        if last:
-            info["weights_sha256"] = digest(state.model.state_dict())
-        self._report(lead)  # before the commit, which settles what was reported
-        writer.commit(state.tensors(), state.numbers(), info, buffers=state.buffer_names())
-        self._written(writer)
-        lead.owes = False
+        return info | ({"weights_sha256": digest(state.model.state_dict())} if last else {})
 
     def _evaluate(self, group: Group) -> dict[str, float]:
         if self.evaluation is None:
@@ -291,6 +308,9 @@ class Loop:
 
     def _report(self, lead: "Lead") -> None:
         """Report where this worker is. All keep the last lines of metrics: who comes after rank 0 sends them again."""
+        while lead.snapshots.events:
+            kind, fields = lead.snapshots.events.pop(0)
+            self.recorder.event(kind, **fields)
         lines, sent = self.state.lines, lead.sent
         spent = self.clock.spent()
         report = {"step": self.state.step, "spent": spent, "lead": lead.leads, "generation": lead.generation}
@@ -311,6 +331,7 @@ class Lead:
     commit is due before the members change.
     """
 
+    snapshots: Snapshots
     generation: int = 0
     leads: bool = False
     owes: bool = False

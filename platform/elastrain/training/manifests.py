@@ -4,8 +4,9 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from elastrain import storage
@@ -23,23 +24,58 @@ def folder(run: str, step: int) -> str:
     return storage.join(run, "checkpoints", f"step-{step:08d}")
 
 
-def write_manifest(run: str, step: int, files: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Write the manifest of a checkpoint: from now on it exists. The last entry is the hash of all before it."""
+def seal(step: int, files: Mapping[str, Any], info: Mapping[str, Any]) -> bytes:
+    """Return the manifest of a checkpoint; its last entry is the hash of all before it."""
     text = json.dumps({"step": step, "files": files, "info": info}, indent=1).removesuffix("\n}")
-    storage.put(storage.join(folder(run, step), MANIFEST), f'{text}{SEAL}{_hash(text)}"\n}}\n'.encode())
+    return _sealed(text)
+
+
+def unseal(data: bytes, step: int) -> dict[str, Any]:
+    """Return what a manifest says; raises ValueError if it is broken, or not the one of this step."""
+    text, found, _ = data.decode(errors="replace").rpartition(SEAL)
+    if not found or data != _sealed(text):
+        raise ValueError("corrupted (not the bytes that were written)")
+    manifest: dict[str, Any] = json.loads(data)
+    if manifest["step"] != step:
+        raise ValueError(f"the manifest of step {manifest['step']}; checkpoints are not to be renamed")
+    return manifest
+
+
+class Description:
+    """What a manifest says of a file, as its pieces come by."""
+
+    def __init__(self) -> None:
+        self._size, self._hash = 0, hashlib.sha256()
+
+    def add(self, piece: bytes) -> None:
+        """Take the next piece into account."""
+        self._size += len(piece)
+        self._hash.update(piece)
+
+    def entry(self) -> dict[str, Any]:
+        """Return size and hash of what has come by."""
+        return {"bytes": self._size, "sha256": self._hash.hexdigest()}
+
+
+def described(data: bytes) -> dict[str, Any]:
+    """Return what a manifest says of a file with these bytes."""
+    description = Description()
+    description.add(data)
+    return description.entry()
+
+
+def write_manifest(run: str, step: int, files: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+    """Write the manifest of a checkpoint: from now on it exists."""
+    storage.put(storage.join(folder(run, step), MANIFEST), seal(step, files, info))
 
 
 def read_manifest(run: str, step: int) -> dict[str, Any]:
     """Return the manifest of a checkpoint; raises FileNotFoundError if it has none, StorageError if it is broken."""
     url = storage.join(folder(run, step), MANIFEST)
-    data = storage.read_bytes(url)
-    text, seal, _ = data.decode(errors="replace").rpartition(SEAL)
-    if not seal or data != f'{text}{SEAL}{_hash(text)}"\n}}\n'.encode():
-        raise StorageError(f"{url}: corrupted (not the bytes that were written)")
-    manifest: dict[str, Any] = json.loads(data)
-    if manifest["step"] != step:
-        raise StorageError(f"{url}: the manifest of step {manifest['step']}; checkpoints are not to be renamed")
-    return manifest
+    try:
+        return unseal(storage.read_bytes(url), step)
+    except ValueError as error:
+        raise StorageError(f"{url}: {error}") from error
 
 
 def read_manifests(run: str) -> dict[int, dict[str, Any]]:
@@ -87,9 +123,35 @@ def read_verified(url: str, manifest: Mapping[str, Any], name: str) -> bytes:
         data = storage.read_bytes(path)
     except FileNotFoundError as error:
         raise StorageError(f"{path}: missing, though the checkpoint's manifest names it") from error
-    if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
+    if described(data) != expected:
         raise StorageError(f"{path}: corrupted (not the bytes that the checkpoint's manifest names)")
     return data
+
+
+def clear(run: str, step: int) -> None:
+    """Remove what there is of the checkpoint of a step, its manifest first."""
+    url = folder(run, step)
+    storage.remove(storage.join(url, MANIFEST))
+    storage.remove(url)
+
+
+def adopt(run: str, step: int, manifest: bytes, read: Callable[[str], Iterable[bytes]]) -> None:
+    """Make a checkpoint of files that are elsewhere, its manifest last; `read` returns the pieces of a file.
+
+    Raises ValueError if they are not the bytes that the manifest names, StorageError if they cannot be written; nothing
+    is left then.
+    """
+    files = unseal(manifest, step)["files"]
+    clear(run, step)
+    try:
+        for name, expected in files.items():
+            if _written(storage.join(folder(run, step), name), read(name)) != expected:
+                raise ValueError(f"{name}: corrupted (not the bytes that the manifest names)")
+        storage.put(storage.join(folder(run, step), MANIFEST), manifest)
+    except BaseException:
+        with contextlib.suppress(StorageError):
+            clear(run, step)
+        raise
 
 
 def check_best(spec: CheckpointSpec, metrics: Mapping[str, float]) -> None:
@@ -119,8 +181,7 @@ def retain(run: str, spec: CheckpointSpec, *, newest: int) -> None:
         kept.add(min(known, key=lambda step: (sign * known[step], -step)))
     for step in _steps(run):
         if step not in kept and (step in found or step < oldest):
-            storage.remove(storage.join(folder(run, step), MANIFEST))
-            storage.remove(folder(run, step))
+            clear(run, step)
 
 
 def _steps(run: str) -> list[int]:
@@ -129,5 +190,19 @@ def _steps(run: str) -> list[int]:
     return sorted(int(match[1]) for match in map(FOLDER.fullmatch, names) if match)
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _sealed(text: str) -> bytes:
+    return f'{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'.encode()
+
+
+def _written(url: str, pieces: Iterable[bytes]) -> dict[str, Any]:
+    """Write a file piece by piece, so that it need not fit into memory; return what a manifest says of it."""
+    description = Description()
+    with storage.staged(url) as temporary:
+        for piece in pieces:
+            description.add(piece)
+            try:
+                with temporary.open("ab") as file:
+                    file.write(piece)
+            except OSError as error:
+                raise StorageError(f"cannot write {url}: {os.strerror(error.errno or 0)}") from error
+    return description.entry()
