@@ -103,7 +103,8 @@ class Snapshots:
             self._vault.put(step, made(), manifest)
         except Exception as error:  # noqa: BLE001 -- whatever it is, the training has no need of this snapshot
             if not self._failing:  # told once, until one succeeds again
-                self.events.append(("snapshot_lost", {"step": step, "reason": str(error)[:500] or repr(error)}))
+                reason = (str(error) or repr(error)).splitlines()[0]  # Ray's errors go on for pages
+                self.events.append(("snapshot_lost", {"step": step, "reason": reason[:300]}))
             self._failing = True
             return
         self._failing = False
