@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 
 import pytest
 
-import elastrain
 from elastrain.elastic.keep import descendants
 from elastrain.elastic.local_cluster import LocalCluster, start_cluster
 from elastrain.observe.ledger import read_ledger, read_steps
+from elastrain.observe.report import read_report
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -41,63 +40,48 @@ def cluster() -> Iterator[LocalCluster]:
         yield made
 
 
-class Training(threading.Thread):
-    """A run in a thread of its own, which can be watched from its ledger."""
-
-    def __init__(self, spec: Any) -> None:
-        super().__init__(daemon=True)
-        self._spec = spec
-        self.run_url = str(Path("runs", spec.name).absolute())
-        self.outcome: elastrain.Run | BaseException | None = None
-
-    def run(self) -> None:
-        """Train."""
-        try:
-            self.outcome = elastrain.train(self._spec)
-        except BaseException as error:  # noqa: BLE001 -- looked at by the test
-            self.outcome = error
-
-    def events(self, kind: str) -> list[dict[str, Any]]:
-        """The events of a kind so far, unless the run has failed."""
-        assert not isinstance(self.outcome, BaseException), self.outcome
-        return events_of(self.run_url, kind)
-
-
 def test_a_run_grows_onto_a_node_that_comes_and_leaves_one_that_goes(
-    cluster: LocalCluster, spec_of: Callable[..., Any]
+    cluster: LocalCluster, start: Callable[..., Any], workspace: Path
 ) -> None:
     import ray
 
-    changes = ("data.slots=4", "audit=true", "budget={steps: 12000}", "consistency=bitwise", "workers.max=2")
-    training = Training(spec_of("nodes", *changes))
-    training.start()
-    wait_for(lambda: events_of(training.run_url, "checkpoint"))
+    changed = ("name=nodes", "audit=true", "budget={steps: 400000}", "workers={min: 1, max: 2}")
+    sets = [part for change in changed for part in ("--set", change)]
+    process = start("train", SPEC, *FIXED, *sets, "--address", cluster.address)
+    run = str(workspace / "runs" / "nodes")
+
+    def told(kind: str, count: int = 1) -> list[dict[str, Any]]:
+        wait_for(lambda: process.poll() is not None or len(events_of(run, kind)) >= count)
+        assert process.poll() is None, process.communicate()
+        return events_of(run, kind)
+
+    told("checkpoint")
     cluster.add()
-    wait_for(lambda: training.events("resize"))
-    first = {record["worker"] for record in events_of(training.run_url, "seconds")}
-    (grown,) = training.events("resize")
+    (grown,) = told("resize")
     assert (grown["before"], grown["workers"]) == (1, 2)
-    (joined,) = grown["joined"]
-    nodes = {member["node"] for member in training.events("cell")}
-    assert len(nodes) == 2
-    cluster.drain(training.events("cell")[0]["node"])
-    wait_for(lambda: training.events("preemption"))
-    (left,) = training.events("preemption")
+    first, second = told("cell")
+    assert first["node"] != second["node"]
+    cluster.drain(first["node"])
+    (left,) = told("preemption")
     assert (left["before"], left["workers"], left["steps_redone"]) == (2, 1, 0)
-    assert set(left["left"]) == first - {joined}
+    assert set(left["left"]).isdisjoint(grown["joined"])
     cluster.add()
-    wait_for(lambda: len(training.events("resize")) == 2)
-    here = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    member = next(node for node in training.events("cell")[-1:])["node"]
-    assert member in here
-    cluster.lose(member)
-    wait_for(lambda: training.events("worker_lost"))
-    training.join(240)
-    assert isinstance(training.outcome, elastrain.Run), training.outcome
-    assert (training.outcome.step, training.outcome.result["restarts"]) == (12000, 0)
-    audit = read_steps(f"{training.outcome.url}/audit")
-    assert len(audit) == len({*zip(audit["step"].to_pylist(), audit["row"].to_pylist(), strict=True)})
-    assert len(audit) == training.outcome.result["samples"]
+    told("resize", 2)
+    third = told("cell", 3)[-1]
+    assert third["node"] in {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    cluster.lose(third["node"])
+    (loss,) = told("worker_lost")
+    assert loss["node"] == third["node"]
+    process.send_signal(signal.SIGINT)
+    out, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert read_report(run)["restarts"] == 0
+    audit = read_steps(f"{run}/audit")
+    lines = [*zip(audit["epoch"].to_pylist(), audit["row"].to_pylist(), strict=True)]
+    assert len(lines) == len(set(lines)), "nothing was trained on twice"
+    steps = audit["step"].to_pylist()
+    assert set(steps) == set(range(max(steps) + 1))
+    assert out == ""
 
 
 def test_when_the_host_dies_the_run_goes_on_from_the_last_checkpoint(

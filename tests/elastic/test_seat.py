@@ -137,7 +137,8 @@ def serve(opened: list[Any]) -> Callable[..., Membership]:
     return make
 
 
-Serve, Start = Callable[..., Membership], Callable[..., Member]
+Serve = Callable[..., Membership]
+Start = Callable[..., Member]
 
 
 def until(condition: Callable[[], bool]) -> None:
