@@ -1,7 +1,6 @@
 """The loop: what it asks for, hands over and reports, and when it ends."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,15 @@ from tests.training.harness import (
     train_alone,
     train_together,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from elastrain.errors import DataError, SpecError
 from elastrain.observe.ledger import CATEGORIES
 from elastrain.spec.train import DataSpec
 from elastrain.training import loop as loop_module
-from elastrain.training.loop import Decision, Loop, choose_device, fix_threads
+from elastrain.training.loop import Loop, choose_device, fix_threads
 from elastrain.training.manifests import read_manifests
-from elastrain.training.reduce import Group, GroupLost, Solo
-from elastrain.training.state import TrainState
+from elastrain.training.reduce import Group, Solo
 from elastrain.training.task import Batch, DataInfo, Loss, Losses, Task, make_task
 
 
@@ -169,71 +167,6 @@ def test_on_a_gpu_losses_are_read_at_the_same_steps_by_newcomers(monkeypatch: py
 
     assert reads(0) == [4, 8, 12]
     assert reads(6) == [8, 12]
-
-
-class Changing(Seat):
-    """Is told of a change in step 3, and notes which lines had been handed over when it was made or the group lost."""
-
-    def __init__(self, groups: Callable[[int], Group]) -> None:
-        super().__init__(groups)
-        self.left = False
-        self.recorder = Recorder()
-        self.known: list[float] | None = None
-
-    def group(self, state: TrainState) -> Group:
-        """Leave the group, where one is left, as a worker enters: what it reported has arrived by then."""
-        if self.left and self.known is None:
-            self.known = [line[0] for line in self.recorder.lines]
-        return super().group(state)
-
-    def decision(self) -> Decision:
-        """Tell of a change."""
-        return Decision(change=self._step == 3)
-
-    def change(self) -> None:
-        """Leave."""
-        self.left = True
-
-    def lost(self) -> None:
-        """Leave."""
-        self.left = True
-
-
-def trained(seat: Changing) -> list[float] | None:
-    """Train; return the steps whose lines had been handed over when the seat's group was left."""
-    loop = Setup(spec=make_spec(), kind=Classifier).loop(seat)
-    assert isinstance(loop.recorder, Recorder)
-    seat.recorder = loop.recorder
-    loop.run()
-    return seat.known
-
-
-def test_lines_are_handed_over_before_the_members_change() -> None:
-    """Whoever leads afterwards may be a newcomer, who has none."""
-    assert trained(Changing(lambda _: Solo())) == [0, 1, 2, 3]
-
-
-class Second(Solo):
-    """The second of two, whose first one adds nothing and is lost in step 4."""
-
-    rank, size = 1, 2
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sums = 0
-
-    def all_reduce(self, tensor: Tensor) -> None:
-        """Fail in the fifth sum."""
-        del tensor
-        self._sums += 1
-        if self._sums == 5:
-            raise GroupLost("the first one is gone")
-
-
-def test_lines_are_handed_over_by_those_who_outlive_the_leader() -> None:
-    second, alone = Second(), Solo(2)
-    seat = Changing(lambda _: alone if seat.left else second)
-    assert trained(seat) == [0, 1, 2, 3]
 
 
 def test_time_is_booked_under_what_it_was_spent_on() -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,12 @@ SETTINGS = {
 
 
 def work_of_cell(config: dict[str, Any]) -> None:
-    """What each worker does unless a cell is given something else."""
-    from elastrain.elastic.worker import work  # noqa: PLC0415 -- torch, in workers only
-
+    """What each worker does unless a cell is given something else; that it cannot be loaded at all ends the run."""
+    try:
+        from elastrain.elastic.worker import work  # noqa: PLC0415 -- torch, in workers only
+    except Exception:  # noqa: BLE001 -- another process would meet the same
+        ray.get(config["config"].host.fail.remote("", "ElastrainError", traceback.format_exc()))
+        return
     work(config["config"])
 
 

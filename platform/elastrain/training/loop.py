@@ -138,7 +138,6 @@ class Loop:
                     self.clock.switch("wait")
                     self.seat.lost()
                     self.state.renew()
-                    self._report(lead, leaving=True)
         finally:
             writer.join()
             self._written(writer)
@@ -200,13 +199,9 @@ class Loop:
         state.due = self._is_due(state.step) or decided.stop or decided.commit
         state.stopping, lead.commits = decided.stop, decided.commit
         if decided.change and not decided.commit:
-<<<<<<< HEAD
             if told.leave:
                 writer.wait()  # before another one leads and writes
             self.seat.change()
-=======
-            self._change(lead)
->>>>>>> wip-tests
 
     def _audit(self, batches: Batches, step: int, slots: range) -> None:
         epoch = step // self.plan.steps_per_epoch
@@ -260,11 +255,7 @@ class Loop:
             writer.wait()
             self._written(writer)
             lead.commits = False
-            self._change(lead)
-
-    def _change(self, lead: "Lead") -> None:
-        self._report(lead, leaving=True)
-        self.seat.change()
+            self.seat.change()
 
     def _keep(self, writer: Writer, lead: "Lead", *, ends: bool) -> None:
         """Between two steps: commit what another lead may not have, else take a snapshot where it is time for one."""
@@ -315,26 +306,15 @@ class Loop:
             self.seat.noted((entry.step, 1))
         writer.written.clear()
 
-<<<<<<< HEAD
     def _report(self, lead: "Lead") -> None:
         """Report where this worker is. All keep the last lines of metrics: who comes after rank 0 sends them again."""
         while lead.snapshots.events:
             kind, fields = lead.snapshots.events.pop(0)
             self.recorder.event(kind, **fields)
         lines, sent = self.state.lines, lead.sent
-=======
-    def _report(self, lead: "Lead", *, leaving: bool = False) -> None:
-        """Report where this worker is, and the lines of metrics of who leads.
-
-        All keep the last ones and hand them over when they are `leaving` their generation: its leader may be gone, and
-        the next one a newcomer who has none.
-        """
-        lines, sent = self._lines, lead.sent if lead.leads else -1.0
-        tells = lead.leads or leaving
->>>>>>> wip-tests
         spent = self.clock.spent()
-        report = {"step": self.state.step, "spent": spent, "lead": tells, "generation": lead.generation}
-        self.recorder.report({**report, "lines": [line for line in lines if line[0] > sent] if tells else []})
+        report = {"step": self.state.step, "spent": spent, "lead": lead.leads, "generation": lead.generation}
+        self.recorder.report({**report, "lines": [line for line in lines if line[0] > sent] if lead.leads else []})
         if lines:
             lead.sent = lines[-1][0]
             while len(lines) > KEPT and lines[-1][-1] - lines[0][-1] > KEPT_S:
