@@ -142,13 +142,14 @@ class MemberSeat:
             generation = self._enter(state, failed=self._failed)
             start = time.perf_counter()
             try:
-                group = self._door.join(generation, self._me.name, self._device, self._lost)
+                # From here on it can be abandoned: to let go of a group with a broadcast under way would wait for it.
+                self._group = group = self._door.join(generation, self._me.name, self._device, self._lost)
                 connected = time.perf_counter()
                 self._share(state, group, generation)
             except GroupLost:
-                self._failed = True
+                self._leave(failed=True)
                 continue
-            self._whole, self._group, self._failed = True, group, False
+            self._whole, self._failed = True, False
             self._began, self._fresh = state.position(), True
             if group.rank == 0:
                 self._send("ready", self._number, connected - start, time.perf_counter() - connected)
