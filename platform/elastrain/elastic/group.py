@@ -144,7 +144,7 @@ class TorchGroup:
         self.waits = time.perf_counter()
         try:
             if self._wakes:
-                getattr(group, name)(*arguments).wait()
+                self._finish(getattr(group, name)(*arguments))
                 return
             with self._leaving:  # so that who abandons the group knows what is under way in it
                 if self._group is None:
@@ -158,6 +158,15 @@ class TorchGroup:
         finally:
             self.waits = None
             del group  # an error keeps this frame, which would keep the group
+
+    def _finish(self, work: Any) -> None:
+        """Wait for an operation of NCCL. Its own wait only orders streams: what an abort leaves would be taken for sums."""
+        work.wait()
+        while not work.is_completed():
+            if self._lost.is_set():
+                raise GroupLost("a member is gone")
+        if self._lost.is_set() or not work.is_success():
+            raise GroupLost("a member is gone")
 
     def _is_over(self, work: Any) -> bool:
         """Wait for a slice of time; say whether the operation is over. Raises RuntimeError if it failed."""

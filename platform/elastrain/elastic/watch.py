@@ -76,7 +76,7 @@ class Watch:
         seen = Seen(members=members, waiting=len(now["waiting"]), remaining_s=remaining, target=target)
         for event in self.fleet.tend(seen):
             self._note(event)
-        if self.script is not None:
+        if self.script is not None and not self._asked:
             self._follow(self.script, now)
         if not now["generation"] and time.monotonic() - self._since > COMPLETE_S:
             self.host.expect.remote(max(self.workers.min, len(now["waiting"])))
