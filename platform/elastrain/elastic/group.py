@@ -160,7 +160,7 @@ class TorchGroup:
             del group  # an error keeps this frame, which would keep the group
 
     def _finish(self, work: Any) -> None:
-        """Wait for an operation of NCCL. Its own wait only orders streams: what an abort leaves would be taken for sums."""
+        """Wait for an operation of NCCL, whose own wait only orders streams: what an abort leaves is no sum."""
         work.wait()
         while not work.is_completed():
             if self._lost.is_set():
