@@ -316,7 +316,7 @@ def in_process(pipe: Connection, number: int) -> None:
     """Wait to be seated, then work; how it ended goes to the test, as `worker.work` tells the host."""
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR1)  # where a history does not end, it says where its workers are
-    storage._flush = lambda _: None  # a flush is for power cuts, which no test makes
+    setattr(storage, "_flush", lambda _: None)  # noqa: B010 -- a flush is for power cuts, which no test makes
     wire, name = Wire(pipe), f"{number}-{os.getpid()}"
     job, place = wire.ask("seat")
     try:
@@ -325,9 +325,8 @@ def in_process(pipe: Connection, number: int) -> None:
         wire.tell("dismissed", str(event))
         os._exit(DISMISSED)
     except Exception as error:  # noqa: BLE001 -- brought to the test
-        known, text = ours(error), traceback.format_exc()
-        passes = isinstance(error.__cause__ if known else error, RuntimeError)
-        ended = wire.ask("raised", name, passes, text)
+        cause = error.__cause__ if ours(error) else error
+        ended = wire.ask("raised", type(cause).__name__, traceback.format_exc())
         os._exit(RAISED if not ended else 1)
     wire.tell("finished")
     os._exit(0)

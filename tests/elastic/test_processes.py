@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.elastic.process_histories import Event, History, Violation, check, random_history
+from tests.elastic.process_histories import History, Violation, check, random_history
+from tests.elastic.process_stage import Event
 
 from elastrain import storage
 
@@ -136,7 +137,10 @@ def test_all_are_drained_and_others_go_on_from_the_checkpoint_that_they_left() -
 
 
 def test_a_run_grows_and_shrinks() -> None:
-    grow, shrink = Event(action="resize", step=3, newcomers=2, limits=(4, 4)), Event(action="resize", step=9, limits=(1, 2))
+    grow, shrink = (
+        Event(action="resize", step=3, newcomers=2, limits=(4, 4)),
+        Event(action="resize", step=9, limits=(1, 2)),
+    )
     history = play(grow, shrink, kind="gan", size=2, limits=(1, 2))
     assert [(record["before"], record["workers"]) for record in told(history, "resize")] == [(2, 4), (4, 2)]
 
@@ -145,7 +149,10 @@ def test_a_run_grows_and_shrinks() -> None:
 @pytest.mark.parametrize("who", ["lead", "newcomer"])
 def test_a_worker_dies_while_another_joins(place: str, who: str) -> None:
     history = play(
-        Event(action="grow", step=4, newcomers=1), Event(action="kill", step=4, place=place, who=who), kind="cnn", size=3
+        Event(action="grow", step=4, newcomers=1),
+        Event(action="kill", step=4, place=place, who=who),
+        kind="cnn",
+        size=3,
     )
     assert not history.seen["attempt"]
 

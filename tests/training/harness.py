@@ -388,7 +388,8 @@ class Seat:
 def losses_of(loop: Loop) -> list[float]:
     """The losses that a worker reported or, where it did not lead, would have; in the order of steps."""
     assert isinstance(loop.recorder, Recorder)
-    return [loss for _, loss in sorted({line[0]: line[3] for line in (*loop.recorder.lines, *loop.state.lines)}.items())]
+    lines = (*loop.recorder.lines, *loop.state.lines)
+    return [loss for _, loss in sorted({line[0]: line[3] for line in lines}.items())]
 
 
 def train_alone(setup: Setup, state: TrainState | None = None, **seat: Any) -> tuple[Loop, dict[str, Any]]:

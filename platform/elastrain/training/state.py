@@ -56,11 +56,10 @@ class Phase:
 class TrainState:
     """Everything that a step changes. `model` is the plain module, `forward` the one to call (compiled where asked).
 
-    Phases before `phase` of step `step` are done: `done` holds their loss sums and weights, `norm` the gradient's norm in
-    the first if it was needed. `due`: evaluation or
-    commit before the step are not. `stored`: the step of the checkpoint that it comes from. `metrics` are those of the
-    step `evaluated`. `stopping`: the run ends here. `lines` are the last steps' lines of metrics: whoever leads next
-    sends them again.
+    Phases before `phase` of step `step` are done: `done` holds their loss sums and weights, `norm` the gradient's norm
+    in the first if it was needed. `due`: evaluation or commit before the step are not. `stored`: the step of the
+    checkpoint that it comes from. `metrics` are those of the step `evaluated`. `stopping`: the run ends here. `lines`
+    are the last steps' lines of metrics: whoever leads next sends them again.
     """
 
     def __init__(self, spec: TrainSpec, task: Task, device: torch.device) -> None:
