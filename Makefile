@@ -5,7 +5,7 @@
 # test    check, then the tests that start Ray or take long
 # format  lets ruff rewrite what it can
 # bench   runs the benchmarks
-# soak    repeats the tests that start Ray or take long: make soak ROUNDS=50
+# soak    plays histories by chance, then repeats the tests that start Ray or take long: make soak ROUNDS=50
 # CI and the README use these and nothing else. Every target installs what it needs.
 
 SHELL := /bin/bash
@@ -69,7 +69,10 @@ format: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
+# Runs on processes that are killed, stopped and joined; the protocol alone, far more often; then all, again and again.
 soak: setup
+	HISTORIES=180 $(TEST) -x tests/elastic/test_processes.py -k random
+	HISTORIES=100000 $(TEST) -x -o timeout=0 tests/elastic/test_protocol.py
 	@for round in $$(seq $(ROUNDS)); do \
 	  echo "soak: round $$round of $(ROUNDS)"; \
 	  $(TEST) -x -m 'ray or slow'; \

@@ -141,14 +141,16 @@ class Places:
         self._wire, self._asked = wire, ("", -1, -1)
         self.state: TrainState | None = None
         self.generation = 0
+        self.reached = 0  # the step of whoever has the state: a newcomer has none
 
     def at(self, place: str) -> None:
         """Stand at a place; a second time in one step and generation is not asked for."""
         assert self.state is not None
-        if (place, self.state.step, self.generation) == self._asked:
+        step = max(self.state.step, self.reached)
+        if (place, step, self.generation) == self._asked:
             return
-        self._asked = (place, self.state.step, self.generation)
-        answer = self._wire.ask("at", place, self.state.step, self.generation)
+        self._asked = (place, step, self.generation)
+        answer = self._wire.ask("at", place, step, self.generation)
         if answer == "raise":
             raise RuntimeError("something that another process might not meet")
         if answer == "hang":
@@ -212,6 +214,8 @@ class WatchedDoor(Door):
     def join(self, generation: Generation, name: str, device: torch.device, lost: threading.Event) -> Group:
         """See `Door.join`."""
         self._places.generation = generation.number
+        source = None if generation.source is None else generation.members[generation.source].position
+        self._places.reached = source[0] if source else 0
         self._places.at("join")
         group: Any = super().join(generation, name, device, lost)
         send, sent = group.broadcast, iter(range(1 << 30))
@@ -312,18 +316,17 @@ def in_process(pipe: Connection, number: int) -> None:
     """Wait to be seated, then work; how it ended goes to the test, as `worker.work` tells the host."""
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR1)  # where a history does not end, it says where its workers are
-    storage._flush = lambda _: None  # a flush is for power cuts, which no test makes
+    setattr(storage, "_flush", lambda _: None)  # noqa: B010 -- a flush is for power cuts, which no test makes
     wire, name = Wire(pipe), f"{number}-{os.getpid()}"
     job, place = wire.ask("seat")
     try:
         work(job, wire, name, place)
     except Dismissed as event:
-        wire.tell("dismissed", str(event), event.again)
+        wire.tell("dismissed", str(event))
         os._exit(DISMISSED)
     except Exception as error:  # noqa: BLE001 -- brought to the test
-        known, text = ours(error), traceback.format_exc()
-        passes = isinstance(error.__cause__ if known else error, RuntimeError)
-        ended = wire.ask("raised", name, passes, text)
+        cause = error.__cause__ if ours(error) else error
+        ended = wire.ask("raised", type(cause).__name__, traceback.format_exc())
         os._exit(RAISED if not ended else 1)
     wire.tell("finished")
     os._exit(0)

@@ -333,6 +333,7 @@ class Membership:
                 for name in names:
                     self._lose(known[name], "its lease ran out", since)
                     self.dropped.append(name)
+                    self.roster.died(name)  # it is about to be killed: let it not come back just before
                 if self._all_wait(now):
                     self.roster.fail()
                     names.append("")
