@@ -16,7 +16,7 @@ from elastrain.observe.ledger import read_ledger, read_steps
 def host(tmp_path: Path) -> Iterator[Any]:
     """A host whose first generation is one worker."""
     roster = Roster(minimum=1, maximum=2, initial=1, lease_s=60.0)
-    made = Host(str(tmp_path), 0, roster, 0, alike=False, timeout_s=60.0)
+    made: Any = Host(str(tmp_path), 0, roster, 0, alike=False, timeout_s=60.0)
     made.open()
     roster.enter(Worker(name="a", node="n", place=0, store=("", 0)), None, 0.0)
     yield made
@@ -61,8 +61,8 @@ def test_lines_are_kept_once_and_only_from_the_newest_generation(host: Any, tmp_
     host.report("a", status(1, 2))
     host.report("a", status(3, generation=2))
     assert host.poll()["last"]["step"] == 2
-    assert host.sync(1)
-    assert not host.sync(2)
+    assert host.sync("a")
+    assert not host.sync("a stranger"), "who is no member writes no checkpoint"
     host.note("checkpoint", {"step": 3})
     assert host.poll()["checkpoint"] == 3
     host.close("done", {})
