@@ -72,7 +72,7 @@ bench: setup
 # Runs on processes that are killed, stopped and joined; the protocol alone, far more often; then all, again and again.
 soak: setup
 	HISTORIES=180 $(TEST) -x tests/elastic/test_processes.py -k random
-	HISTORIES=100000 $(TEST) -x -o timeout=0 tests/elastic/test_protocol.py
+	HISTORIES=100000 $(TEST) -x tests/elastic/test_protocol.py
 	@for round in $$(seq $(ROUNDS)); do \
 	  echo "soak: round $$round of $(ROUNDS)"; \
 	  $(TEST) -x -m 'ray or slow'; \
