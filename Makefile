@@ -72,6 +72,7 @@ bench: setup
 # Runs on processes that are killed, stopped and joined; the protocol alone, far more often; then all, again and again.
 soak: setup
 	HISTORIES=180 $(TEST) -x tests/elastic/test_processes.py -k random
+	CELL_HISTORIES=20 $(TEST) -x tests/elastic/test_verify.py -k disturbed_run
 	HISTORIES=100000 $(TEST) -x tests/elastic/test_protocol.py
 	@for round in $$(seq $(ROUNDS)); do \
 	  echo "soak: round $$round of $(ROUNDS)"; \
