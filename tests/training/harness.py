@@ -5,10 +5,13 @@ torch's default generators are global, and a worker seeds them before each slot,
 `Processes` runs real ones over gloo, forked from a server that has torch imported already.
 """
 
+import atexit
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +42,8 @@ from elastrain.training.task import Batch, DataInfo, Loss, Losses, Ratio, Task
 
 CPU = torch.device("cpu")
 EVAL_BLOCK_ROWS = 7
+ANYWHERE = tempfile.mkdtemp(prefix="elastrain-runs-")  # for runs whose checkpoints nobody looks at
+atexit.register(shutil.rmtree, ANYWHERE, ignore_errors=True)
 Arrays = dict[str, Array]
 
 
@@ -314,7 +319,7 @@ class Setup:
     rows: int = 100
     eval_rows: int = 0
     block_steps: int = 3
-    run_url: str = "/nowhere"
+    run_url: str = ANYWHERE
     arrays: Arrays | None = None
 
     @property
