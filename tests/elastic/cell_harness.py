@@ -132,8 +132,9 @@ def several_nodes() -> Iterator[Nodes]:
     import ray
     from ray.cluster_utils import Cluster
 
-    before = os.environ.get("RAY_AUTH_MODE")
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+    from elastrain.elastic.ray_inner import secure_new_cluster
+
+    secure_new_cluster()  # as `ray.init` does: a process that has had a Ray with tokens cannot do without them
     quick = {"health_check_period_ms": 300, "health_check_failure_threshold": 3, "health_check_timeout_ms": 1000}
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
     cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -143,6 +144,3 @@ def several_nodes() -> Iterator[Nodes]:
     finally:
         ray.shutdown()
         cluster.shutdown()
-        os.environ.pop("RAY_AUTH_MODE")
-        if before is not None:
-            os.environ["RAY_AUTH_MODE"] = before
