@@ -189,12 +189,14 @@ class Stage:
             time.sleep(0.005)
 
     def _told(self, member: Member, action: str) -> str:
-        if action == "slow":
+        with self._lock:
+            if action == "slow" or member.harm:
+                return action
+            if len(member.steps) < RAMPED:
+                member.kill()
+            else:
+                member.harm = {"raise": "raised", "hang": "hung"}[action]
             return action
-        if len(member.steps) < RAMPED:
-            member.kill()
-        member.harm = member.harm or {"raise": "raised", "hang": "hung"}[action]
-        return action
 
     def _later(self, seconds: float, call: Callable[..., None], *arguments: Any) -> None:
         timer = threading.Timer(seconds, call, arguments)
@@ -218,7 +220,7 @@ class Stage:
             elif event.action.startswith("kill"):
                 for other in self._victims(member, event.action):
                     other.kill()
-            elif event.action != "grow":
+            elif event.action != "grow" and not member.harm:
                 self._stop(member, event.action)
 
     def _well(self) -> list[Member]:
