@@ -136,6 +136,11 @@ def test_all_are_drained_and_others_go_on_from_the_checkpoint_that_they_left() -
     assert not history.seen["attempt"]
 
 
+def test_all_are_drained_at_the_end_and_the_last_checkpoint_keeps_its_metrics() -> None:
+    history = play(Event(action="drain_all", step=14), kind="cnn")
+    assert not history.seen["attempt"]
+
+
 def test_a_run_grows_and_shrinks() -> None:
     grow, shrink = (
         Event(action="resize", step=3, newcomers=2, limits=(4, 4)),

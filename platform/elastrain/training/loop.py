@@ -146,7 +146,7 @@ class Loop:
         state = self.state
         while True:
             group = self.seat.group(state)
-            lead.look(group, state.step)
+            lead.look(group, state)
             ends = state.step >= self.num_steps or state.stopping
             if lead.leads and not state.due and not state.phase:
                 self._keep(writer, lead, ends=ends)
@@ -340,12 +340,13 @@ class Lead:
     sent: float = -1.0
     reported: float = 0.0
 
-    def look(self, group: Group, step: int) -> None:
-        """Take note of the generation of a group, which begins at a step."""
+    def look(self, group: Group, state: TrainState) -> None:
+        """Take note of the generation of a group, which begins with this state; nothing is owed of one from storage."""
         if group.generation != self.generation:
             leads = group.rank == 0
             if leads and not self.leads:
-                self.sent, self.owes, self.since = -1.0, group.generation > 1, step
+                self.sent, self.since = -1.0, state.step
+                self.owes = group.generation > 1 and state.step != state.stored
             self.generation, self.leads = group.generation, leads
             self.owes = self.owes and leads
 
