@@ -209,8 +209,9 @@ class History(Stage):
         for member in self._well():
             if member.steps & set().union(*self._steps.values()):
                 self._fail(f"the run is lost though {member.name} has its state")
-        if not self._steps:
-            self._fail("the run is lost before its first step")
+        names = {each.worker.name for each in self.host.membership.roster.generation.members}
+        if not self._steps and any(member.name in names for member in self._well()):
+            self._fail("the run is lost before its first step, though a member is left")
 
     def _check_steps(self, resume: int) -> None:
         """A generation begins with the step that was in flight, or the one after."""
