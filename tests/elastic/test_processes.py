@@ -103,6 +103,11 @@ def test_a_worker_without_a_sign_is_given_up() -> None:
     assert {record["why"] for record in told(history, "worker_lost")} >= {"its lease ran out"}
 
 
+def test_the_only_worker_is_given_up_while_another_waits_and_the_run_begins_anew() -> None:
+    history = play(Event(action="stop", step=15, place="evaluation", newcomers=1), size=1)
+    assert history.seen["attempt"] == 1
+
+
 def test_a_worker_that_wakes_after_its_lease_ends_itself() -> None:
     history = play(Event(action="wake", step=5, place="phase 0"), kind="gan")
     assert [member.end.partition(":")[0] for member in history.members if member.harm == "woken"] == ["dismissed"]

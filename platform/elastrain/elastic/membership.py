@@ -283,9 +283,11 @@ class Membership:
     # --- what follows
 
     def _lose(self, worker: Worker, why: str, since: float) -> None:
-        """Note a loss; `since`: when it happened, as far as one can know."""
-        members = [member.worker.name for member in self.roster.generation.members]
-        if worker.name in members:
+        """Note a loss; `since`: when it happened, as far as one can know.
+
+        The roster may have formed the next generation at once, without it: it was a member of the one before.
+        """
+        if worker.name in self._recovery.members:
             self._recovery.lost(worker, why, since, time.monotonic())
 
     def _tell(self) -> None:
