@@ -70,9 +70,9 @@ def test_where_room_is_lacking_is_a_finding_and_never_having_it_an_error(monkeyp
 
     workers = read_train(SPEC, ["workers={min: 2, max: 2}"]).workers
     monkeypatch.setattr(check, "fitting", lambda *_: 1)
-    monkeypatch.setattr(check, "place_workers", wait)
+    monkeypatch.setattr(check, "find_room", wait)
     assert check._placement(workers) == "1 of 2 to 2 workers fit now; a run would wait for room"
-    monkeypatch.setattr(check, "place_workers", never)
+    monkeypatch.setattr(check, "find_room", never)
     with pytest.raises(ResourceError, match="never"):
         check._placement(workers)
 

@@ -26,7 +26,7 @@ from elastrain.data.dataset import Dataset
 from elastrain.data.forecast import forecast_run
 from elastrain.data.plan import Plan
 from elastrain.data.transforms import check_transforms
-from elastrain.elastic.session import embedded_cpus, fitting, place_workers, ray_session
+from elastrain.elastic.session import embedded_cpus, find_room, fitting, ray_session
 from elastrain.errors import ResourceError, SpecError, StorageError
 from elastrain.observe.ledger import Clock
 from elastrain.spec.train import TrainSpec, WorkersSpec
@@ -151,10 +151,12 @@ def _one_step(spec: TrainSpec, feed: FeedSpec) -> tuple[str, int]:
 def _placement(workers: WorkersSpec) -> str:
     """Say how many workers fit now; raises ResourceError if the cluster can never hold as many as it must."""
     try:
-        size = place_workers(workers, say=lambda _: None, stop=lambda: True, pause=lambda: None)
+        size = sum(find_room(workers, say=lambda _: None, stop=lambda: True, pause=lambda: None).values())
     except InterruptedError:
         free = fitting(workers, "free")
         return f"{free} of {workers.min} to {workers.max} workers fit now; a run would wait for room"
+    if not size:
+        return f"none of {workers.min} to {workers.max} workers fits now; a run would ask the autoscaler for room"
     return f"{size} of {workers.min} to {workers.max} workers fit"
 
 

@@ -274,7 +274,7 @@ class Membership:
         if self.roster.generation.number == 0:
             self.fail(ResourceError.__name__, message)
         else:
-            self.event("refused", {"worker": worker.name, "reason": message})
+            self.event("refused", {"step": self.view()["step"], "worker": worker.name, "reason": message})
             line = self.lines[worker.name]
             line.waits = False  # else it would be told to come again, too
             line.send("answer", line.left, Verdict.LEAVE)

@@ -280,7 +280,7 @@ class MemberSeat:
         computes = doing == "compute" and time.perf_counter() - since > limit
         clings = self._lost_at is not None and doing == "compute" and now - self._lost_at > self._timeout_s
         if computes or clings:
-            self._die(f"a worker stood still in step {self._step} for {self._timeout_s:g} s")
+            self._die(f"a worker stood still in step {self._step} for {limit if computes else self._timeout_s:g} s")
 
     def _ends_if_stuck(self) -> None:
         """The membership is gone; give the main thread the time to notice, then end the process."""

@@ -79,13 +79,6 @@ def embedded_cpus(workers: WorkersSpec) -> float:
     return workers.max * workers.cpus + READERS
 
 
-def place_workers(
-    workers: WorkersSpec, *, say: Callable[[str], None], stop: Callable[[], bool], pause: Callable[[], None]
-) -> int:
-    """Return how many workers fit, from min to max; see `find_room`."""
-    return sum(find_room(workers, say=say, stop=stop, pause=pause).values())
-
-
 def find_room(
     workers: WorkersSpec, *, say: Callable[[str], None], stop: Callable[[], bool], pause: Callable[[], None]
 ) -> dict[str, int]:

@@ -86,7 +86,7 @@ class Watch:
         if event.drain:
             self.host.drain.remote(list(event.drain))
         kind = "drain" if event.kind == "preemption" else event.kind  # the membership tells what came of it
-        self.host.event.remote(kind, dict(event.fields))
+        self.host.event.remote(kind, {"step": self._reached, **event.fields})
 
     def _follow(self, script: Script, now: dict[str, Any]) -> None:
         members = [Member(name=name, node=node, pid=int(name.rsplit("-", 1)[1])) for name, node, _ in now["members"]]

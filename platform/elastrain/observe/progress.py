@@ -189,6 +189,20 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60:02d} s"
 
 
+def in_words(key: str, value: Any) -> str:
+    """Return a field of an event as people say it: seconds, names, and of an id as much as tells it from others.
+
+    >>> in_words("detect_s", 1.13e-05), in_words("joined", ["w3"]), in_words("node", "af89ac3d143c70668f")
+    ('detect 0.00 s', 'joined w3', 'node af89ac3d143c')
+    """
+    name = key.replace("_", " ")
+    if key.endswith("_s") and isinstance(value, float):
+        return f"{key.removesuffix('_s').replace('_', ' ')} {duration(value)}"
+    if isinstance(value, list):
+        return f"{name} {', '.join(map(str, value)) or 'none'}"
+    return f"{name} {value[:12] if key == 'node' and isinstance(value, str) else value}"
+
+
 def compact(value: float) -> str:
     """Return a number in at most three digits and a letter.
 

@@ -13,7 +13,7 @@ from typing import Any
 from elastrain import storage
 from elastrain.errors import SpecError
 from elastrain.observe.ledger import CATEGORIES, Record, read_ledger, read_steps
-from elastrain.observe.progress import compact, duration
+from elastrain.observe.progress import compact, duration, in_words
 
 TRAIN_KEYS = (
     *("run", "step", "resumed_from", "samples", "metrics", "weights_sha256", "wall_s", "goodput", "workers"),
@@ -174,7 +174,7 @@ def _told(event: Record) -> str:
         parts.append(f"back after {duration(event['recovery_s'])}")
     if event["steps_redone"] is not None:
         parts.append(f"{event['steps_redone']} step{'s' if event['steps_redone'] != 1 else ''} redone")
-    rest = (f"{key} {value}" for key, value in event.items() if key not in (*EVENT, "t", "attempt"))
+    rest = (in_words(key, value) for key, value in event.items() if key not in (*EVENT, "t", "attempt"))
     return ", ".join([*parts, *rest])
 
 
