@@ -189,6 +189,15 @@ def test_an_event_waits_for_its_turn() -> None:
     assert not play.left
 
 
+def test_a_loss_after_the_last_step_proves_nothing() -> None:
+    play = Play(parse("2, kill@90"), 100)
+    members = [Member(name=name, node="n", pid=pid) for pid, name in enumerate("ab")]
+    for step in (0, 1, 2, 100):
+        play.next(Seen(step=step, members=members), float(step))
+    assert [str(act.event) for act in play.acts] == ["2", "kill@90"]
+    assert [str(event) for event in play.left] == ["kill@90"]
+
+
 def test_a_lost_node_takes_all_its_workers() -> None:
     play = Play(parse("3, node@5"), 200)
     members = [Member(name=name, node="n", pid=pid) for pid, name in enumerate("abc")]

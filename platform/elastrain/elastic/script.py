@@ -92,14 +92,19 @@ class Play:
     def __init__(self, history: History, steps: int) -> None:
         self.history = history
         self.acts: list[Act] = []
+        self._steps = steps
         self._latest = _latest(history, steps)
         self._held = False
 
     @property
     def left(self) -> tuple[Event, ...]:
-        """The events that have not been carried out; a number has been once that many train, a loss at once."""
-        begun = len(self.acts) - (bool(self.acts) and not self.acts[-1].event.word and self.acts[-1].done is None)
-        return self.history.events[begun:]
+        """The events that have not been carried out; a number has been once that many train, a loss at once.
+
+        A loss after the last step is none: whoever is hit then has nothing left to do.
+        """
+        last = self.acts[-1] if self.acts else None
+        open_still = last is not None and last.done is None and (not last.event.word or last.step >= self._steps)
+        return self.history.events[len(self.acts) - open_still :]
 
     @property
     def wanted(self) -> int:
