@@ -72,6 +72,13 @@ def settled(measure: Callable[[], int], most: int) -> int:
     return now
 
 
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def threads() -> int:
     return len(list(Path("/proc/self/task").iterdir()))
 
@@ -210,6 +217,60 @@ def test_whoever_fails_in_a_group_does_not_wait_for_its_end() -> None:
     groups[2].abandon()
     waiting.join(30)
     assert not waiting.is_alive()
+
+
+class Nccl:
+    """As much of a group and its one operation as can be had without a GPU: what torch 2.13's NCCL does and does not.
+
+    Its wait orders streams and raises what went wrong; to abort it ends an operation, without an error; whether it went
+    well cannot be asked.
+    """
+
+    def __init__(self, *, ends: bool, error: str = "") -> None:
+        self._ended, self._error = threading.Event(), error
+        if ends:
+            self._ended.set()
+
+    def allreduce(self, _: list[torch.Tensor]) -> "Nccl":
+        """Begin the operation."""
+        return self
+
+    def is_completed(self) -> bool:
+        """Tell whether it is over."""
+        return self._ended.is_set()
+
+    def wait(self) -> None:
+        """Order the streams."""
+        if self._error:
+            raise RuntimeError(self._error)
+
+    def abort(self) -> None:
+        """End it."""
+        self._ended.set()
+
+
+def nccl(**options: Any) -> tuple[TorchGroup, threading.Event]:
+    lost = threading.Event()
+    return TorchGroup(Nccl(**options), (0, 2, 1), lost, wakes=True), lost
+
+
+def test_an_operation_of_nccl_is_over_when_it_says_so_and_wait_raises_nothing() -> None:
+    nccl(ends=True)[0].all_reduce(torch.ones(1))
+    with pytest.raises(GroupLost, match="remote process exited"):
+        nccl(ends=True, error="remote process exited")[0].all_reduce(torch.ones(1))
+
+
+@pytest.mark.parametrize("how", ["aborted", "pending"])
+def test_what_an_abort_leaves_of_an_operation_of_nccl_is_no_sum(how: str) -> None:
+    group, lost = nccl(ends=False)
+
+    def end() -> None:
+        until(lambda: group.waits is not None)
+        lost.set()
+        if how == "aborted":
+            group.abandon()
+
+    assert isinstance(at_once([lambda: group.all_reduce(torch.ones(1)), end])[0], GroupLost)
 
 
 EXIT = """

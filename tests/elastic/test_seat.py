@@ -327,6 +327,26 @@ member.clock.switch("compute")
 stand_still()
 """
 
+EVALUATES = """
+member.seat.has_stepped = True
+member.clock.switch("evaluate")
+stand_still()
+"""
+
+SUMS = """
+class Stuck:
+    waits = time.perf_counter()
+    def abandon(self):
+        pass
+member.seat._group = Stuck()
+membership.drain(["nobody"])
+with membership._lock:
+    membership.roster.fail()
+    membership._tell()
+member.clock.switch("reduce")
+stand_still()
+"""
+
 CLINGS = """
 membership.drain(["nobody"])
 with membership._lock:
@@ -359,7 +379,9 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, timeout=WAIT_S, check=False)
 
 
-@pytest.mark.parametrize("code", [STANDS, CLINGS, GONE], ids=["computes", "clings", "outlives the run"])
+@pytest.mark.parametrize(
+    "code", [STANDS, EVALUATES, CLINGS, SUMS, GONE], ids=["computes", "evaluates", "clings", "sums", "outlives the run"]
+)
 def test_a_process_whose_main_thread_stands_still_ends_and_says_where(code: str) -> None:
     done = run(code)
     assert done.returncode == HUNG, done.stderr

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from elastrain.data import blocks
 from elastrain.errors import SpecError
+from elastrain.observe.ledger import Clock
 from elastrain.training import evaluation
 from elastrain.training.evaluation import batch_size, evaluate
 from elastrain.training.reduce import Group, Solo
@@ -35,9 +36,9 @@ def evaluated(
     group: Group, rows: int, *, block_rows: int = 7, setup: Setup = SETUP, state: TrainState | None = None
 ) -> tuple[dict[str, float], list[int]]:
     """The metrics over `rows` rows as one worker of a group, and the rows that it was given."""
-    arrays, plan = make_arrays(rows, seed=1), setup.plan()
+    arrays, plan, state = make_arrays(rows, seed=1), setup.plan(), state or setup.state()
     feed = MemoryFeed(plan, setup.data(), arrays, end=setup.steps, block_rows=block_rows)
-    found = evaluate(state or setup.state(), feed, plan, make_dataset(arrays), group, block_rows=block_rows)
+    found = evaluate(state, feed, plan, make_dataset(arrays), group, block_rows=block_rows, clock=Clock())
     return found, feed.evaluated
 
 

@@ -143,7 +143,7 @@ def _one_step(spec: TrainSpec, feed: FeedSpec) -> tuple[str, int]:
     text = f"loss {loss:.4f} on {feed.plan.batch_rows(0)} samples in {1000 * seconds:.0f} ms"
     if feed.evaluation is not None:
         rows = eval_block_rows(feed.evaluation)
-        metrics = evaluate(state, direct, feed.plan, feed.evaluation, Solo(), block_rows=rows)
+        metrics = evaluate(state, direct, feed.plan, feed.evaluation, Solo(), block_rows=rows, clock=Clock())
         text += f"; evaluation gives {', '.join(metrics)}"
     return text, sum(t.numel() * t.element_size() for t in state.tensors().values())
 

@@ -7,6 +7,7 @@ prefix of rank 0's store. A group can be abandoned from another thread: whoever 
 import atexit
 import contextlib
 import datetime
+import os
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from elastrain.training.reduce import Group, GroupLost, Solo
 
 CONNECT_S = 60.0  # for what nobody waits for any more: who waits is woken by the membership
 LOOK_S = 0.02  # how often a wait looks whether its group was abandoned
+NCCL_LOOK_S = 2e-5  # the same, where a wait cannot be cut into slices
 EXIT_S = 2.0  # a process that exits waits no longer for a group that is being destroyed
 ALONE = 2  # references to what is in a list only: the list's, and the one that counting takes
 FOREVER = datetime.timedelta(days=1)  # hangs are the membership's business: torch's own time-out would kill a process
@@ -63,9 +65,12 @@ def _made(store: Any, rank: int, size: int, device: torch.device) -> Any:
     if device.type == "cuda":
         from torch.distributed.distributed_c10d import ProcessGroupNCCL  # noqa: PLC0415 -- absent in CPU builds
 
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # else torch ends a process whose peer is gone
         options = ProcessGroupNCCL.Options()
         options._timeout = FOREVER  # noqa: SLF001 -- its only way in
-        return ProcessGroupNCCL(store, rank, size, options)
+        group = ProcessGroupNCCL(store, rank, size, options)
+        group.eager_connect_single_device(device)  # here, where who waits can be woken: NCCL waits for all members
+        return group
     from torch.distributed.distributed_c10d import ProcessGroupGloo  # noqa: PLC0415
 
     return ProcessGroupGloo(store, rank, size, FOREVER)
@@ -151,7 +156,7 @@ class TorchGroup:
                     raise GroupLost("a member is gone")
                 self._work = work = getattr(group, name)(*arguments)
             while not self._is_over(work):
-                if self._group is None or self._lost.is_set():
+                if self._is_left():
                     raise GroupLost("a member is gone")
         except RuntimeError as error:
             raise GroupLost(str(error)) from error
@@ -159,13 +164,16 @@ class TorchGroup:
             self.waits = None
             del group  # an error keeps this frame, which would keep the group
 
+    def _is_left(self) -> bool:
+        return self._group is None or self._lost.is_set()
+
     def _finish(self, work: Any) -> None:
         """Wait for an operation of NCCL, whose own wait only orders streams: what an abort leaves is no sum."""
-        work.wait()
-        while not work.is_completed():
-            if self._lost.is_set():
-                raise GroupLost("a member is gone")
-        if self._lost.is_set() or not work.is_success():
+        while not work.is_completed() and not self._is_left():
+            time.sleep(NCCL_LOOK_S)
+        if not self._is_left():
+            work.wait()  # orders the streams; raises RuntimeError if the operation failed
+        if self._is_left():
             raise GroupLost("a member is gone")
 
     def _is_over(self, work: Any) -> bool:
@@ -175,8 +183,7 @@ class TorchGroup:
         except RuntimeError:
             if not work.is_completed():
                 return False
-            if not work.is_success():
-                raise
+            work.wait(self._slice)  # it ended just now; or it failed, and then it raises again
         return True
 
 

@@ -277,8 +277,10 @@ class MemberSeat:
         """End the process if the main thread stands still."""
         doing, since = self._clock.running()
         limit = self._timeout_s * (1.0 if self.has_stepped else FIRST_STEP_FACTOR)
-        computes = doing == "compute" and time.perf_counter() - since > limit
-        clings = self._lost_at is not None and doing == "compute" and now - self._lost_at > self._timeout_s
+        works = doing in ("compute", "evaluate")
+        computes = works and time.perf_counter() - since > limit
+        stuck = works or getattr(self._group, "waits", None) is not None  # in a sum that does not let go of it
+        clings = stuck and self._lost_at is not None and now - self._lost_at > self._timeout_s
         if computes or clings:
             self._die(f"a worker stood still in step {self._step} for {limit if computes else self._timeout_s:g} s")
 

@@ -10,6 +10,7 @@ from elastrain.data.columns import Array
 from elastrain.data.dataset import Dataset
 from elastrain.data.plan import Plan, hash64
 from elastrain.errors import SpecError
+from elastrain.observe.ledger import Clock
 from elastrain.training.batches import EPOCH, ROW, SLOT, STEP, Feed, tensor_of
 from elastrain.training.manifests import check_best
 from elastrain.training.precision import forward_context
@@ -27,13 +28,14 @@ def batch_size(plan: Plan, row_bytes: int, micro_batch: int | None) -> int:
 
 
 def evaluate(
-    state: TrainState, feed: Feed, plan: Plan, dataset: Dataset, group: Group, *, block_rows: int
+    state: TrainState, feed: Feed, plan: Plan, dataset: Dataset, group: Group, *, block_rows: int, clock: Clock
 ) -> dict[str, float]:
     """Return `val_loss` and the task's metrics over the whole dataset.
 
     Blocks of `block_rows` rows are dealt to the workers; batches, where there are fewer blocks than workers, unless the
     data are read anew each time: then one worker reads a block, and some have nothing to do. With several phases there
-    is a `val_loss_<phase>` for each, and `val_loss` is their sum. Raises SpecError if the task fails, or
+    is a `val_loss_<phase>` for each, and `val_loss` is their sum. Waiting for blocks is booked under `data`, each batch
+    anew under `evaluate`: so one that takes too long can be told from many. Raises SpecError if the task fails, or
     `checkpoint.best` is none of the metrics.
     """
     size = batch_size(plan, dataset.row_bytes, state.spec.micro_batch)
@@ -43,12 +45,16 @@ def evaluate(
     per_block = -(-block_rows // size)
     sums: dict[int, dict[str, tuple[float, float]]] = {}
     with _evaluating(state):
+        clock.switch("data")
         for block, arrays in feed.evaluation(list(mine)):
             for place, batch in enumerate(_batches(arrays, size, state.device)):
+                clock.switch("evaluate")
                 index = block * per_block + place
                 if by_block or index % group.size == group.rank:
                     seed_all(hash64(state.spec.data.seed, EVALUATE, index), state.device)
                     sums[index] = _sums(state, batch)
+            clock.switch("data")
+        clock.switch("evaluate")
     names = broadcast_object(group, list(sums[0]) if 0 in sums else [], 0, state.device)
     table = torch.zeros(num_blocks * per_block, 2 * len(names), dtype=torch.float64)
     for index, entry in sums.items():

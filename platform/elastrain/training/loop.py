@@ -286,9 +286,9 @@ class Loop:
     def _evaluate(self, group: Group) -> dict[str, float]:
         if self.evaluation is None:
             return {}
-        self.clock.switch("evaluate")
         start = time.perf_counter()
-        metrics = evaluate(self.state, self.feed, self.plan, self.evaluation, group, block_rows=self.eval_block_rows)
+        rows, clock = self.eval_block_rows, self.clock
+        metrics = evaluate(self.state, self.feed, self.plan, self.evaluation, group, block_rows=rows, clock=clock)
         if group.rank == 0:
             seconds = time.perf_counter() - start
             self.recorder.event("eval", step=self.state.step, metrics=metrics, seconds=seconds)
