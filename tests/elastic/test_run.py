@@ -17,6 +17,7 @@ import pytest
 
 import elastrain
 from elastrain.elastic.holder import NAMESPACE
+from elastrain.errors import ConflictError
 from elastrain.observe.ledger import read_ledger, read_steps
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -86,6 +87,19 @@ def test_a_bitwise_run_goes_on_with_other_workers_to_the_same_bits(spec_of: Call
     resumed = train("resized", 3, 40)
     assert resumed.result["resumed_from"] == 20
     assert resumed.weights_sha256 == train("not-resized", 1, 40).weights_sha256
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_bitwise_run_does_not_go_on_with_another_arithmetic(spec_of: Callable[..., Any]) -> None:
+    def train(cpus: int, steps: int) -> elastrain.Run:
+        fixed = ("consistency=bitwise", "data.slots=2", "schedule={name: constant}")
+        sized = (f"workers={{min: 1, max: 1, cpus: {cpus}}}", f"budget={{steps: {steps}}}")
+        return elastrain.train(spec_of("threads", *fixed, *sized))
+
+    train(1, 5)
+    with pytest.raises(ConflictError, match=r"was computed with .* 1 threads, here it would go on with .* 2 threads"):
+        train(2, 10)
+    assert train(1, 10).result["resumed_from"] == 5, "nothing is lost"
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -262,10 +276,12 @@ def _workers(run: str) -> list[str]:
 
 
 def test_embedded_and_running_ray_give_the_same_weights(cli: Callable[..., Any], workspace: Path) -> None:
-    arguments = ("train", SPEC, *FIXED, "--set", "budget={epochs: 3}")
-    embedded = result(cli(*arguments, "--set", "name=embedded"))
+    arguments = ("train", SPEC, *BITWISE, "--set", "budget={epochs: 3}")
+    embedded = result(cli(*arguments, "--set", "name=embedded", "--set", "workers={min: 1, max: 1}"))
     with running_ray(_free_port(), workspace) as address:
-        joined = result(cli(*arguments, "--set", "name=joined", "--address", address))
+        sized = ("--set", "workers={min: 2, max: 2}", "--address", address)
+        joined = result(cli(*arguments, "--set", "name=joined", *sized))
+    assert (embedded["workers"], joined["workers"]) == (1, 2)
     assert embedded["weights_sha256"] == joined["weights_sha256"]
 
 
