@@ -1,5 +1,9 @@
-"""What the loop adds to a step: ours against a hand-written DDP script on the same model, batches and order."""
+"""What the loop adds to a step: ours against a hand-written DDP script on the same model, batches and order.
 
+And what being able to lose workers adds: ours with seats in a membership against ours with a plain group.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +31,25 @@ def _series(model: str, workers: int, steps: int) -> Series:
     ]
     if workers == 1:
         sides.append(Side(name="plain by hand", module=by_hand, options={**given, "ddp": False}, note="no DDP"))
-    lines = (line for side in sides[1:] for line in _comparisons(model, side.name))
+    lines = [line for side in sides[1:] for line in _comparisons(model, side.name)]
+    sides.append(Side(name="ours in a membership", module="benchmarks.loop.ours", options={**given, "member": True}))
+    lines += _membership()
     return Series(name=f"{model}, {workers} worker" + "s" * (workers > 1), sides=tuple(sides), comparisons=tuple(lines))
+
+
+def _membership() -> Iterator[Comparison]:
+    """Yield what a seat in a membership costs over the same loop with one group from beginning to end."""
+    for kind in ("ratio", "difference"):
+        yield Comparison(
+            measure="step_us",
+            unit="µs",
+            better="less",
+            ours="ours in a membership",
+            other="ours",
+            kind=kind,
+            label="time a step in a membership",
+            other_label="ours, a plain group",
+        )
 
 
 def _comparisons(model: str, other: str) -> tuple[Comparison, ...]:

@@ -1,10 +1,16 @@
-"""Ours: `training.loop.Loop` on blocks in memory; two workers are two processes over gloo, without Ray."""
+"""Ours: `training.loop.Loop` on blocks in memory; two workers are two processes over gloo, without Ray.
 
+With `member` the workers have seats in a membership, as in a run: they beat, hear and are watched.
+"""
+
+import contextlib
 import itertools
+import multiprocessing
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -14,14 +20,18 @@ from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-define
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from elastrain.data.columns import Array
-from elastrain.elastic.group import TorchGroup
+from elastrain.elastic.group import Door, TorchGroup
+from elastrain.elastic.membership import Membership
+from elastrain.elastic.protocol import Roster, Worker
+from elastrain.elastic.seat import MemberSeat
 from elastrain.observe.ledger import Clock
 from elastrain.training.batches import EPOCH, ROW, SLOT, STEP
-from elastrain.training.loop import Decision, Loop, fix_threads
+from elastrain.training.loop import Decision, Loop, Seat, fix_threads
 from elastrain.training.reduce import Group, GroupLost, Solo
 from elastrain.training.state import Position, TrainState
 from elastrain.training.task import make_task
 
+LEASE_S = 10.0
 INDEX = (EPOCH, STEP, SLOT, ROW)
 
 
@@ -114,10 +124,14 @@ def train(rank: int, given: dict[str, Any], folder: str) -> list[tuple[float, ..
     fix_threads(1.0)
     size, steps, device = given["workers"], given["steps"], torch.device("cpu")
     work = make_work(given["model"], size, steps)
-    group = join(folder, rank, size)
-    lines = Lines()
+    lines, clock = Lines(), Clock()
     state = TrainState(work.spec, make_task(work.spec, work.dataset), device)
-    state.share(group, 0)
+    if given.get("member"):
+        seat: Seat = take_seat(given["member"], rank, clock)
+    else:
+        group = join(folder, rank, size)
+        state.share(group, 0)
+        seat = FixedSeat(group)
     Loop(
         spec=work.spec,
         plan=work.plan,
@@ -127,9 +141,9 @@ def train(rank: int, given: dict[str, Any], folder: str) -> list[tuple[float, ..
         run_url=folder,
         state=state,
         feed=MemoryFeed(work, [rank], steps),
-        seat=FixedSeat(group),
+        seat=seat,
         recorder=lines,
-        clock=Clock(),
+        clock=clock,
         info={},
     ).run()
     return lines.lines
@@ -144,10 +158,50 @@ def join(folder: str, rank: int, size: int) -> Group:
     return TorchGroup(group, (rank, size, 1), threading.Event(), wakes=False)
 
 
+def take_seat(membership: tuple[tuple[str, int], bytes], rank: int, clock: Clock) -> MemberSeat:
+    """Return a seat as the workers of a run have, in a membership that another process serves."""
+    address, token = membership
+    door = Door(address[0])
+    return MemberSeat(
+        address,
+        token,
+        me=Worker(name=f"worker-{rank}", node="here", place=rank, store=door.address),
+        door=door,
+        device=torch.device("cpu"),
+        clock=clock,
+        lease_s=LEASE_S,
+        timeout_s=60.0,
+        restore=lambda *_: None,
+    )
+
+
+def serve(size: int, pipe: Connection) -> None:
+    """Serve a membership, as a run's host does in a process of its own, until the other end of `pipe` speaks."""
+    roster = Roster(minimum=size, maximum=size, initial=size, lease_s=LEASE_S)
+    membership = Membership(roster, lambda *_: None)
+    pipe.send((membership.address, membership.token))
+    pipe.recv()
+    membership.close()
+
+
+@contextlib.contextmanager
+def served(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the options, with the way to a membership where the side has its workers in one."""
+    if not given.get("member"):
+        yield given
+        return
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(given["workers"], theirs))
+    process.start()
+    yield {**given, "member": ours.recv()}
+    ours.send("end")
+    process.join()
+
+
 def main() -> None:
     """Train with one process a worker."""
-    given = options()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, served(options()) as given:
         lines = in_ranks(given["workers"], train, given, folder)[0]
     finish(*measured([line[6] for line in lines], [line[3] for line in lines]))
 
