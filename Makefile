@@ -2,7 +2,7 @@
 # data    packs what the shipped pipelines read, into data/
 # demo    trains a small network on the digits and shows its report
 # check   format, lint, direction of imports, types and the fast tests
-# test    check, then the tests that start Ray or take long
+# test    check, then the tests that start Ray or take long; JOBS files side by side, 2 unless told
 # format  lets ruff rewrite what it can
 # bench   runs the benchmarks
 # soak    plays histories by chance, then repeats the tests that start Ray or take long: make soak ROUNDS=50
@@ -15,10 +15,12 @@ SHELL := /bin/bash
 
 PYTHON ?=
 ROUNDS ?= 10
+JOBS ?= 2
 IS_OURS := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 BIN := .venv/bin
 ELASTRAIN := $(BIN)/elastrain
 TEST := $(BIN)/pytest -q
+SIDE_BY_SIDE := $(TEST) -n $(JOBS) --dist loadfile
 
 setup: .venv/.stamp
 	@true
@@ -57,10 +59,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
-	$(TEST) -m 'not ray and not slow'
+	$(SIDE_BY_SIDE) -m 'not ray and not slow'
 
 test: check
-	$(TEST) -m 'ray or slow'
+	$(SIDE_BY_SIDE) -m 'ray or slow'
 
 format: setup
 	$(BIN)/ruff format .
