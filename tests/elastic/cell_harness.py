@@ -128,14 +128,15 @@ class Nodes:
 
 
 @contextlib.contextmanager
-def several_nodes() -> Iterator[Nodes]:
+def several_nodes(*, looks_ms: int = 300) -> Iterator[Nodes]:
+    """A head without CPUs, which looks at the others every `looks_ms` and takes one for dead the third time."""
     import ray
     from ray.cluster_utils import Cluster
 
     from elastrain.elastic.ray_inner import secure_new_cluster
 
     secure_new_cluster()  # as `ray.init` does: a process that has had a Ray with tokens cannot do without them
-    quick = {"health_check_period_ms": 300, "health_check_failure_threshold": 3, "health_check_timeout_ms": 1000}
+    quick = {"health_check_period_ms": looks_ms, "health_check_failure_threshold": 3, "health_check_timeout_ms": 1000}
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:

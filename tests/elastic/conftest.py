@@ -44,7 +44,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cli(workspace: Path) -> Cli:
     """Run `elastrain …` in the workspace and return what it printed and its exit code."""
 

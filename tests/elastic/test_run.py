@@ -179,41 +179,45 @@ def test_weights_are_exported_with_the_same_digest(spec_of: Callable[..., Any], 
     assert digest(read_weights(tmp_path / "model.safetensors")) == run.weights_sha256
 
 
+SIXTY = ("train", SPEC, *FIXED, "--set", "budget={epochs: 60}", "--set", "audit=true")
+
+
+@pytest.fixture(scope="module")
+def whole(cli: Callable[..., Any]) -> dict[str, Any]:
+    """What sixty epochs come to that nobody disturbs."""
+    return result(cli(*SIXTY, "--set", "name=whole"))
+
+
 def test_a_stopped_run_goes_on_to_the_same_bits(
-    cli: Callable[..., Any], start: Callable[..., Any], workspace: Path
+    whole: dict[str, Any], cli: Callable[..., Any], start: Callable[..., Any], workspace: Path
 ) -> None:
-    arguments = ("train", SPEC, *FIXED, "--set", "budget={epochs: 60}", "--set", "audit=true")
-    whole = result(cli(*arguments, "--set", "name=whole"))
-    process = start(*arguments, "--set", "name=stopped")
+    process = start(*SIXTY, "--set", "name=stopped")
     wait_for(lambda: list((workspace / "runs" / "stopped" / "checkpoints").glob("*/manifest.json")))
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "after a commit" in said
-    went_on = result(cli(*arguments, "--set", "name=stopped"))
+    went_on = result(cli(*SIXTY, "--set", "name=stopped"))
     assert 0 < went_on["resumed_from"] < went_on["step"] == 1380
-    assert went_on["weights_sha256"] == whole["weights_sha256"]
-    assert audit_files(went_on["run"]) == audit_files(whole["run"])
+    check_equal(went_on, whole)
+
+
+def check_equal(found: dict[str, Any], whole: dict[str, Any]) -> None:
+    assert found["weights_sha256"] == whole["weights_sha256"]
+    assert audit_files(found["run"]) == audit_files(whole["run"])
 
 
 def test_a_killed_driver_loses_only_what_was_not_committed(
-    cli: Callable[..., Any], start: Callable[..., Any], workspace: Path
+    whole: dict[str, Any], cli: Callable[..., Any], start: Callable[..., Any], workspace: Path
 ) -> None:
-    arguments = ("train", SPEC, *FIXED, "--set", "budget={epochs: 60}", "--set", "audit=true")
-    process = start(*arguments, "--set", "name=killed")
+    process = start(*SIXTY, "--set", "name=killed")
     run = workspace / "runs" / "killed"
     wait_for(lambda: len(list((run / "checkpoints").glob("*/manifest.json"))) >= 2)
     process.kill()
     process.communicate()
-    went_on = result(cli(*arguments, "--set", "name=killed"))
+    went_on = result(cli(*SIXTY, "--set", "name=killed"))
     assert went_on["resumed_from"] >= 200
-    whole = workspace / "runs" / "whole"
-    if whole.exists():  # made by the test before; alone, this test has its own
-        assert audit_files(went_on["run"]) == audit_files(str(whole))
-    else:
-        again = result(cli(*arguments, "--set", "name=killed-reference"))
-        assert went_on["weights_sha256"] == again["weights_sha256"]
-        assert audit_files(went_on["run"]) == audit_files(again["run"])
+    check_equal(went_on, whole)
 
 
 def test_survivors_go_on_in_their_processes_and_the_dead_are_replaced(
@@ -239,16 +243,13 @@ def test_survivors_go_on_in_their_processes_and_the_dead_are_replaced(
     assert loss["steps_redone"] <= 1
     parts = sum(loss[name] for name in ("detect_s", "agree_s", "connect_s", "state_s", "step_s"))
     assert 0 < parts <= loss["recovery_s"] * 1.01
-    reference = result(cli(*arguments, "--set", "name=bereaved-reference", "--set", "workers={min: 1, max: 1}"))
-    assert found["weights_sha256"] == reference["weights_sha256"]
-    assert audit_files(found["run"]) == audit_files(reference["run"])
+    check_equal(found, result(cli(*arguments, "--set", "name=bereaved-alone", "--set", "workers={min: 1, max: 1}")))
 
 
 def test_when_all_workers_are_killed_the_run_starts_again_by_itself(
-    cli: Callable[..., Any], start: Callable[..., Any], workspace: Path
+    whole: dict[str, Any], cli: Callable[..., Any], start: Callable[..., Any], workspace: Path
 ) -> None:
-    arguments = ("train", SPEC, *FIXED, "--set", "budget={epochs: 60}", "--set", "audit=true")
-    process = start(*arguments, "--set", "name=wiped")
+    process = start(*SIXTY, "--set", "name=wiped")
     run = workspace / "runs" / "wiped"
     wait_for(lambda: list((run / "checkpoints").glob("*/manifest.json")))
     for name in _workers(str(run)):
@@ -260,9 +261,7 @@ def test_when_all_workers_are_killed_the_run_starts_again_by_itself(
     event = next(e for e in json.loads(cli("report", str(run), "--json").stdout)["events"] if e["kind"] == "restart")
     assert event["recovery_s"] > 0
     assert event["steps_redone"] >= 0
-    reference = result(cli(*arguments, "--set", "name=wiped-reference"))
-    assert found["weights_sha256"] == reference["weights_sha256"]
-    assert audit_files(found["run"]) == audit_files(reference["run"])
+    check_equal(found, whole)
 
 
 def _events(run: Path, kind: str) -> list[dict[str, Any]]:

@@ -113,10 +113,14 @@ def train_tasks(spec: FeedSpec) -> Iterator[tuple[Address, Callable[[], ReadBloc
     for block in range(plan.block_of(spec.begin), plan.block_of(spec.end - 1) + 1 if spec.end > spec.begin else 0):
         for slot in range(plan.slots):
             if block_size(plan, slot, block, spec.begin, spec.end):
-                yield (slot, block), lambda slot=slot, block=block: _train_task(spec, slot, block)  # type: ignore[misc]
+                yield (slot, block), lambda slot=slot, block=block: task_of(spec, (slot, block))  # type: ignore[misc]
 
 
-def _train_task(spec: FeedSpec, slot: int, index: int) -> ReadBlock:
+def task_of(spec: FeedSpec, address: Address) -> ReadBlock:
+    """Return the work of one block."""
+    slot, index = address
+    if slot == EVALUATION:
+        return eval_task(spec, index)
     block = spec.plan.block(slot, index)
     firsts = np.concatenate([first for first, _ in block.ranges])
     ends = np.cumsum(spec.train.group_rows)

@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from elastrain.data.blocks import (
     eval_block_rows,
     eval_task,
     keeps_evaluation,
+    task_of,
     train_tasks,
 )
 from elastrain.data.columns import Array
@@ -49,6 +51,8 @@ from elastrain.errors import DataError, ElastrainError, StorageError, ours
 LEASE = 512  # blocks of one Ray Data execution: the work of each is an object in the driver
 CLOSE_S = 10.0
 MAX_BLOCKS_A_TASK = 8
+PATIENCE_S = 1.0  # for a block that has been read to arrive; more where the slowest so far took long
+PATIENCE_FACTOR = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +250,7 @@ class WorkerFeed:
         self._feeder, self._spec, self._begin = feeder, spec, begin
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="feed")
         self._pending: dict[Address, Future[dict[str, Array]]] = {}
+        self._patience_s = PATIENCE_S
 
     def prefetch(self, slots: Sequence[int], block: int) -> None:
         """Start to fetch the blocks (slot, block) of these slots."""
@@ -284,12 +289,28 @@ class WorkerFeed:
         slot, index = address
         try:
             asked = self._feeder.evaluation.remote(index) if slot == EVALUATION else self._feeder.get.remote([address])
-            table = ray.get(ray.get(asked)[0])
+            table = self._arrived(address, ray.get(asked)[0])
         except Exception as error:
             raise (ours(error) or StorageError(f"block {address} did not arrive: {error!r}"[:2000])) from error
         arrays = arrays_of(table, where=f"block {address}")
         self._check(address, arrays)
         return arrays
+
+    def _arrived(self, address: Address, reference: Any) -> pa.Table:
+        """Wait for a block; read it here if it has been read elsewhere and does not come.
+
+        The node where it lies may be gone, and it takes Ray up to half a minute to see that and read it again.
+        """
+        start = time.monotonic()
+        while True:
+            try:
+                table = ray.get(reference, timeout=self._patience_s)
+            except ray.exceptions.GetTimeoutError:
+                if ray.wait([reference], timeout=0, fetch_local=False)[0]:
+                    return task_of(self._spec, address)()
+            else:
+                self._patience_s = max(self._patience_s, PATIENCE_FACTOR * (time.monotonic() - start))
+                return table
 
     def _check(self, address: Address, arrays: dict[str, Array]) -> None:
         """Raise DataError unless the block holds exactly the plan's samples in the plan's order."""
