@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from elastrain.elastic.keep import descendants
-from elastrain.errors import ConflictError
+from elastrain.errors import ConflictError, ResourceError
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -53,10 +53,11 @@ def test_a_leash_leaves_nothing(end: str) -> None:
 
 
 @pytest.mark.ray
-def test_nodes_come_drain_and_die_and_nothing_is_left() -> None:
+def test_nodes_come_drain_and_die_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    from elastrain.elastic.local_cluster import LABEL, start_cluster
+    from elastrain.elastic import local_cluster
+    from elastrain.elastic.local_cluster import HEAD, LABEL, start_cluster
 
     with start_cluster(nodes=3, cpus=1) as cluster:
         head = next(node["NodeID"] for node in ray.nodes() if LABEL not in node["Labels"])
@@ -83,8 +84,18 @@ def test_nodes_come_drain_and_die_and_nothing_is_left() -> None:
         cluster.lose(nodes[1])  # once more is no harm
         with pytest.raises(ConflictError, match="connected to a Ray already"), start_cluster(nodes=1, cpus=1):
             pass
-        cluster.add()
+        (broken,) = set(cluster._keepers) - cluster._gone - {HEAD}
+        os.kill(cluster._keepers[broken].pid, signal.SIGKILL)
+        wait_for(lambda: cluster._keepers[broken].poll() is not None)
+        cluster.mend()
+        assert cluster.size == 1, "another one is on its way"
+        monkeypatch.setattr(local_cluster, "FAILURES", 2)
         cluster.wait()
+        (broken,) = set(cluster._keepers) - cluster._gone - {HEAD}
+        os.kill(cluster._keepers[broken].pid, signal.SIGKILL)
+        wait_for(lambda: cluster._keepers[broken].poll() is not None)
+        with pytest.raises(ResourceError, match="a local Ray node ended by itself"):
+            cluster.mend()
         pids = [*cluster.pids, *where.values()]
         assert len(pids) > 10
     assert not [pid for pid in pids if alive(pid)]

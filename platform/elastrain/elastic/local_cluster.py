@@ -24,6 +24,7 @@ from elastrain.elastic.session import ray_session
 from elastrain.errors import ConflictError, ResourceError
 
 START_S = 90.0
+FAILURES = 3  # nodes that ended by themselves, until this machine is too busy
 POLL_S = 0.05
 LABEL = "elastrain-node"
 HEAD = "head"
@@ -40,7 +41,7 @@ class LocalCluster:
         self._store = max(STORE_LEAST, int(memory * STORE_SHARE / (nodes + 1)))
         self._keepers: dict[str, subprocess.Popen[bytes]] = {}
         self._gone: set[str] = set()
-        self._count = 0
+        self._count = self._failed = 0
         self.address = ""
 
     @property
@@ -70,6 +71,19 @@ class LocalCluster:
         self._count += 1
         self._start(name, f"--address={self.address}", f"--num-cpus={self._cpus}", f"--labels={LABEL}={name}")
         return name
+
+    def mend(self) -> None:
+        """Start another node for each that ended without being told to: `ray start` gives up on a busy machine.
+
+        Raises ResourceError the third time.
+        """
+        for name, keeper in list(self._keepers.items()):
+            if keeper.poll() is not None and name not in self._gone:
+                self._gone.add(name)
+                self._failed += 1
+                if name == HEAD or self._failed >= FAILURES:
+                    raise ResourceError(self._said(name))
+                self.add()
 
     def wait(self) -> None:
         """Wait until all nodes that were started have joined; raises ResourceError."""
@@ -119,13 +133,16 @@ class LocalCluster:
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=_environment(), start_new_session=True
             )
 
+    def _said(self, name: str) -> str:
+        said = (self._folder / name / "start.log").read_text(errors="replace").strip().splitlines()
+        return f"a local Ray node ended by itself: {said[-1][:300] if said else 'it said nothing'}"
+
     def _wait(self, what: Callable[[], object]) -> None:
         deadline = time.monotonic() + START_S
         while not what():
             for name, keeper in self._keepers.items():
                 if keeper.poll() is not None and name not in self._gone:
-                    said = (self._folder / name / "start.log").read_text(errors="replace").strip().splitlines()
-                    raise ResourceError(f"a local Ray node did not start: {said[-1][:300] if said else 'it ended'}")
+                    raise ResourceError(self._said(name))
             if time.monotonic() > deadline:
                 raise ResourceError(f"a local Ray cluster did not start within {START_S:g} s; is the machine busy?")
             time.sleep(POLL_S)

@@ -64,6 +64,7 @@ class Stage:
 
     def act(self, seen: Seen) -> list[Resize]:
         """See `Script.act`."""
+        self._cluster.mend()
         sizes: list[Resize] = []
         for command in self.play.next(seen, time.time()):
             if isinstance(command, Resize):
