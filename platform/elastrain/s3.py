@@ -24,6 +24,7 @@ CREDENTIALS = (
     *("AWS_SHARED_CREDENTIALS_FILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE"),
 )
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+VERSIONS = 100  # of a file that is replaced while it is read
 # What is final, in the words of Arrow's errors, and what to do about it.
 FINAL = (
     (
@@ -94,11 +95,14 @@ def read(url: str) -> bytes:
 
     def once() -> bytes:
         stream = client().open_input_stream(path)
-        data = bytes(stream.read())
-        # Arrow asks for the size first and for so many bytes second; in between a writer may have put another version.
-        if client().open_input_stream(path).metadata().get("ETag") != stream.metadata().get("ETag"):
-            raise OSError("the object was replaced while it was read")
-        return data
+        for _ in range(VERSIONS):
+            data = bytes(stream.read())
+            # Arrow asks for the size first and for so many bytes second; in between a writer may have put another one.
+            newest = client().open_input_stream(path)
+            if newest.metadata().get("ETag") == stream.metadata().get("ETag"):
+                return data
+            stream = newest
+        raise OSError("the object was replaced again and again while it was read")
 
     return _tried("read", url, once)
 
