@@ -29,7 +29,7 @@ def serving(folder: Path) -> Iterator[dict[str, str]]:
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
     ports = _free_ports(5)
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(  # noqa: S603 -- the server of the dev extra
+        process = subprocess.Popen(
             _command(folder / "files", bucket, ports), env={**os.environ, **keys}, stdout=log, stderr=log
         )
     try:

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.s3_server import SECRET_KEY
 
 from elastrain import s3, storage
 from elastrain.errors import StorageError
 from elastrain.urls import holds_credentials, redacted
-from tests.s3_server import SECRET_KEY
 
 pytestmark = pytest.mark.slow
 
@@ -162,7 +162,7 @@ def test_a_single_file_is_listed_as_itself(root: str) -> None:
 
 def test_parts_that_no_store_treats_alike_are_refused(root: str) -> None:
     for path in ("a/../b", "a/./b", "a//b"):
-        with pytest.raises(StorageError, match="is empty, `.` or `..`"):
+        with pytest.raises(StorageError, match=r"is empty, `\.` or `\.\.`"):
             storage.put(f"{root}/{path}", b"")
     with pytest.raises(StorageError, match="no bucket; write s3://bucket/path"):
         storage.exists("s3://")
@@ -286,7 +286,7 @@ def test_an_outage_ends_at_the_deadline(root: str, monkeypatch: pytest.MonkeyPat
         calls.append(1)
         raise OSError(f"AWS Error UNKNOWN (HTTP status 503) during HeadObject operation: {SECRET_KEY}")
 
-    with pytest.raises(StorageError, match="no proper answer from http.* HTTP status 503|HTTP status 503") as caught:
+    with pytest.raises(StorageError, match=r"no proper answer from http\S+ in \d s \(HTTP status 503\)") as caught:
         s3._tried("read", f"{root}/x", down)
     refused(caught)
     assert 2 < len(calls) < 10
