@@ -270,7 +270,7 @@ def _tried(operation: str, url: str, action: Callable[[], T]) -> T:
         try:
             result = action()
         except (OSError, ValueError) as error:  # Arrow's errors are one of the two
-            text = str(error)
+            text = str(error).rpartition("AWS Error ")[2]  # before it stand names, which may say anything
             if isinstance(error, FileNotFoundError) or GONE.search(text):
                 _answered.add(where)
                 _refuse_unknown_bucket(operation, url, where)
@@ -319,12 +319,11 @@ def _outage(text: str, where: str, seconds: float) -> str:
 
 
 def _plain(text: str, url: str) -> str:
-    return f"{_first_sentence(text)}; check {place(url).split('/', 1)[0]} and what the server says"
+    return f"{_first_sentence(text)}; check the path and what the server of {place(url).split('/', 1)[0]} says"
 
 
 def _first_sentence(text: str) -> str:
     """Return what a library says, short and without any secret of the environment."""
     for secret in filter(None, map(os.environ.get, SECRETS)):
         text = text.replace(secret, "***")
-    said = re.search(r"AWS Error .*", text)
-    return re.sub(r" \(Request ID: .*?\)", "", (said[0] if said else text).splitlines()[0])[:300]
+    return re.sub(r" \(Request ID: .*?\)", "", (text.splitlines() or ["no reason given"])[0])[:300]
