@@ -20,14 +20,17 @@ START_S = 60.0
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[dict[str, str]]:
+def serving(folder: Path, ports: list[int] | None = None, bucket: str | None = None) -> Iterator[dict[str, str]]:
     """Run a server that keeps its files in `folder`; yield the environment by which it is reached.
 
-    `BUCKET` in it names a bucket that is there. Raises RuntimeError if no server comes up.
+    `BUCKET` in it names a bucket that is there. The same folder, ports and bucket again are the same server, started
+    again. Raises RuntimeError if no server comes up.
     """
-    bucket = f"bucket-{secrets.token_hex(4)}"  # fresh: should another server have the ports, it does not know this one
+    bucket = (
+        bucket or f"bucket-{secrets.token_hex(4)}"
+    )  # fresh: should another server have the ports, it does not know this one
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
-    ports = _free_ports(5)
+    ports = ports or free_ports()
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             _command(folder / "files", bucket, ports), env={**os.environ, **keys}, stdout=log, stderr=log
@@ -52,7 +55,7 @@ def serving(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def _command(files: Path, bucket: str, ports: list[int]) -> list[str]:
-    files.mkdir()
+    files.mkdir(exist_ok=True)
     names = ("s3.port", "master.port", "volume.port", "filer.port", "admin.port")
     return [
         str(Path(sysconfig.get_path("scripts")) / "weed"),
@@ -63,10 +66,10 @@ def _command(files: Path, bucket: str, ports: list[int]) -> list[str]:
     ]
 
 
-def _free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on, nor 10,000 above each, where the server speaks gRPC."""
+def free_ports() -> list[int]:
+    """Return the ports of a server: nobody listens on them, nor 10,000 above each, where the server speaks gRPC."""
     found: list[int] = []
-    while len(found) < count:
+    while len(found) < 5:
         port = 20000 + 10 * secrets.randbelow(1200)
         if port not in found and _is_free(port) and _is_free(port + 10000):
             found.append(port)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.s3_server import SECRET_KEY
+from tests.s3_server import SECRET_KEY, free_ports, serving
 
 from elastrain import s3, storage
 from elastrain.errors import StorageError
@@ -276,6 +276,26 @@ def test_what_may_pass_is_tried_again_until_it_does(root: str, monkeypatch: pyte
         return 7
 
     assert s3._tried("read", f"{root}/x", shaky) == 7
+
+
+def test_a_server_that_is_started_again_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = free_ports()
+    with serving(tmp_path, ports) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        url = f"s3://{environment['BUCKET']}/x"
+        storage.put(url, b"before")
+    with monkeypatch.context() as patch:
+        patch.setattr(s3, "OUTAGE_S", 0.0)
+        with pytest.raises(StorageError, match="no proper answer"):
+            storage.read_bytes(url)
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(storage.read_bytes(url)))
+    reader.start()
+    time.sleep(1)
+    with serving(tmp_path, ports, environment["BUCKET"]):
+        reader.join(60)
+        assert found == [b"before"]
 
 
 def test_an_outage_ends_at_the_deadline(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
