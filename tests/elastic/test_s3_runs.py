@@ -61,7 +61,8 @@ def test_what_cannot_work_is_one_sentence_and_exit_code_five(
 ) -> None:
     told = cli("report", "s3://key:hidden@bucket/runs/x")
     assert (told.returncode, told.stdout) == (5, "")
-    assert told.stderr.startswith("elastrain: error: s3://***@bucket/runs/x: a URL is no place for credentials")
+    assert told.stderr.startswith("elastrain: error: s3://***@bucket/runs/x")
+    assert ": a URL is no place for credentials" in told.stderr
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden-and-wrong")
     told = (
         cli("report", f"{s3_bucket}/runs/x"),
