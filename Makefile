@@ -1,6 +1,7 @@
 # setup   .venv with the locked versions, .venv/bin/elastrain among them
 # data    packs what the shipped pipelines read, into data/
 # demo    trains a small network on the digits and shows its report
+# demo-s3 does the same on an S3 server that it starts on this machine and stops again
 # check   format, lint, direction of imports, types and the fast tests
 # test    check, then the tests that start Ray or take long; JOBS files side by side, 2 unless told
 # format  lets ruff rewrite what it can
@@ -11,7 +12,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup data demo check test format bench soak
+.PHONY: setup data demo demo-s3 _demo-s3 check test format bench soak
 
 PYTHON ?=
 ROUNDS ?= 10
@@ -53,6 +54,16 @@ demo: setup
 	$(ELASTRAIN) train pipelines/digits_mlp/train.yaml
 	$(ELASTRAIN) report runs/digits-mlp
 	@echo "The same as a page: $(CURDIR)/runs/digits-mlp/report.html"
+
+demo-s3: setup
+	$(BIN)/python tests/s3_server.py $(MAKE) --no-print-directory _demo-s3
+
+# Needs a server, which the environment leads to.
+_demo-s3:
+	$(ELASTRAIN) pack digits s3://$(BUCKET)/digits
+	$(ELASTRAIN) train pipelines/digits_mlp/train.yaml --set storage=s3://$(BUCKET)/runs \
+	  --set data.train=s3://$(BUCKET)/digits/train --set data.eval=s3://$(BUCKET)/digits/test
+	$(ELASTRAIN) report s3://$(BUCKET)/runs/digits-mlp
 
 check: setup
 	$(BIN)/ruff format --check .

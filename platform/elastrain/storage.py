@@ -1,4 +1,4 @@
-"""One way to read, list, put, move and remove files: local paths directly, every other URL through fsspec.
+"""One way to read, list, put, move and remove files: local paths directly, S3 by Arrow, other URLs through fsspec.
 
 A put is atomic: a reader sees the old bytes or the new ones. Nothing here knows what the files mean.
 """
@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from elastrain import s3
 from elastrain.errors import StorageError
+from elastrain.urls import REMEDY, holds_credentials, redacted
 
 T = TypeVar("T")
 ATTEMPTS = 4
@@ -45,7 +47,8 @@ def join(url: str, *parts: str) -> str:
 
 
 def absolute(url: str) -> str:
-    """Return a local URL as an absolute plain path, any other URL as it is."""
+    """Return a local URL as an absolute plain path, any other as it is; raises StorageError if a secret is in it."""
+    _refuse_credentials(url)
     return str(local_path(url).absolute()) if is_local(url) else url
 
 
@@ -53,6 +56,8 @@ def read_bytes(url: str) -> bytes:
     """Return the bytes of a file; raises FileNotFoundError where there is none, else StorageError."""
     if is_local(url):
         return _tried("read", url, local_path(url).read_bytes)
+    if s3.is_s3(url):
+        return s3.read(url)
     return bytes(_tried("read", url, lambda: _remote(url)[0].cat_file(_remote(url)[1])))
 
 
@@ -66,6 +71,9 @@ def read_json(url: str) -> Any:
 
 def put(url: str, data: bytes) -> None:
     """Write a file whole or not at all; raises StorageError (a full disk included)."""
+    if s3.is_s3(url):
+        s3.write(url, data)
+        return
     if not is_local(url):
         _tried("write", url, lambda: _remote(url)[0].pipe_file(_remote(url)[1], data))
         return
@@ -84,6 +92,7 @@ def staged(url: str) -> Iterator[Path]:
 
     Raises StorageError if it cannot be written there; after any error nothing is left behind.
     """
+    _refuse_credentials(url)
     local = is_local(url)
     target = local_path(url) if local else Path(_scratch()) / url.rsplit("/", 1)[-1]
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
@@ -95,6 +104,8 @@ def staged(url: str) -> Iterator[Path]:
             if local:
                 _flush(temporary)
                 temporary.replace(target)
+            elif s3.is_s3(url):
+                s3.write_file(url, temporary)
             else:
                 _tried("write", url, lambda: _remote(url)[0].put_file(str(temporary), _remote(url)[1]))
     finally:
@@ -116,6 +127,8 @@ def exists(url: str) -> bool:
     if is_local(url):
         with _named("look up", url):
             return local_path(url).exists()
+    if s3.is_s3(url):
+        return s3.exists(url)
     return bool(_tried("look up", url, lambda: _remote(url)[0].exists(_remote(url)[1])))
 
 
@@ -138,12 +151,17 @@ def list_folders(url: str) -> list[str]:
         root = local_path(url)
         with _named("list", url):
             return sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+    if s3.is_s3(url):
+        return sorted(s3.folders(url))
     names = {file.path.split("/", 1)[0] for file in _remote_files(url) if "/" in file.path} if exists(url) else set()
     return sorted(names)
 
 
 def remove(url: str) -> None:
     """Remove a file or a folder with all that is in it; nothing happens where there is none."""
+    if s3.is_s3(url):
+        s3.remove(url)
+        return
     if not exists(url):
         return
     if not is_local(url):
@@ -161,12 +179,17 @@ def move(url: str, target: str) -> None:
             local_path(target).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(local_path(url), local_path(target))
         return
+    if s3.is_s3(url):
+        s3.move(url, target)
+        return
     _tried("write", target, lambda: _remote(url)[0].copy(_remote(url)[1], _remote(target)[1]))
     remove(url)
 
 
 def open_arrow(url: str) -> Any:
     """Open a file for random reads by pyarrow; raises FileNotFoundError or StorageError."""
+    if s3.is_s3(url):
+        return s3.open_ranges(url)
     import pyarrow as pa  # noqa: PLC0415 -- 0.3 s that a plan or report of nothing need not pay
     import pyarrow.fs  # noqa: PLC0415
 
@@ -238,6 +261,9 @@ def _size(path: Path) -> int | None:
 
 
 def _remote_files(url: str) -> Iterator[FileInfo]:
+    if s3.is_s3(url):
+        yield from (FileInfo(path=path, size_bytes=size) for path, size in s3.files(url))
+        return
     filesystem, root = _remote(url)
     found: dict[str, Any] = _tried("list", url, lambda: filesystem.find(root, detail=True))
     if not found:
@@ -249,11 +275,17 @@ def _remote_files(url: str) -> Iterator[FileInfo]:
 def _remote(url: str) -> tuple[Any, str]:
     import fsspec  # noqa: PLC0415 -- 0.2 s that local runs need not pay
 
+    _refuse_credentials(url)
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise StorageError(f"{url}: no file system for this kind of URL ({error})") from error
     return filesystem, str(path)
+
+
+def _refuse_credentials(url: str) -> None:
+    if holds_credentials(url):
+        raise StorageError(f"{redacted(url)}: {REMEDY}")
 
 
 def _scratch() -> str:

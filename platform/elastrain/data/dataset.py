@@ -94,8 +94,8 @@ class Dataset:
         except ValueError as error:
             raise DataError(f"{url}/{MANIFEST}: not a JSON document ({error}); {AGAIN}") from error
         except StorageError:
-            if storage.exists(storage.join(url, MANIFEST)):
-                raise
+            if not storage.is_local(url) or storage.exists(storage.join(url, MANIFEST)):
+                raise  # but not of a single file, below which a manifest cannot be looked for
         if storage.exists(storage.join(url, PACKING)):
             raise DataError(
                 f"{url}: a pack of this dataset was cut off; run the same `elastrain pack` again to finish it"

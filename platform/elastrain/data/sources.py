@@ -13,7 +13,7 @@ from elastrain.data.images import open_images
 from elastrain.data.parquet_files import open_parquet
 from elastrain.data.tokens import open_text
 from elastrain.errors import SpecError
-from elastrain.spec.problems import holds_credentials
+from elastrain.urls import holds_credentials
 
 __all__ = ["KINDS", "Arrays", "PackOptions", "Reader", "Split", "identity", "open_source"]
 

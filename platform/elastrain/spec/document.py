@@ -22,7 +22,6 @@ from elastrain.spec.problems import (
     Where,
     dotted,
     find,
-    holds_credentials,
     nowhere,
     refuse,
     short,
@@ -31,6 +30,7 @@ from elastrain.spec.problems import (
 )
 from elastrain.spec.source import Source, load, override, parse
 from elastrain.spec.train import OptimizerSpec, TrainSpec
+from elastrain.urls import holds_credentials
 
 _OTHER_KINDS = ("sweep", "cluster", "job")
 _EXCLUSIVE: tuple[tuple[Keys, Keys], ...] = ((("budget", "epochs"), ("budget", "steps")),)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from elastrain.errors import SpecError
+from elastrain.urls import holds_credentials
 
 Keys = tuple[str | int, ...]
 Where = Callable[[Sequence[Keys]], str]
@@ -48,7 +49,6 @@ _EXPECTED: dict[str, str] = {
     "too_short": "at least {min_length} values",
     "invalid_key": "text as a key",
 }
-_CREDENTIALS = re.compile(r"(?i)://[^/@\s]*:[^/@\s]*@|[?&][\w-]*(?:sig|signature|token|secret|password|key)=")
 _SHOWN_CHARS = 60
 
 
@@ -68,15 +68,6 @@ class Problem:
 def nowhere(_: Sequence[Keys]) -> str:
     """Return no place: data made in Python has no lines."""
     return ""
-
-
-def holds_credentials(text: str) -> bool:
-    """Tell whether `text` looks like a URL with a password, a token or a signature in it.
-
-    >>> holds_credentials("s3://key:secret@bucket/runs"), holds_credentials("abfs://runs@account/x")
-    (True, False)
-    """
-    return _CREDENTIALS.search(text) is not None
 
 
 def dotted(keys: Keys) -> str:

@@ -17,7 +17,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from elastrain.errors import SpecError
-from elastrain.spec.problems import Keys, Problem, dotted, holds_credentials, refuse, short, shown
+from elastrain.spec.problems import Keys, Problem, dotted, refuse, short, shown
+from elastrain.urls import holds_credentials
 
 Position = tuple[int, int]
 _MAX_BYTES = 1 << 20

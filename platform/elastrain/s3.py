@@ -1,0 +1,329 @@
+"""Files on S3 and what speaks its language, by Arrow: credentials and endpoint from the environment, never from a URL.
+
+A file is there whole or not at all. What may pass is tried again, what cannot is one sentence at once.
+"""
+
+import contextlib
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from elastrain.errors import StorageError
+from elastrain.urls import REMEDY, holds_credentials, redacted
+
+T = TypeVar("T")
+FIRST_S = 5.0  # for an endpoint that this process has never heard of: more likely a wrong address than an outage
+OUTAGE_S = 120.0  # for one that has answered before
+CREDENTIALS = (
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_CONFIG_FILE"),
+    *("AWS_SHARED_CREDENTIALS_FILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE"),
+)
+SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+VERSIONS = 100  # of a file that is replaced while it is read
+# What is final, in the words of Arrow's errors, and what to do about it.
+FINAL = (
+    (
+        r"configured region is|PERMANENT_REDIRECT|HTTP status 30\d|AuthorizationHeaderMalformed|ILLEGAL_LOCATION",
+        "the bucket is in another region: set AWS_REGION to the bucket's",
+    ),
+    (
+        r"SIGNATURE_DOES_NOT_MATCH|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|UNRECOGNIZED_CLIENT|INVALID_SIGNATURE"
+        r"|MISSING_AUTHENTICATION|(?i:expired_?token)|InvalidToken|HTTP status 401",
+        "the credentials are wrong or have expired: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the profile or "
+        "the role",
+    ),
+    (
+        r"ACCESS_DENIED|FORBIDDEN|HTTP status 403",
+        "access denied: check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, profile or role) and what "
+        "they are permitted",
+    ),
+    (r"NO_SUCH_BUCKET", "there is no such bucket: create it, or check its name and AWS_ENDPOINT_URL"),
+    (
+        r"HTTP status 411",
+        "the server wants to know lengths beforehand: set AWS_REQUEST_CHECKSUM_CALCULATION=when_required",
+    ),
+    (r"curlCode: (?:51|58|60|77)\b", "the server's certificate is not trusted: check AWS_ENDPOINT_URL"),
+)
+GONE = re.compile(r"NO_SUCH_KEY|RESOURCE_NOT_FOUND|HTTP status 404")
+REFUSED = re.compile(r"HTTP status 4(?!08|16|29)\d\d")  # not a timeout, an object replaced meanwhile, too many requests
+NO_ANSWER = re.compile(r"NETWORK_CONNECTION|curlCode")
+
+_answered: set[str] = set()
+_buckets: set[tuple[str, str]] = set()
+
+
+def is_s3(url: str) -> bool:
+    """Say whether a URL is one of ours."""
+    return url.startswith("s3://")
+
+
+def place(url: str) -> str:
+    """Return bucket and key as Arrow wants them; raises StorageError for a secret, no bucket, or parts such as `..`."""
+    if holds_credentials(url):
+        raise StorageError(f"{redacted(url)}: {REMEDY}")
+    path = url.removeprefix("s3://").rstrip("/")
+    parts = path.split("/")
+    if not parts[0]:
+        raise StorageError(f"{url}: no bucket; write s3://bucket/path")
+    if any(part in ("", ".", "..") for part in parts):
+        raise StorageError(f"{url}: a part of the path is empty, `.` or `..`, which not every store has; rename it")
+    return path
+
+
+def endpoint() -> str:
+    """Return where requests go as a URL, empty for AWS itself; raises StorageError if it may not be used."""
+    url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    if holds_credentials(url):
+        raise StorageError(f"AWS_ENDPOINT_URL is {redacted(url)}: {REMEDY}")
+    if url and not re.fullmatch(r"https?://[^/\s]+/?", url):
+        raise StorageError(f"AWS_ENDPOINT_URL is {url!r}: write https://host or http://host:port")
+    if url.startswith("http://") and os.environ.get("AWS_ALLOW_HTTP", "").lower() not in ("1", "true", "yes"):
+        raise StorageError(
+            f"AWS_ENDPOINT_URL is {url}: unencrypted; use https, or set AWS_ALLOW_HTTP=true in a network that you trust"
+        )
+    return url.rstrip("/")
+
+
+def read(url: str) -> bytes:
+    """Return the bytes of one version of a file; raises FileNotFoundError, or StorageError."""
+    path = place(url)
+
+    def once() -> bytes:
+        stream = client().open_input_stream(path)
+        for _ in range(VERSIONS):
+            data = bytes(stream.read())
+            # Arrow asks for the size first and for so many bytes second; in between a writer may have put another one.
+            newest = client().open_input_stream(path)
+            if newest.metadata().get("ETag") == stream.metadata().get("ETag"):
+                return data
+            stream = newest
+        raise OSError("the object was replaced again and again while it was read")
+
+    return _tried("read", url, once)
+
+
+def write(url: str, data: Any) -> None:
+    """Write bytes, or any buffer, as one file, in several parts if it is large; raises StorageError.
+
+    All goes in one call: a stream that an interrupt leaves half written would be completed when it is collected.
+    """
+    path = place(url)
+
+    def once() -> None:
+        stream = client().open_output_stream(path)
+        stream.write(data)
+        stream.close()
+
+    _tried("write", url, once)
+
+
+def write_file(url: str, source: Path) -> None:
+    """Write a local file, which need not fit into memory; raises StorageError."""
+    import pyarrow as pa  # noqa: PLC0415 -- 0.3 s that local runs need not pay
+
+    if not source.stat().st_size:  # nothing to map
+        write(url, b"")
+        return
+    with pa.memory_map(str(source)) as mapped:
+        write(url, mapped.read_buffer())
+
+
+def exists(url: str) -> bool:
+    """Say whether a file or folder is there; raises StorageError, also where there is no such bucket."""
+    return _kind(url) is not None
+
+
+def files(url: str) -> Iterator[tuple[str, int]]:
+    """Yield path below `url` and size of every file there; a single file has the path "".
+
+    Raises FileNotFoundError if there is neither, or StorageError.
+    """
+    from pyarrow import fs  # noqa: PLC0415 -- 0.3 s that local runs need not pay
+
+    root = place(url)
+    try:
+        found = _tried("list", url, lambda: client().get_file_info(fs.FileSelector(root, recursive=True)))
+    except FileNotFoundError:
+        info = _tried("list", url, lambda: client().get_file_info(root))
+        if info.type != fs.FileType.File:
+            raise
+        yield "", info.size
+        return
+    yield from ((info.path[len(root) + 1 :], info.size) for info in found if info.type == fs.FileType.File)
+
+
+def folders(url: str) -> list[str]:
+    """Return the names of the folders directly inside `url`, none where it does not exist; raises StorageError."""
+    from pyarrow import fs  # noqa: PLC0415 -- 0.3 s that local runs need not pay
+
+    root = place(url)
+    try:
+        found = _tried("list", url, lambda: client().get_file_info(fs.FileSelector(root)))
+    except FileNotFoundError:
+        return []
+    return [info.base_name for info in found if info.type == fs.FileType.Directory]
+
+
+def remove(url: str) -> None:
+    """Remove a file, or a folder with all that is in it; nothing happens where there is none. Raises StorageError."""
+    path = place(url)
+    with contextlib.suppress(FileNotFoundError):
+        if _kind(url) == "file":
+            _tried("remove", url, lambda: client().delete_file(path))
+        else:
+            _tried("remove", url, lambda: client().delete_dir(path))
+
+
+def move(url: str, target: str) -> None:
+    """Copy a file over what is at `target`, then remove it; raises FileNotFoundError, or StorageError."""
+    source, destination = place(url), place(target)
+    _tried("write", target, lambda: client().copy_file(source, destination))
+    remove(url)
+
+
+def open_ranges(url: str) -> Any:
+    """Return a file of Arrow for random reads, each of which is tried again where that may help.
+
+    Raises FileNotFoundError, or StorageError, also while it is read.
+    """
+    import pyarrow as pa  # noqa: PLC0415 -- 0.3 s that local runs need not pay
+
+    path = place(url)
+    return pa.PythonFile(_Ranges(url, _tried("open", url, lambda: client().open_input_file(path))), mode="r")
+
+
+class _Ranges:
+    """What `pyarrow.PythonFile` wants of a file."""
+
+    def __init__(self, url: str, file: Any) -> None:
+        self._url, self._file, self._at, self._size = url, file, 0, int(file.size())
+
+    def read(self, size: int = -1) -> bytes:
+        most = self._size - self._at
+        wanted = most if size < 0 else min(size, most)
+        data: bytes = _tried("read", self._url, lambda: self._file.read_at(wanted, self._at)) if wanted > 0 else b""
+        self._at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._file.closed)
+
+
+def client() -> Any:
+    """Return Arrow's client for the endpoint, region and credentials of now; raises StorageError."""
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return _client(endpoint(), region, tuple(os.environ.get(name) for name in CREDENTIALS))
+
+
+@lru_cache(maxsize=4)
+def _client(where: str, region: str | None, credentials: tuple[str | None, ...]) -> Any:  # noqa: ARG001 -- a key only
+    from pyarrow import fs  # noqa: PLC0415 -- 0.3 s that local runs need not pay
+
+    scheme, _, host = where.partition("://")
+    own = {"endpoint_override": host, "scheme": scheme} if where else {}
+    # A file is put in one request where it is small: the stream is opened when its first bytes are there.
+    return fs.S3FileSystem(region=region, allow_delayed_open=True, **own)
+
+
+def _kind(url: str) -> str | None:
+    """Return "file" or "folder", None where there is neither."""
+    from pyarrow import fs  # noqa: PLC0415 -- 0.3 s that local runs need not pay
+
+    path = place(url)
+
+    def once() -> Any:
+        info = client().get_file_info(path)
+        if info.type == fs.FileType.NotFound:
+            raise FileNotFoundError(url)
+        return info
+
+    try:
+        return "file" if _tried("look up", url, once).type == fs.FileType.File else "folder"
+    except FileNotFoundError:
+        return None
+
+
+def _tried(operation: str, url: str, action: Callable[[], T]) -> T:
+    """Run `action`, again and again while what went wrong may pass and there is time.
+
+    Raises FileNotFoundError where there is no such file in its bucket, StorageError for all else.
+    """
+    start, pause = time.monotonic(), 0.2
+    where = endpoint()
+    while True:
+        try:
+            result = action()
+        except (OSError, ValueError) as error:  # Arrow's errors are one of the two
+            text = str(error).rpartition("AWS Error ")[2]  # before it stand names, which may say anything
+            if isinstance(error, FileNotFoundError) or GONE.search(text):
+                _answered.add(where)
+                _refuse_unknown_bucket(operation, url, where)
+                raise FileNotFoundError(url) from error
+            final = _final(text, url)
+            if final is None and isinstance(error, OSError):
+                patience = FIRST_S if NO_ANSWER.search(text) and where not in _answered else OUTAGE_S
+                if time.monotonic() - start + pause < patience:
+                    time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 -- workers must not come back all at once
+                    pause = min(2 * pause, 10.0)
+                    continue
+                final = _outage(text, where, time.monotonic() - start)
+            raise StorageError(f"cannot {operation} {url}: {final or _plain(text, url)}") from None
+        _answered.add(where)
+        return result
+
+
+def _refuse_unknown_bucket(operation: str, url: str, where: str) -> None:
+    """Raise StorageError if not only the file but its whole bucket is missing, which Arrow does not tell apart."""
+    from pyarrow import fs  # noqa: PLC0415 -- 0.3 s that local runs need not pay
+
+    bucket = place(url).split("/", 1)[0]
+    if (where, bucket) in _buckets:
+        return
+    with contextlib.suppress(OSError):  # who may not look at the bucket is told of the file
+        if client().get_file_info(bucket).type == fs.FileType.NotFound:
+            raise StorageError(f"cannot {operation} {url}: {_final('NO_SUCH_BUCKET', url)}")
+    _buckets.add((where, bucket))
+
+
+def _final(text: str, url: str) -> str | None:
+    """Return what is wrong and what to do if trying again cannot help, else None."""
+    for pattern, remedy in FINAL:
+        if re.search(pattern, text):
+            return remedy
+    return _plain(text, url) if REFUSED.search(text) else None
+
+
+def _outage(text: str, where: str, seconds: float) -> str:
+    server = where or "AWS"
+    reason = re.search(r"curlCode: \d+, ([^;]*)|HTTP status \d+", text)
+    said = (reason[1] or reason[0]) if reason else _first_sentence(text)
+    return (
+        f"no proper answer from {server} in {seconds:.0f} s ({said}); check AWS_ENDPOINT_URL and that the server runs"
+    )
+
+
+def _plain(text: str, url: str) -> str:
+    return f"{_first_sentence(text)}; check the path and what the server of {place(url).split('/', 1)[0]} says"
+
+
+def _first_sentence(text: str) -> str:
+    """Return what a library says, short and without any secret of the environment."""
+    for secret in filter(None, map(os.environ.get, SECRETS)):
+        text = text.replace(secret, "***")
+    return re.sub(r" \(Request ID: .*?\)", "", (text.splitlines() or ["no reason given"])[0])[:300]

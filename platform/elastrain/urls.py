@@ -1,0 +1,42 @@
+"""URLs and the secrets that must not be in them: how one is noticed, and how such a URL is shown."""
+
+import re
+
+_CREDENTIALS = re.compile(
+    r"(?i)://[^/@\s]*:[^/@\s]*@|^s3://[^/]*[:@]|[?&][\w-]*(?:sig|signature|token|secret|password|key)="
+)
+_QUERY = re.compile(r"(?i)([?&][\w-]*(?:sig|signature|token|secret|password|key)=)[^&\s]*")
+REMEDY = (
+    "a URL is no place for credentials: leave them out and give them in the environment (AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY), a profile or a role"
+)
+
+
+def holds_credentials(text: str) -> bool:
+    """Tell whether `text` looks like a URL with a password, a token or a signature in it.
+
+    >>> holds_credentials("s3://key:secret@bucket/runs"), holds_credentials("abfs://runs@account/x")
+    (True, False)
+    >>> holds_credentials("s3://key:se/cr+et@bucket/runs"), holds_credentials("s3://bucket/a:b@c")
+    (True, False)
+    """
+    return _CREDENTIALS.search(text) is not None
+
+
+def redacted(url: str) -> str:
+    """Return a URL as it may be shown: three stars where credentials stand.
+
+    >>> redacted("s3://key:se/cret@bucket/runs?access_key=abc&region=eu")
+    's3://***@bucket/runs?access_key=***&region=eu'
+    >>> redacted("s3://bucket/runs"), redacted("s3://key:secret/runs")
+    ('s3://bucket/runs', 's3://***')
+    """
+    if not holds_credentials(url):
+        return url
+    scheme, mark, rest = _QUERY.sub(r"\1***", url).partition("://")
+    if not mark:
+        return f"{scheme}{mark}{rest}"
+    before, at, after = rest.rpartition("@")
+    if at:
+        return f"{scheme}://***@{after}"
+    return f"{scheme}://***" if ":" in rest.split("/", 1)[0] and scheme == "s3" else f"{scheme}://{before}{after}"

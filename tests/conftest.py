@@ -1,0 +1,21 @@
+"""What tests of several folders share: a real S3 server, started when the first of them asks for it."""
+
+from collections.abc import Iterator
+
+import pytest
+from tests.s3_server import serving
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A server for all tests, as what the environment must hold to reach it."""
+    with serving(tmp_path_factory.mktemp("s3")) as environment:
+        yield environment
+
+
+@pytest.fixture
+def s3_bucket(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket's URL, which the environment of this process leads to."""
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{s3_server['BUCKET']}"

@@ -1,0 +1,79 @@
+"""Data and runs on a real S3 server, by the command line: the same bits as on a local folder, whatever is killed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.elastic.test_run import BITWISE, SPEC, losses, result, wait_for
+from tests.s3_server import SECRET_KEY
+
+from elastrain import storage
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+TWO = (*BITWISE, "--set", "workers={min: 2, max: 2}", "--set", "audit=true", "--set", "budget={epochs: 20}")
+
+
+def files_of(url: str) -> dict[str, bytes]:
+    return {file.path: storage.read_bytes(storage.join(url, file.path)) for file in storage.list_files(url)}
+
+
+def test_a_run_on_s3_that_is_killed_goes_on_to_the_bits_of_one_on_a_local_folder(
+    cli: Callable[..., Any], start: Callable[..., Any], workspace: Path, s3_bucket: str
+) -> None:
+    packed = cli("pack", "digits", f"{s3_bucket}/digits", "--json")
+    assert result(packed)["splits"]["train"]["rows"] == 1442
+    assert files_of(f"{s3_bucket}/digits") == files_of(str(workspace / "data" / "digits"))
+
+    places = [f"data.train={s3_bucket}/digits/train", f"data.eval={s3_bucket}/digits/test", f"storage={s3_bucket}/runs"]
+    there = [word for place in (*places, "name=killed") for word in ("--set", place)]
+    run = f"{s3_bucket}/runs/killed"
+    process = start("train", SPEC, *TWO, *there)
+    wait_for(lambda: storage.exists(f"{run}/checkpoints/step-00000100/manifest.json") or process.poll() is not None)
+    process.kill()
+    out, said = process.communicate()
+    assert not out, "it had to be killed before its end"
+    went_on = result(cli("train", SPEC, *TWO, *there))
+    assert went_on["resumed_from"] >= 100, said
+    assert (went_on["step"], went_on["workers"]) == (460, 2)
+
+    again = result(cli("train", SPEC, *TWO, *there))
+    assert (again["resumed_from"], again["weights_sha256"]) == (460, went_on["weights_sha256"])
+
+    local = result(cli("train", SPEC, *TWO, "--set", "name=beside-s3"))
+    assert local["weights_sha256"] == went_on["weights_sha256"]
+    assert files_of(f"{run}/audit") == files_of(f"{local['run']}/audit")
+    assert losses(run).tolist() == losses(local["run"]).tolist()
+
+    page = cli("report", run)
+    assert page.returncode == 0, page.stderr
+    assert f"page: {run}/report.html" in page.stdout
+    told = json.loads(cli("report", run, "--json").stdout)
+    assert told["run"] == run
+    everything = said + page.stdout + json.dumps(told) + str(files_of(run))
+    assert SECRET_KEY not in everything
+
+
+def test_what_cannot_work_is_one_sentence_and_exit_code_five(
+    cli: Callable[..., Any], s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = cli("report", "s3://key:hidden@bucket/runs/x")
+    assert (told.returncode, told.stdout) == (5, "")
+    assert told.stderr.startswith("elastrain: error: s3://***@bucket/runs/x")
+    assert ": a URL is no place for credentials" in told.stderr
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden-and-wrong")
+    told = (
+        cli("report", f"{s3_bucket}/runs/x"),
+        cli("train", SPEC, "--set", f"data.train={s3_bucket}/digits/train"),
+        cli("train", SPEC, "--set", f"storage={s3_bucket}/runs"),
+        cli("pack", "digits", f"{s3_bucket}/elsewhere"),
+    )
+    for done in told:
+        assert done.returncode == 5, done.stderr
+        line = done.stderr.splitlines()[-1]
+        assert line.startswith("elastrain: error: cannot ")
+        assert "AWS_SECRET_ACCESS_KEY" in line
+        assert "hidden" not in done.stderr + done.stdout
+        assert "Traceback" not in done.stderr
