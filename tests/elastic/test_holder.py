@@ -287,7 +287,7 @@ class Story:
 
     def began(self, attempt: int) -> int:
         """The step at which an attempt began."""
-        return int(until(lambda: self.events("start", attempt=attempt))[0]["step"])
+        return int(until(lambda: self.events("start", attempt=attempt), timeout=120)[0]["step"])
 
     def workers(self, attempt: int) -> list[int]:
         """The processes of an attempt's workers."""
@@ -343,13 +343,14 @@ def undisturbed(story: Story, workspace: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)  # a run that is started four times; 80 s where nothing else runs
 def test_a_run_goes_on_from_snapshots_whatever_is_lost_and_comes_out_the_same(
     three: Nodes, story: Story, undisturbed: Any
 ) -> None:
     """Driver, then all workers, then the holder's node; no checkpoint is ever committed by a worker before the end."""
     run = str(story.run)
     driver = story.begin()
-    until(lambda: len(story.snapshots(0)) >= 2, timeout=60)
+    until(lambda: len(story.snapshots(0)) >= 2, timeout=120)
     assert node_of(found(run)) == three.ids[-1], "where neither driver nor workers are"
     driver.kill()
     driver.communicate()
@@ -360,19 +361,19 @@ def test_a_run_goes_on_from_snapshots_whatever_is_lost_and_comes_out_the_same(
     driver = story.begin()
     assert story.began(1) == before < last, "the broken one is passed over"
     assert list(read_manifests(run)) == [before]
-    until(lambda: story.snapshots(1), timeout=60)
+    until(lambda: story.snapshots(1), timeout=120)
     kill(*story.workers(1))
     assert story.began(2) >= story.snapshots(1)[-1] > before
 
-    until(lambda: story.snapshots(2), timeout=60)
+    until(lambda: story.snapshots(2), timeout=120)
     assert node_of(found(run)) == three.ids[-1]
     three.lose(three.ids[-1])
-    lost = until(lambda: story.events("snapshot_lost", attempt=2), timeout=60)
-    until(lambda: story.snapshots(2)[-1] > lost[0]["step"], timeout=60)
+    lost = until(lambda: story.events("snapshot_lost", attempt=2), timeout=120)
+    until(lambda: story.snapshots(2)[-1] > lost[0]["step"], timeout=120)
     assert node_of(found(run)) in three.ids, "with a worker, where there is no other"
 
     story.let_go()
-    out, said = driver.communicate(timeout=120)
+    out, said = driver.communicate(timeout=240)
     assert driver.returncode == 0, said
     assert "is passed over" in said
     check_equal(json.loads(out.splitlines()[-1]), undisturbed)
