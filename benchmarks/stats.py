@@ -46,7 +46,7 @@ def spread(values: Sequence[float]) -> float:
     0.1
     """
     array = np.asarray(values, float)
-    if len(array) < 2:
+    if len(array) < 2 or not array.all():
         return float("nan")
     ratios = array[1:] / array[:-1]
     return float(np.median(np.maximum(ratios, 1.0 / ratios) - 1.0))

@@ -44,7 +44,7 @@ def contenders(work: Path, options: dict[str, Any], *, small: bool, limit_s: flo
 
 def _against(peer: str) -> Iterator[Comparison]:
     yield Comparison(
-        measure="recovery_s", unit="s", better="less", other=peer, target=1.0, label="kill to the next new step"
+        measure="recovery_s", unit="s", better="less", other=peer, target=0.1, label="kill to the next new step"
     )
     for measure, label in {"steps_redone": "steps done again", "steps_lost": "steps lost"}.items():
         yield Comparison(

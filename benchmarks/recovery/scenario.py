@@ -77,6 +77,7 @@ def kill_many(watch: Watch, workers: int, every_s: float, window_s: float) -> di
     steps = watch.seen.counted(begin, end)
     return {
         "goodput": steps * step_s / (end - begin),
+        "undisturbed": 1.0,
         "window_steps": float(steps),
         "kills": float(kills),
         "steps_redone": float(watch.seen.redone()),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch._dynamo  # the first optimizer of a process would import it, which takes a second; this is imported once
 from tests.training.harness import CPU, Adversarial, Arrays, Classifier, Convolution, MemoryFeed, Setup, make_spec
@@ -30,7 +31,7 @@ from elastrain.elastic.seat import Dismissed, MemberSeat
 from elastrain.errors import ConflictError, ours
 from elastrain.observe.ledger import Clock
 from elastrain.training import checkpoint
-from elastrain.training.batches import ROW
+from elastrain.training.batches import ROW, STEP
 from elastrain.training.loop import Lead, Loop
 from elastrain.training.manifests import newest_whole
 from elastrain.training.precision import fix_arithmetic
@@ -266,6 +267,19 @@ class Disorderly(MemoryFeed):
         return found
 
 
+class Padded(MemoryFeed):
+    """Fills the short last step of an epoch with rows that the epoch has had, as samplers do for even workers."""
+
+    def take(self, slot: int, block: int) -> Arrays | None:
+        """Return a block, one row of each epoch's last step in it twice."""
+        arrays = super().take(slot, block)
+        if arrays is None:
+            return None
+        last = arrays[STEP] % self._plan.steps_per_epoch == self._plan.steps_per_epoch - 1
+        order = np.sort(np.concatenate([np.arange(len(last)), np.flatnonzero(last)[:1]]))
+        return {name: array[order] for name, array in arrays.items()}
+
+
 # --- the process
 
 
@@ -292,9 +306,10 @@ def work(job: Job, wire: Wire, name: str, place: int) -> None:
     )
     try:
         loop = replace(setup.loop(seat, state), recorder=recorder, clock=clock)  # type: ignore[arg-type]
-        if job.variant == "disorderly":
+        if job.variant in ("disorderly", "padded"):
             feed: Any = loop.feed
-            own = Disorderly(feed._plan, feed._arrays, feed._evaluation, end=feed._end, block_rows=feed._block_rows)
+            kind = Disorderly if job.variant == "disorderly" else Padded
+            own = kind(feed._plan, feed._arrays, feed._evaluation, end=feed._end, block_rows=feed._block_rows)
             loop = replace(loop, feed=own)
         if job.variant == "skipping":
             loop = Skipping(**{key: value for key, value in vars(loop).items() if not key.startswith("_")})

@@ -239,6 +239,14 @@ def test_control_a_feed_in_another_order_is_caught() -> None:
         check(History(variant="disorderly").run(), alone("mlp", {}))
 
 
+def test_control_padding_is_caught() -> None:
+    history = History(variant="padded").run()
+    with pytest.raises(Violation):
+        check(history, alone("mlp", {}))
+    rows = [(epoch, row) for epoch, _, _, row in history.audit]
+    assert len(rows) > len(set(rows)), "the audit says what was trained on, not what should have been"
+
+
 def test_control_a_loop_that_skips_the_step_in_flight_is_caught() -> None:
     with pytest.raises(Violation):
         play(Event(action="kill", step=6, who="other"), variant="skipping")
