@@ -52,7 +52,7 @@ LEASE = 512  # blocks of one Ray Data execution: the work of each is an object i
 CLOSE_S = 10.0
 MAX_BLOCKS_A_TASK = 8
 PATIENCE_S = 1.0  # for a block that has been read to arrive; more where the slowest so far took long
-PATIENCE_FACTOR = 4.0
+PATIENCE_FACTOR = 2.0
 
 
 @dataclass(frozen=True, slots=True)
