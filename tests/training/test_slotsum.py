@@ -60,14 +60,15 @@ def summed(kind: type[Any], slots: int, sizes: tuple[int, ...], length: int) -> 
 
 
 @settings(deadline=None, max_examples=80)
-@given(st.integers(1, 13), st.integers(1, 40), st.integers(1, 50), st.data())
+@given(st.integers(1, 13), st.integers(1, 40), st.integers(1, 50), st.sampled_from([0, 1 << 16]), st.data())
 def test_the_tree_gives_the_same_bits_on_any_number_of_workers(
-    slots: int, length: int, chunk: int, data: st.DataObject
+    slots: int, length: int, chunk: int, small: int, data: st.DataObject
 ) -> None:
     sizes = tuple(data.draw(st.lists(st.integers(1, slots), min_size=1, max_size=3)))
     expected = reference(slots, length)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slotsum, "CHUNK", chunk)
+        patch.setattr(slotsum, "SMALL", small)
         for found in summed(TreeSum, slots, sizes, length):
             assert torch.equal(found, expected)
 
@@ -123,6 +124,7 @@ def test_no_worker_holds_the_gradients_of_all_slots(slots: int, most: float, mon
 
     length = 1000
     monkeypatch.setattr(slotsum, "CHUNK", length // 20)
+    monkeypatch.setattr(slotsum, "SMALL", 0)
     assert most < min(slots, math.log2(slots) + 2)
     for size in (1, 2, 3, 5, slots):
         for rank in range(0, size, 1 + size // 8):
@@ -134,6 +136,27 @@ def test_no_worker_holds_the_gradients_of_all_slots(slots: int, most: float, mon
                         total.begin_slot(slot)
                     total.reduce(Mute(rank, size))
             assert held.peak / total.buffer.nbytes < most
+
+
+@pytest.mark.parametrize(("slots", "sizes"), [(4, {2}), (8, {2, 4}), (9, {2}), (13, {2, 3}), (24, {2, 3, 5, 6, 12})])
+def test_short_gradients_are_gathered_where_partial_sums_are_no_more_than_half_the_slots(
+    slots: int, sizes: set[int]
+) -> None:
+    def meets_once(size: int) -> bool:
+        group = Mute(0, size)
+        met: list[str] = []
+        group.all_to_all = lambda *_: met.append("all_to_all")  # type: ignore[method-assign]
+        total = TreeSum(torch.zeros(10), slots)
+        total.begin()
+        for slot in slots_of(0, size, slots):
+            total.begin_slot(slot)
+        total.reduce(group)
+        return not met
+
+    held = {size: [nodes_of(slots_of(rank, size, slots)) for rank in range(size)] for size in range(2, slots + 1)}
+    once = {size for size in held if meets_once(size)}
+    assert once == {size for size, nodes in held.items() if sum(map(len, nodes)) <= slots / 2}
+    assert sizes <= once
 
 
 def test_exchanges_keep_their_memory_from_step_to_step() -> None:
@@ -173,7 +196,11 @@ class Counting:
 
 
 @pytest.mark.parametrize(("slots", "size"), [(8, 2), (8, 4), (24, 3), (4, 4)])
-def test_whole_nodes_cost_the_traffic_of_a_ring_all_reduce(slots: int, size: int) -> None:
+def test_whole_nodes_cost_the_traffic_of_a_ring_all_reduce(
+    slots: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slotsum, "SMALL", 0)
+
     def work(group: Group) -> int:
         counting = Counting(group)
         total = TreeSum(torch.zeros(12 * size), slots)

@@ -4,7 +4,7 @@ Under `bitwise` the slots are the leaves of a binary tree. Node (first, level) i
 to `first + 2**level`, as far as they exist: left half + right half. A worker folds its slots as they finish, so it
 holds at most one partial sum a level. Then, chunk by chunk, each worker finishes the tree for its share of the elements
 and the shares are gathered: the traffic of a ring all-reduce where workers hold whole nodes, little memory besides the
-partial sums, and the same bits at any number of workers.
+partial sums, and the same bits at any number of workers. Short gradients take a shorter way to the same bits.
 """
 
 from collections.abc import Mapping
@@ -20,6 +20,11 @@ Node = tuple[int, int]
 CHUNK = 1 << 20
 """Elements that workers exchange at a time. Each time costs them two meetings: with a quarter of it, they take longer
 than their data; far more is no faster, and would be held besides the partial sums."""
+
+
+SMALL = 1 << 16
+"""Elements of a gradient up to which it takes longer to meet twice than to send all partial sums to everybody: that is
+done where there are no more of them than half the slots, since nobody is to hold the gradients of all."""
 
 
 class SlotSum(Protocol):
@@ -110,10 +115,23 @@ class TreeSum:
         layout = [nodes_of(slots_of(rank, group.size, self._slots)) for rank in range(group.size)]
         assert [node for node, _ in self._nodes] == layout[group.rank]
         length = max(1, self.buffer.numel())
+        if length <= SMALL and 2 * sum(map(len, layout)) <= self._slots:
+            self._gather(group, layout)
+            return
         share = -(-length // (-(-length // CHUNK) * group.size))  # of chunks of equal length, but for the last one's
         chunks = (tensor.split(share * group.size) for tensor in (self.buffer, *(value for _, value in self._nodes)))
         for result, *values in zip(*chunks, strict=True):
             self._exchange_chunk(group, layout, result, values)
+
+    def _gather(self, group: Group, layout: list[list[Node]]) -> None:
+        """Give all workers all partial sums, and let each finish the tree: one meeting, not two."""
+        length, most = self.buffer.numel(), max(map(len, layout))
+        mine, all_of_them = self._scratch(most * length, group.size * most * length)
+        torch.cat([value for _, value in self._nodes], out=mine[: len(self._nodes) * length])
+        group.all_gather(all_of_them, mine)
+        parts = all_of_them.view(group.size, most, length)
+        found = {node: parts[rank, place] for rank, nodes in enumerate(layout) for place, node in enumerate(nodes)}
+        _finish(found, self._slots, self.buffer)
 
     def _exchange_chunk(self, group: Group, layout: list[list[Node]], result: Tensor, values: list[Tensor]) -> None:
         """Put the sum over all slots into `result`: of this worker's share from all partial sums, then of all shares.
