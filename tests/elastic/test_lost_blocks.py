@@ -34,6 +34,7 @@ def spec(tmp_path: Path) -> FeedSpec:
 @pytest.mark.timeout(120)
 def test_a_block_on_a_node_that_is_gone_is_read_by_the_worker(spec: FeedSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here: list[Address] = []
 
@@ -45,7 +46,8 @@ def test_a_block_on_a_node_that_is_gone_is_read_by_the_worker(spec: FeedSpec, mo
     with several_nodes(looks_ms=LATE_MS) as nodes:
         node = nodes.add(1)
         remote: Any = ray.remote
-        feeder = remote(num_cpus=0, max_concurrency=4)(FeederLogic).remote(spec)  # with the driver, like a run's
+        head = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # like a run's
+        feeder = remote(num_cpus=0, max_concurrency=4, scheduling_strategy=head)(FeederLogic).remote(spec)
         worker = WorkerFeed(feeder, spec, begin=0)
         addresses = [(0, block) for block in range(2)]
         references = ray.get(feeder.get.remote(addresses))
