@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tests.elastic.cell_harness import several_nodes, until
+from tests.elastic.cell_harness import several_nodes
 
 from elastrain.data import feed as feed_module
 from elastrain.data.blocks import Address, FeedSpec, ReadBlock, task_of
@@ -60,4 +60,3 @@ def test_a_block_on_a_node_that_is_gone_is_read_by_the_worker(spec: FeedSpec, mo
         assert here == addresses
         worker.close()
         ray.kill(feeder)
-        until(lambda: not ray.util.list_named_actors())
