@@ -4,6 +4,7 @@
 # demo-s3 does the same on an S3 server that it starts on this machine and stops again
 # check   format, lint, direction of imports, types and the fast tests
 # test    check, then the tests that start Ray or take long; JOBS files side by side, 2 unless told
+# test-gpu the tests that need a GPU
 # format  lets ruff rewrite what it can
 # bench   runs the benchmarks
 # soak    plays histories by chance, then repeats the tests that start Ray or take long: make soak ROUNDS=50
@@ -12,7 +13,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup data demo demo-s3 _demo-s3 check test format bench soak
+.PHONY: setup data demo demo-s3 _demo-s3 check test test-gpu format bench soak
 
 PYTHON ?=
 ROUNDS ?= 10
@@ -70,10 +71,13 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
-	$(SIDE_BY_SIDE) -m 'not ray and not slow'
+	$(SIDE_BY_SIDE) -m 'not ray and not slow and not gpu'
 
 test: check
 	$(SIDE_BY_SIDE) -m 'ray or slow'
+
+test-gpu: setup
+	$(TEST) -m gpu
 
 format: setup
 	$(BIN)/ruff format .

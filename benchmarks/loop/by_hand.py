@@ -18,7 +18,7 @@ def train(rank: int, given: dict[str, Any], folder: str) -> list[tuple[float, fl
     size, steps = given["workers"], given["steps"]
     work = make_work(given["model"], size, steps)
     batches = batches_of(work, rank, steps)
-    model: nn.Module = new_model(work)
+    model: nn.Module = new_model(work, torch.device("cpu"))
     if given["ddp"]:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
         model = DistributedDataParallel(model)

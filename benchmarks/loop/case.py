@@ -1,6 +1,7 @@
 """What the loop adds to a step: ours against a hand-written DDP script on the same model, batches and order.
 
-And what being able to lose workers adds: ours with seats in a membership against ours with a plain group.
+And what being able to lose workers adds: ours with seats in a membership against ours with a plain group. Where there
+is a GPU, also one worker on it, with one slot and with several, and what `consistency: bitwise` costs there.
 """
 
 from collections.abc import Iterator
@@ -11,14 +12,37 @@ from benchmarks.harness import Case, Comparison, Series, Side
 
 STEPS = {"gpt": 300, "mlp": 4000}
 SMALL_STEPS = 40
+GPU = Path("/dev/nvidia0")
+GPU_POINTS = (("gpt", 1, 160), ("gpt", 4, 160), ("mlp", 1, 3200))  # model, slots, steps: whole reads of losses
 
 
 def make(work: Path, *, small: bool) -> Case:
     """Return the case: steps of about 10 ms (gpt) and under 1 ms (mlp), one and two workers, one slot a worker."""
     del work
     sizes = {model: SMALL_STEPS if small else steps for model, steps in STEPS.items()}
-    return Case(
-        name="loop", series=tuple(_series(model, workers, sizes[model]) for model in sizes for workers in (1, 2))
+    series = [_series(model, workers, sizes[model]) for model in sizes for workers in (1, 2)]
+    if GPU.exists():
+        series += [_gpu_series(model, slots, steps) for model, slots, steps in GPU_POINTS]
+    return Case(name="loop", series=tuple(series))
+
+
+def _gpu_series(model: str, slots: int, steps: int) -> Series:
+    given: dict[str, Any] = {"model": model, "slots": slots, "steps": steps}
+    ours = "benchmarks.loop.gpu_ours"
+    return Series(
+        name=f"{model} on a GPU, {slots} slot" + "s" * (slots > 1),
+        sides=(
+            Side(name="ours", module=ours, options={**given, "consistency": "sample"}),
+            Side(name="by hand", module="benchmarks.loop.gpu_by_hand", options=given),
+            Side(name="ours, bitwise", module=ours, options={**given, "consistency": "bitwise"}),
+        ),
+        comparisons=(
+            Comparison(measure="step_us", unit="µs", better="less", other="by hand", target=1.03),
+            Comparison(measure="step_us", unit="µs", better="less", ours="ours, bitwise", other="ours"),
+            Comparison(measure="loss", unit="", better="less", other="by hand", kind="difference", target=0.05),
+            Comparison(measure="peak_mb", unit="MB", better="less", other="by hand"),
+            Comparison(measure="peak_mb", unit="MB", better="less", ours="ours, bitwise", other="ours"),
+        ),
     )
 
 

@@ -3,7 +3,7 @@
 import itertools
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -16,12 +16,16 @@ from elastrain.data.columns import Array, Column
 from elastrain.data.dataset import Dataset, Shard
 from elastrain.data.plan import Plan, hash64
 from elastrain.spec.train import BudgetSpec, CheckpointSpec, DataSpec, OptimizerSpec, TrainSpec, WorkersSpec
+from elastrain.training.loop import CUDA_READ_STEPS
 from elastrain.training.state import INIT, seed_all
 from elastrain.training.task import make_task
 
 SEED = 0
 WARM_STEPS = 20
+GPU_WARM_STEPS = 2 * CUDA_READ_STEPS - 1  # the last of those whose losses are read together
 GPT = {"n_layer": 4, "n_head": 4, "n_embd": 64}
+GPU_GPT = {"n_layer": 12, "n_head": 12, "n_embd": 768}  # the size of GPT-2 small
+GPU_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,13 @@ class Size:
     slots: int
     workers: int
     steps: int
+
+
+def gpu_work(model: str, slots: int, steps: int, consistency: Literal["sample", "bitwise"]) -> Work:
+    """Return the work of `gpt`, in the size of GPT-2 small and bf16, or of `mlp`, for one GPU: 64 rows a step."""
+    work = work_of(model, Size(held=4096, rows=GPU_ROWS, slots=slots, workers=1, steps=steps), consistency)
+    changes = {"precision": "bf16", "task_args": GPU_GPT} if model == "gpt" else {}
+    return replace(work, spec=work.spec.model_copy(update=changes))
 
 
 def make_work(model: str, workers: int, steps: int) -> Work:
@@ -82,10 +93,10 @@ def work_of(model: str, size: Size, consistency: Literal["sample", "bitwise"] = 
     return Work(spec=spec, dataset=dataset, arrays=arrays, plan=plan)
 
 
-def new_model(work: Work) -> nn.Module:
+def new_model(work: Work, device: torch.device) -> nn.Module:
     """Return the model with the weights that our state would give it."""
-    seed_all(hash64(SEED, INIT), torch.device("cpu"))
-    return make_task(work.spec, work.dataset).build()
+    seed_all(hash64(SEED, INIT), device)
+    return make_task(work.spec, work.dataset).build().to(device)
 
 
 def batches_of(work: Work, slot: int, steps: int) -> list[dict[str, Tensor]]:
@@ -118,3 +129,14 @@ def measured(moments: Sequence[float], losses: Sequence[float]) -> tuple[dict[st
     steps = [(later - earlier) * 1e6 for earlier, later in itertools.pairwise(moments[WARM_STEPS:])]
     measures = {"step_us": statistics.median(steps), "mean_step_us": statistics.fmean(steps)}
     return measures, {"steps": len(losses)}, f"{losses[-1]:.3f}"
+
+
+def measured_on_gpu(moments: Sequence[float], losses: Sequence[float]) -> tuple[dict[str, float], dict[str, int]]:
+    """Return the mean microseconds of a step, the most memory held, the last loss, and the counters.
+
+    Of a GPU's steps one knows the time where their losses are read.
+    """
+    seconds = moments[-1] - moments[GPU_WARM_STEPS]
+    step_us = seconds / (len(moments) - 1 - GPU_WARM_STEPS) * 1e6
+    measures = {"step_us": step_us, "peak_mb": torch.cuda.max_memory_allocated() / 1e6, "loss": losses[-1]}
+    return measures, {"steps": len(losses)}

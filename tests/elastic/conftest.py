@@ -1,6 +1,8 @@
 """Real runs: a packed dataset, the command line in processes of its own, and one Ray for the runs made from Python."""
 
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import subprocess
 import sys
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from elastrain import storage
 
 ROOT = Path(__file__).parents[2]
 SPEC = ROOT / "pipelines" / "digits_mlp" / "train.yaml"
@@ -157,3 +161,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("this machine does not let us mount")
     yield folder
     subprocess.run(["/bin/umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def _server_of_forks() -> None:
+    """Import torch once, in the server from which the workers of process histories are forked."""
+    preload = ["pytest", "tests.training.harness", "tests.elastic.process_worker"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+        multiprocessing.forkserver.ensure_running()
+
+
+@pytest.fixture
+def forked_workers(_server_of_forks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What process histories need. A flush is for power cuts, which no test makes."""
+    monkeypatch.setattr(storage, "_flush", lambda _: None)

@@ -25,9 +25,10 @@ from elastrain.elastic.seat import HUNG
 from elastrain.observe.ledger import read_ledger, read_steps
 from elastrain.training.manifests import newest_whole, read_manifest
 
-BOUND_S = 60.0  # a history that takes longer hangs
+BOUND_S = {"cpu": 60.0, "cuda": 180.0}  # a history that takes longer hangs; a process takes seconds to reach a GPU
 END_S = 10.0  # within which everybody is gone once the run is over
 ATTEMPTS = 9
+undisturbed: dict[tuple[Any, ...], "History"] = {}
 COMPARED = METRICS.names[:6]  # of a line of metrics: what is not a time
 
 
@@ -39,7 +40,7 @@ class Violation(AssertionError):  # noqa: N818 -- a finding
 class History(Stage):
     """A run of a kind of `process_worker.KINDS` that begins with `size` workers; `changes` are those of its spec.
 
-    `limits`: the fewest and most workers. `variant`: what is wrong with the workers, in controls.
+    `limits`: the fewest and most workers. `variant`: what is wrong with the workers, in controls. `device`: theirs.
     """
 
     kind: str = "mlp"
@@ -47,6 +48,7 @@ class History(Stage):
     changes: dict[str, Any] = field(default_factory=dict)
     limits: tuple[int, int] = (1, 9)
     variant: str = ""
+    device: str = "cpu"
     result: dict[str, Any] = field(default_factory=dict)
     lines: list[tuple[bytes, ...]] = field(default_factory=list)
     audit: list[tuple[int, ...]] = field(default_factory=list)
@@ -57,9 +59,9 @@ class History(Stage):
 
     def run(self) -> "History":
         """Play it; returns itself."""
-        self._until = time.monotonic() + BOUND_S
+        self._until = time.monotonic() + BOUND_S[self.device]
         with tempfile.TemporaryDirectory(prefix="history-") as folder:
-            self._url, self._setup = folder, setup_of(self.kind, folder, **self.changes)
+            self._url, self._setup = folder, setup_of(self.kind, folder, self.device, **self.changes)
             self.slots = self._setup.spec.num_slots
             try:
                 self.spare(self.size + sum(event.newcomers for event in self.events))
@@ -254,6 +256,28 @@ def check(history: History, alone: History) -> None:
     every = [(epoch, row) for epoch in range(3) for row in range(100)]
     if sorted((epoch, row) for epoch, _, _, row in history.audit) != every:
         raise Violation("the audit does not have every sample of every epoch once")
+
+
+def alone(kind: str, changes: dict[str, Any], device: str = "cpu") -> History:
+    """Return the run of one worker that nobody disturbs."""
+    key = (kind, device, *sorted(changes.items()))
+    if key not in undisturbed:
+        undisturbed[key] = History(kind=kind, size=1, changes=changes, device=device).run()
+    return undisturbed[key]
+
+
+def play(*events: Event, **settings: Any) -> History:
+    """Play a history, and hold it against the run of one worker."""
+    history = History(events=events, **settings).run()
+    print(*told(history, "worker_lost"), sep="\n")  # noqa: T201 -- for who reads of a failure
+    check(history, alone(history.kind, history.changes, history.device))
+    assert not history._due, "each event has happened"
+    return history
+
+
+def told(history: History, kind: str) -> list[dict[str, Any]]:
+    """Return the events of a kind in the run's ledger."""
+    return [record for record in history.ledger if record["kind"] == kind]
 
 
 # --- by chance

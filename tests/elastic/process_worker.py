@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch._dynamo  # the first optimizer of a process would import it, which takes a second; this is imported once
-from tests.training.harness import CPU, Adversarial, Arrays, Classifier, Convolution, MemoryFeed, Setup, make_spec
+from tests.training.harness import Adversarial, Arrays, Classifier, Convolution, MemoryFeed, Setup, make_spec
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -86,7 +86,7 @@ class GptModel(nn.Module):
 KINDS: dict[str, type[Task]] = {"mlp": Classifier, "cnn": Convolution, "gpt": Gpt, "gan": Adversarial}
 
 
-def setup_of(kind: str, run_url: str, **changes: Any) -> Setup:
+def setup_of(kind: str, run_url: str, device: str, **changes: Any) -> Setup:
     """Return a run of 15 steps, three epochs, with whatever moves a state in it."""
     fields: dict[str, Any] = {
         "budget.steps": 15,
@@ -101,7 +101,8 @@ def setup_of(kind: str, run_url: str, **changes: Any) -> Setup:
         "audit": True,
         **changes,
     }
-    return Setup(spec=make_spec(**fields), kind=KINDS[kind], eval_rows=40, run_url=run_url)
+    spec = make_spec(**fields)
+    return Setup(spec=spec, kind=KINDS[kind], eval_rows=40, run_url=run_url, device=torch.device(device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +298,7 @@ def work(job: Job, wire: Wire, name: str, place: int) -> None:
         job.token,
         me=Worker(name=name, node=f"node-{place % 2}", place=place, store=door.address),
         door=door,
-        device=CPU,
+        device=setup.device,
         clock=clock,
         lease_s=job.lease_s,
         timeout_s=job.timeout_s,
@@ -333,6 +334,8 @@ def in_process(pipe: Connection, number: int) -> None:
     faulthandler.register(signal.SIGUSR1)  # where a history does not end, it says where its workers are
     setattr(storage, "_flush", lambda _: None)  # noqa: B010 -- a flush is for power cuts, which no test makes
     wire, name = Wire(pipe), f"{number}-{os.getpid()}"
+    os.environ["NCCL_HOSTID"] = name  # NCCL refuses two members on one GPU, unless they say to be on different hosts
+    os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     job, place = wire.ask("seat")
     try:
         work(job, wire, name, place)

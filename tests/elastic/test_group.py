@@ -19,6 +19,7 @@ from elastrain.elastic.protocol import Generation, Member, Worker
 from elastrain.training.reduce import Group, GroupLost, Solo
 
 CPU = torch.device("cpu")
+ABORT_S = 1.0
 
 
 class Party:
@@ -222,12 +223,13 @@ def test_whoever_fails_in_a_group_does_not_wait_for_its_end() -> None:
 class Nccl:
     """As much of a group and its one operation as can be had without a GPU: what torch 2.13's NCCL does and does not.
 
-    Its wait orders streams and raises what went wrong; to abort it ends an operation, without an error; whether it went
-    well cannot be asked.
+    Its wait orders streams and raises what went wrong; to abort it ends an operation, without an error, but takes its
+    time; whether it went well cannot be asked, and whether it is over not during an abort: no thread would go on.
     """
 
     def __init__(self, *, ends: bool, error: str = "") -> None:
         self._ended, self._error = threading.Event(), error
+        self.aborting, self.stood_still = threading.Event(), False
         if ends:
             self._ended.set()
 
@@ -237,6 +239,7 @@ class Nccl:
 
     def is_completed(self) -> bool:
         """Tell whether it is over."""
+        self.stood_still |= self.aborting.is_set()
         return self._ended.is_set()
 
     def wait(self) -> None:
@@ -246,12 +249,29 @@ class Nccl:
 
     def abort(self) -> None:
         """End it."""
+        self.aborting.set()
+        time.sleep(ABORT_S)
         self._ended.set()
 
 
 def nccl(**options: Any) -> tuple[TorchGroup, threading.Event]:
     lost = threading.Event()
     return TorchGroup(Nccl(**options), (0, 2, 1), lost, wakes=True), lost
+
+
+def test_nobody_waits_for_an_abort_of_nccl() -> None:
+    """Neither the thread that beats, which calls for it, nor the one in the sum."""
+    held = Nccl(ends=False)
+    group = TorchGroup(held, (0, 2, 1), threading.Event(), wakes=True)
+
+    def end() -> None:
+        until(lambda: group.waits is not None)
+        group.abandon()
+
+    assert isinstance(at_once([lambda: group.all_reduce(torch.ones(1)), end])[0], GroupLost)
+    assert not held._ended.is_set(), "both are back before it has ended"
+    until(held.aborting.is_set)
+    assert not held.stood_still
 
 
 def test_an_operation_of_nccl_is_over_when_it_says_so_and_wait_raises_nothing() -> None:

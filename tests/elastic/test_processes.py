@@ -4,62 +4,16 @@
 the number in the name of a failing test is its seed.
 """
 
-import multiprocessing
-import multiprocessing.forkserver
 import os
-from pathlib import Path
-from typing import Any
 
 import pytest
-from tests.elastic.process_histories import History, Violation, check, random_history
+from tests.elastic.process_histories import History, Violation, alone, check, play, random_history, told
 from tests.elastic.process_stage import Event
 
-from elastrain import storage
-
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_workers")]
 
 HISTORIES = int(os.environ.get("HISTORIES", "8"))
 FIRST_SEED = int(os.environ.get("FIRST_SEED", "0"))
-ROOT = str(Path(__file__).resolve().parents[2])
-
-undisturbed: dict[tuple[Any, ...], History] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _server_of_forks() -> None:
-    """Import torch once, in the server from which all workers are forked."""
-    preload = ["pytest", "tests.training.harness", "tests.elastic.process_worker"]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", ROOT, prepend=os.pathsep)
-        multiprocessing.forkserver.ensure_running()
-
-
-@pytest.fixture(autouse=True)
-def _no_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flush is for power cuts, which no test makes."""
-    monkeypatch.setattr(storage, "_flush", lambda _: None)
-
-
-def alone(kind: str, changes: dict[str, Any]) -> History:
-    """The run of one worker that nobody disturbs."""
-    key = (kind, *sorted(changes.items()))
-    if key not in undisturbed:
-        undisturbed[key] = History(kind=kind, size=1, changes=changes).run()
-    return undisturbed[key]
-
-
-def play(*events: Event, **settings: Any) -> History:
-    """Play a history, and hold it against the run of one worker."""
-    history = History(events=events, **settings).run()
-    check(history, alone(history.kind, history.changes))
-    assert not history._due, "each event has happened"
-    return history
-
-
-def told(history: History, kind: str) -> list[dict[str, Any]]:
-    """The events of a kind in the run's ledger."""
-    return [record for record in history.ledger if record["kind"] == kind]
 
 
 @pytest.mark.parametrize(("kind", "size"), [("mlp", 5), ("cnn", 4), ("gpt", 3), ("gan", 6)])

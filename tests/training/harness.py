@@ -272,14 +272,14 @@ class Adversarial(Task):
     def _judged(self, model: nn.Module, batch: Batch) -> Loss:
         assert isinstance(model, nn.ModuleDict)
         x = number(batch["x"])
-        made = model["generator"](torch.randn(len(x), 3)).detach()
+        made = model["generator"](torch.randn(len(x), 3, device=x.device)).detach()
         loss = functional.softplus(-model["discriminator"](x)) + functional.softplus(model["discriminator"](made))
         return Loss(loss.sum(), len(x))
 
     def _made(self, model: nn.Module, batch: Batch) -> Loss:
         assert isinstance(model, nn.ModuleDict)
         rows = len(batch["x"])
-        made = model["generator"](torch.randn(rows, 3))
+        made = model["generator"](torch.randn(rows, 3, device=next(model.parameters()).device))
         return Loss(functional.softplus(-model["discriminator"](made)).sum(), rows)
 
 
@@ -321,6 +321,7 @@ class Setup:
     block_steps: int = 3
     run_url: str = ANYWHERE
     arrays: Arrays | None = None
+    device: torch.device = CPU
 
     @property
     def steps(self) -> int:
@@ -343,7 +344,7 @@ class Setup:
     def state(self) -> TrainState:
         """A new state."""
         task = self.kind(DataInfo.of(make_dataset(self.data())), **self.spec.task_args)
-        return TrainState(self.spec, task, CPU)
+        return TrainState(self.spec, task, self.device)
 
     def loop(self, seat: "Seat", state: TrainState | None = None) -> Loop:
         """A worker's loop over a state (a new one if none is given)."""

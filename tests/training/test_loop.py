@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -30,7 +30,8 @@ from elastrain.spec.train import DataSpec
 from elastrain.training import loop as loop_module
 from elastrain.training.loop import Loop, choose_device, fix_threads
 from elastrain.training.manifests import read_manifests
-from elastrain.training.reduce import Group, Solo
+from elastrain.training.reduce import Group, GroupLost, Solo
+from elastrain.training.state import TrainState
 from elastrain.training.task import Batch, DataInfo, Loss, Losses, Task, make_task
 
 
@@ -133,6 +134,38 @@ def test_evaluation_is_due_by_the_spec_and_at_the_end(tmp_path: Path) -> None:
     assert result["metrics"] == events[-1]["metrics"]
     again = setup.loop(Seat(lambda _: Solo()), loop.state).run()  # a run that had ended
     assert {**again, "stopped": False} == result
+
+
+class Overtaken(Seat):
+    """The group fails in the evaluation after the last step, here; another member has come out of it, and shares."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__(lambda _: Solo(1))
+        self._last, self._failed = last, False
+
+    def group(self, state: TrainState) -> Group:
+        """The first group, or the one after it."""
+        if self._failed:
+            state.due, state.evaluated = False, state.step
+            return Solo(2)
+        group: Any = super().group(state)
+        if state.step == self._last and not self._failed:
+            group.all_reduce = self._fails
+        return cast("Group", group)
+
+    def _fails(self, _: torch.Tensor) -> None:
+        raise GroupLost("a member is gone")
+
+    def lost(self) -> None:
+        """Take note."""
+        self._failed = True
+
+
+def test_who_leads_commits_also_where_another_was_first_past_the_boundary(tmp_path: Path) -> None:
+    spec = make_spec(**{"budget.steps": 3, "eval.every_steps": 3, "checkpoint.every_steps": 3})
+    setup = Setup(spec=spec, kind=Classifier, eval_rows=20, run_url=str(tmp_path))
+    found = setup.loop(Overtaken(3)).run()
+    assert read_manifests(str(tmp_path))[3]["info"]["weights_sha256"] == found["weights_sha256"]
 
 
 def test_commits_are_told(tmp_path: Path) -> None:

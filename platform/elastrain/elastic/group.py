@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ def _made(store: Any, rank: int, size: int, device: torch.device) -> Any:
     if device.type == "cuda":
         from torch.distributed.distributed_c10d import ProcessGroupNCCL  # noqa: PLC0415 -- absent in CPU builds
 
-        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # else torch ends a process whose peer is gone
+        # Else torch ends a process whose peer is gone, or whose threads it takes for stuck.
+        os.environ |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
         options = ProcessGroupNCCL.Options()
         options._timeout = FOREVER  # noqa: SLF001 -- its only way in
         group = ProcessGroupNCCL(store, rank, size, options)
@@ -137,10 +139,10 @@ class TorchGroup:
             work = None if self._wakes else self._work
         if group is None:
             return
-        if self._wakes:
-            with contextlib.suppress(RuntimeError):
-                group.abort()
-        threading.Thread(target=_drop, args=([group], work), daemon=True, name="drop").start()
+        # An abort takes up to seconds, in which whoever called this has to go on: it may be the thread that beats.
+        drop = partial(_drop, [group], work, aborts=self._wakes)
+        del group
+        threading.Thread(target=drop, daemon=True, name="drop").start()
 
     def _wait(self, name: str, *arguments: Any) -> None:
         group = self._group
@@ -169,12 +171,21 @@ class TorchGroup:
 
     def _finish(self, work: Any) -> None:
         """Wait for an operation of NCCL, whose own wait only orders streams: what an abort leaves is no sum."""
-        while not work.is_completed() and not self._is_left():
+        while not self._has_ended(work):
             time.sleep(NCCL_LOOK_S)
-        if not self._is_left():
-            work.wait()  # orders the streams; raises RuntimeError if the operation failed
+        work.wait()  # orders the streams; raises RuntimeError if the operation failed
         if self._is_left():
             raise GroupLost("a member is gone")
+
+    def _has_ended(self, work: Any) -> bool:
+        """Say whether an operation of NCCL has ended. Raises GroupLost if the group was left.
+
+        While a group is being aborted this question waits for that and lets no other thread run: it is not asked then.
+        """
+        with self._leaving:
+            if self._is_left():
+                raise GroupLost("a member is gone")
+            return bool(work.is_completed())
 
     def _is_over(self, work: Any) -> bool:
         """Wait for a slice of time; say whether the operation is over. Raises RuntimeError if it failed."""
@@ -187,12 +198,15 @@ class TorchGroup:
         return True
 
 
-def _drop(held: list[Any], work: Any) -> None:
-    """Destroy the group in `held` once nobody else holds it and `work`, its last operation, is over.
+def _drop(held: list[Any], work: Any, *, aborts: bool) -> None:
+    """Abort the group in `held` if it can be; destroy it once nobody else holds it and `work`, its last one, is over.
 
     To destroy it earlier would wait for that, and whoever comes out of such a wait while Python exits aborts the
     process. It is over when the other members let go of the group, too, or their connections end.
     """
+    if aborts:
+        with contextlib.suppress(RuntimeError):
+            held[0].abort()
     while (work is not None and not work.is_completed()) or sys.getrefcount(held[0]) > ALONE:
         if _exiting.wait(LOOK_S):
             threading.Event().wait()  # the process ends, and these threads with it

@@ -145,8 +145,9 @@ class Loop:
     def _run(self, writer: Writer, batches: Batches, lead: "Lead") -> dict[str, Any]:
         state = self.state
         while True:
+            position = state.position()
             group = self.seat.group(state)
-            lead.look(group, state)
+            lead.look(group, state, taken=state.position() != position)
             ends = state.step >= self.num_steps or state.stopping
             if lead.leads and not state.due and not state.phase:
                 self._keep(writer, lead, ends=ends)
@@ -326,9 +327,10 @@ class Loop:
 class Lead:
     """What a worker keeps in mind of its generation: whether it leads, and what whoever led before may not have done.
 
-    `sent`: the step of the last line that was sent. `owes`: another one led before, maybe up to the middle of a commit;
-    it may be at that still, so what is owed is written a step later than `since`, in a folder of its own. `commits`: a
-    commit is due before the members change.
+    `sent`: the step of the last line that was sent. `owes`: what was due may not have been committed. Another one led
+    before, maybe up to the middle of a commit; it may be at that still, so what is owed is written a step later than
+    `since`, in a folder of its own. Or this one has taken over the state of a member that was past a boundary, where
+    only who leads commits. `commits`: a commit is due before the members change.
     """
 
     snapshots: Snapshots
@@ -340,11 +342,14 @@ class Lead:
     sent: float = -1.0
     reported: float = 0.0
 
-    def look(self, group: Group, state: TrainState) -> None:
-        """Take note of the generation of a group, which begins with this state; nothing is owed of one from storage."""
+    def look(self, group: Group, state: TrainState, *, taken: bool) -> None:
+        """Take note of the generation of a group, which begins with this state; nothing is owed of one from storage.
+
+        `taken`: the state is another member's, further than this one's was.
+        """
         if group.generation != self.generation:
             leads = group.rank == 0
-            if leads and not self.leads:
+            if leads and (taken or not self.leads):
                 self.sent, self.since = -1.0, state.step
                 self.owes = group.generation > 1 and state.step != state.stored
             self.generation, self.leads = group.generation, leads

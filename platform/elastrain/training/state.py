@@ -203,6 +203,7 @@ def seed_all(seed: int, device: torch.device) -> None:
     np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002 -- the one that users' code shares
     torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
     if device.type == "cuda":
+        torch.cuda.init()  # makes the generators, once
         torch.cuda.default_generators[device.index or 0].manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
 
 
