@@ -13,7 +13,8 @@ from benchmarks.harness import Case, Comparison, Series, Side
 STEPS = {"gpt": 300, "mlp": 4000}
 SMALL_STEPS = 40
 GPU = Path("/dev/nvidia0")
-GPU_POINTS = (("gpt", 1, 160), ("gpt", 4, 160), ("mlp", 1, 3200))  # model, slots, steps: whole reads of losses
+GPU_POINTS = (("gpt", 64, 1, 160), ("gpt", 1024, 1, 96), ("gpt", 1024, 4, 96), ("mlp", 64, 1, 3200))
+"""Model, rows and slots of a step, and steps, such that the last losses are read together."""
 
 
 def make(work: Path, *, small: bool) -> Case:
@@ -22,15 +23,15 @@ def make(work: Path, *, small: bool) -> Case:
     sizes = {model: SMALL_STEPS if small else steps for model, steps in STEPS.items()}
     series = [_series(model, workers, sizes[model]) for model in sizes for workers in (1, 2)]
     if GPU.exists():
-        series += [_gpu_series(model, slots, steps) for model, slots, steps in GPU_POINTS]
+        series += [_gpu_series(*point) for point in GPU_POINTS]
     return Case(name="loop", series=tuple(series))
 
 
-def _gpu_series(model: str, slots: int, steps: int) -> Series:
-    given: dict[str, Any] = {"model": model, "slots": slots, "steps": steps}
+def _gpu_series(model: str, rows: int, slots: int, steps: int) -> Series:
+    given: dict[str, Any] = {"model": model, "rows": rows, "slots": slots, "steps": steps}
     ours = "benchmarks.loop.gpu_ours"
     return Series(
-        name=f"{model} on a GPU, {slots} slot" + "s" * (slots > 1),
+        name=f"{model} on a GPU, {rows} rows in {slots} slot" + "s" * (slots > 1),
         sides=(
             Side(name="ours", module=ours, options={**given, "consistency": "sample"}),
             Side(name="by hand", module="benchmarks.loop.gpu_by_hand", options=given),

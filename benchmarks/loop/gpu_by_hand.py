@@ -16,7 +16,7 @@ from elastrain.training.loop import CUDA_READ_STEPS
 def train(given: dict[str, Any]) -> list[tuple[float, float]]:
     """Train; return (loss, time) of each step, the time being that at which the loss was read."""
     slots, steps, device = given["slots"], given["steps"], torch.device("cuda", 0)
-    work = gpu_work(given["model"], slots, steps, "sample")
+    work = gpu_work(given, "sample")
     held = [batches_of(work, slot, steps) for slot in range(slots)]
     pinned = [[{k: v.pin_memory() for k, v in batch.items()} for batch in batches] for batches in held]
     model = new_model(work, device)

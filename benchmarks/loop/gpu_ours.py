@@ -20,7 +20,7 @@ def train(given: dict[str, Any], folder: str) -> list[tuple[float, ...]]:
     """Train; return the lines of the steps: (step, epoch, samples, loss, lr, norm, time)."""
     slots, steps, device = given["slots"], given["steps"], torch.device("cuda", 0)
     fix_arithmetic(given["consistency"])
-    work = gpu_work(given["model"], slots, steps, given["consistency"])
+    work = gpu_work(given, given["consistency"])
     lines = Lines()
     Loop(
         spec=work.spec,

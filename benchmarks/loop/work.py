@@ -2,9 +2,9 @@
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ WARM_STEPS = 20
 GPU_WARM_STEPS = 2 * CUDA_READ_STEPS - 1  # the last of those whose losses are read together
 GPT = {"n_layer": 4, "n_head": 4, "n_embd": 64}
 GPU_GPT = {"n_layer": 12, "n_head": 12, "n_embd": 768}  # the size of GPT-2 small
-GPU_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +48,14 @@ class Size:
     steps: int
 
 
-def gpu_work(model: str, slots: int, steps: int, consistency: Literal["sample", "bitwise"]) -> Work:
-    """Return the work of `gpt`, in the size of GPT-2 small and bf16, or of `mlp`, for one GPU: 64 rows a step."""
-    work = work_of(model, Size(held=4096, rows=GPU_ROWS, slots=slots, workers=1, steps=steps), consistency)
+def gpu_work(given: Mapping[str, Any], consistency: Literal["sample", "bitwise"]) -> Work:
+    """Return the work of `gpt`, in the size of GPT-2 small and bf16, or of `mlp`, for one GPU.
+
+    `given`: `model`, `slots`, `steps`, and the `rows` of a step; a row of `gpt` is 64 tokens.
+    """
+    model = given["model"]
+    size = Size(held=4096, rows=given["rows"], slots=given["slots"], workers=1, steps=given["steps"])
+    work = work_of(model, size, consistency)
     changes = {"precision": "bf16", "task_args": GPU_GPT} if model == "gpt" else {}
     return replace(work, spec=work.spec.model_copy(update=changes))
 

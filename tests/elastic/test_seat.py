@@ -14,8 +14,9 @@ from tests.training.harness import Classifier, Setup, make_spec
 
 from elastrain.elastic.group import Door, TorchGroup
 from elastrain.elastic.membership import Membership
-from elastrain.elastic.protocol import Roster, Worker
+from elastrain.elastic.protocol import Generation, Roster, Worker
 from elastrain.elastic.seat import HUNG, Dismissed, MemberSeat
+from elastrain.errors import ResourceError
 from elastrain.observe.ledger import Clock
 from elastrain.training.reduce import Group, GroupLost, Solo
 from elastrain.training.state import TrainState
@@ -211,6 +212,17 @@ def test_a_member_that_dies_before_it_connects_holds_nobody_up(serve: Serve, sta
     until(lambda: membership.roster.generation.number == 1)
     c.seat.close()
     assert {a.group().size, b.group().size} == {2}
+
+
+def test_members_that_cannot_connect_give_up(serve: Serve, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Door, generation: Generation, *_rest: Any) -> Group:
+        raise GroupLost(f"generation {generation.number} did not form: duplicate GPU")
+
+    monkeypatch.setattr(Door, "join", refuse)
+    membership = serve(1)
+    found = start(membership, "a").ask().result()
+    assert isinstance(found, ResourceError)
+    assert str(found) == "the workers cannot connect with each other: generation 3 did not form: duplicate GPU"
 
 
 def test_a_step_waits_while_the_membership_does_not_answer(serve: Serve, start: Start) -> None:

@@ -297,6 +297,7 @@ def test_the_source_of_an_override_is_left_alone() -> None:
         ("optimizer={name: sgd}", "optimizer: missing key 'lr' (learning rate, before the schedule's factor)"),
         ("workers.max=9", "data.slots 8 is less than workers.max 9: a worker needs a slot"),
         ("workers.min=5", "workers: min 5 is more than max 4"),
+        ("workers.gpus=0.5", "workers: gpus 0.5: workers cannot share a GPU (NCCL refuses it); give each 1"),
         ("storage=", "storage: expected text, got nothing"),
         ("optimizer.lr.x=1", "optimizer.lr is 0.001: optimizer.lr.x cannot be set in it"),
         (

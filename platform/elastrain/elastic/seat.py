@@ -21,6 +21,7 @@ import torch
 from elastrain.elastic.group import Door
 from elastrain.elastic.membership import WAITING, hang_up
 from elastrain.elastic.protocol import Generation, Lease, Position, Reply, Verdict, Worker
+from elastrain.errors import ResourceError
 from elastrain.observe.ledger import Clock
 from elastrain.training.loop import Decision
 from elastrain.training.reduce import Group, GroupLost
@@ -28,6 +29,7 @@ from elastrain.training.state import TrainState
 
 BEAT_S = 0.1
 HUNG = 70  # the exit code of a process that ended itself because its main thread stood still
+CONNECT_TRIES = 3  # generations in a row that do not come about, though nobody in them is known to be gone
 FIRST_STEP_FACTOR = 10.0  # compiling, first touches of memory: a process's first step may take so much longer
 
 
@@ -93,7 +95,10 @@ class MemberSeat:
     # --- what the loop asks
 
     def group(self, state: TrainState) -> Group:
-        """See `training.loop.Seat.group`; raises Dismissed if this worker has no place any more."""
+        """See `training.loop.Seat.group`; raises Dismissed if this worker has no place any more.
+
+        Raises ResourceError if the members cannot connect, though they are all there.
+        """
         self._step = state.step
         if self._fresh and self._group is not None and state.position() > self._began:
             self._fresh = False
@@ -142,7 +147,7 @@ class MemberSeat:
         self._clock.switch("wait" if self._number else "start")
         if self._group is not None:
             self._leave(failed=False)
-        self._due = False
+        self._due, tries = False, 0
         while True:
             self._before_entering()
             generation = self._enter(state, failed=self._failed)
@@ -151,7 +156,10 @@ class MemberSeat:
                 group = self._group = self._door.join(generation, self._me.name, self._device, self._lost)
                 connected = time.perf_counter()
                 self._share(state, group, generation)
-            except GroupLost:
+            except GroupLost as error:
+                tries = tries + 1 if self._group is None and not self._lost.is_set() else 0
+                if tries == CONNECT_TRIES:
+                    raise ResourceError(f"the workers cannot connect with each other: {error}") from error
                 self._leave(failed=True)
                 continue
             self._whole, self._failed = True, False

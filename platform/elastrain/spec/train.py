@@ -163,7 +163,7 @@ class WorkersSpec(Model):
     min: PositiveInt = Field(default=1, description="fewest workers to go on with; below it the run waits")
     max: PositiveInt = Field(default=1, description="most workers that are used")
     cpus: PositiveFloat = Field(default=1.0, description="CPUs of one worker; may be a fraction")
-    gpus: NonNegativeFloat = Field(default=0.0, description="GPUs of one worker")
+    gpus: NonNegativeFloat = Field(default=0.0, description="GPUs of one worker; a part of one only where max is 1")
     timeout_s: PositiveFloat = Field(
         default=60.0, description="seconds that a step may take; who stands still for longer is replaced"
     )
@@ -172,6 +172,8 @@ class WorkersSpec(Model):
     def _ordered(self) -> Self:
         if self.min > self.max:
             raise wrong(f"min {self.min} is more than max {self.max}", "min", "max")
+        if 0.0 < self.gpus < 1.0 < self.max:
+            raise wrong(f"gpus {self.gpus:g}: workers cannot share a GPU (NCCL refuses it); give each 1", "gpus", "max")
         return self
 
 
