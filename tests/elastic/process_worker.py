@@ -122,25 +122,26 @@ class Wire:
     """The pipe to the test, for any thread: what is told is not waited for, what is asked is."""
 
     def __init__(self, pipe: Connection) -> None:
-        self._pipe, self._lock = pipe, threading.Lock()
+        self._pipe, self._sending, self._asking = pipe, threading.Lock(), threading.Lock()
 
     def tell(self, kind: str, *arguments: Any) -> None:
         """Send."""
-        with self._lock:
+        with self._sending:
             self._pipe.send((kind, False, arguments))
 
     def ask(self, kind: str, *arguments: Any) -> Any:
         """Send, and wait for the answer."""
-        with self._lock:
-            self._pipe.send((kind, True, arguments))
+        with self._asking:
+            with self._sending:
+                self._pipe.send((kind, True, arguments))
             return self._pipe.recv()
 
 
 class Places:
     """Asks the test, at each place, what is to happen there."""
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire, self._asked = wire, ("", -1, -1)
+    def __init__(self, wire: Wire, clock: Clock) -> None:
+        self._wire, self._clock, self._asked = wire, clock, ("", -1, -1)
         self.state: TrainState | None = None
         self.generation = 0
         self.reached = 0  # the step of whoever has the state: a newcomer has none
@@ -152,7 +153,12 @@ class Places:
         if (place, step, self.generation) == self._asked:
             return
         self._asked = (place, step, self.generation)
+        computes, doing = threading.current_thread() is threading.main_thread(), self._clock.running()[0]
+        if computes:
+            self._clock.switch("data")  # a test that is slow to answer is no worker that stands still
         answer = self._wire.ask("at", place, step, self.generation)
+        if computes:
+            self._clock.switch(doing)
         if answer == "raise":
             raise RuntimeError("something that another process might not meet")
         if answer == "hang":
@@ -286,7 +292,8 @@ class Padded(MemoryFeed):
 
 def work(job: Job, wire: Wire, name: str, place: int) -> None:
     """Train as one worker, as `worker.RunWorker` does."""
-    setup, clock, places = job.setup, Clock(), Places(wire)
+    setup, clock = job.setup, Clock()
+    places = Places(wire, clock)
     fix_arithmetic(setup.spec.consistency)
     state = places.state = setup.state()
     first = next(iter(state.model.children()))  # both of a GAN's phases go through its first
