@@ -368,6 +368,20 @@ member.clock.switch("compute")
 stand_still()
 """
 
+WORKS = """
+member.seat.has_stepped = True
+membership.drain(["nobody"])
+with membership._lock:
+    membership.roster.fail()
+    membership._tell()
+for batch in range(8):
+    member.clock.switch("evaluate")
+    time.sleep(0.2)
+member.clock.switch("other")
+print("evaluated")
+member.seat.close()
+"""
+
 GONE = """
 membership.close()
 stand_still()
@@ -399,6 +413,11 @@ def test_a_process_whose_main_thread_stands_still_ends_and_says_where(code: str)
     assert done.returncode == HUNG, done.stderr
     assert "stand_still" in done.stderr
     assert "its threads were doing this" in done.stderr
+
+
+def test_a_process_that_has_much_to_evaluate_is_left_alone_also_when_its_generation_is_over() -> None:
+    done = run(WORKS)
+    assert (done.returncode, done.stdout.split()) == (0, ["1", "evaluated"]), done.stderr
 
 
 def test_a_process_that_ends_in_good_order_is_left_alone() -> None:

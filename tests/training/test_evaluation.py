@@ -93,6 +93,21 @@ def test_data_that_are_not_kept_are_read_by_one_worker_each_block(monkeypatch: p
     assert [rows for _, rows in found] == [list(range(7)), list(range(7, 14)), list(range(14, 20)), [], []]
 
 
+def test_who_waits_for_the_others_evaluates_no_longer() -> None:
+    """Else it would be taken for one that stands still, where another one has more to evaluate."""
+    clock, found = Clock(), set()
+
+    class Watched(Solo):
+        def all_reduce(self, tensor: Tensor) -> None:
+            del tensor
+            found.add(clock.running()[0])
+
+    arrays, plan = make_arrays(20, seed=1), SETUP.plan()
+    feed = MemoryFeed(plan, SETUP.data(), arrays, end=SETUP.steps, block_rows=7)
+    evaluate(SETUP.state(), feed, plan, make_dataset(arrays), Watched(), block_rows=7, clock=clock)
+    assert found == {"reduce"}
+
+
 def test_metrics_equal_a_pass_over_all_rows() -> None:
     state = SETUP.state()
     found, _ = evaluated(Solo(), 50, state=state)

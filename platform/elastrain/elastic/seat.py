@@ -285,10 +285,11 @@ class MemberSeat:
         """End the process if the main thread stands still."""
         doing, since = self._clock.running()
         limit = self._timeout_s * (1.0 if self.has_stepped else FIRST_STEP_FACTOR)
-        works = doing in ("compute", "evaluate")
-        computes = works and time.perf_counter() - since > limit
-        stuck = works or getattr(self._group, "waits", None) is not None  # in a sum that does not let go of it
-        clings = stuck and self._lost_at is not None and now - self._lost_at > self._timeout_s
+        works, works_s = doing in ("compute", "evaluate"), time.perf_counter() - since
+        computes = works and works_s > limit
+        lost_s = 0.0 if self._lost_at is None else now - self._lost_at
+        waits = getattr(self._group, "waits", None) is not None  # in a sum that does not let go of it
+        clings = self._timeout_s < (min(works_s, lost_s) if works else lost_s if waits else 0.0)
         if computes or clings:
             self._die(f"a worker stood still in step {self._step} for {limit if computes else self._timeout_s:g} s")
 

@@ -35,8 +35,8 @@ def evaluate(
     Blocks of `block_rows` rows are dealt to the workers; batches, where there are fewer blocks than workers, unless the
     data are read anew each time: then one worker reads a block, and some have nothing to do. With several phases there
     is a `val_loss_<phase>` for each, and `val_loss` is their sum. Waiting for blocks is booked under `data`, each batch
-    anew under `evaluate`: so one that takes too long can be told from many. Raises SpecError if the task fails, or
-    `checkpoint.best` is none of the metrics.
+    anew under `evaluate`, so that one that takes too long can be told from many; waiting for the others under `reduce`.
+    Raises SpecError if the task fails, or `checkpoint.best` is none of the metrics.
     """
     size = batch_size(plan, dataset.row_bytes, state.spec.micro_batch)
     num_blocks = -(-dataset.num_rows // block_rows)
@@ -54,7 +54,7 @@ def evaluate(
                     seed_all(hash64(state.spec.data.seed, EVALUATE, index), state.device)
                     sums[index] = _sums(state, batch)
             clock.switch("data")
-        clock.switch("evaluate")
+    clock.switch("reduce")  # from here on it is others that may take long
     names = broadcast_object(group, list(sums[0]) if 0 in sums else [], 0, state.device)
     table = torch.zeros(num_blocks * per_block, 2 * len(names), dtype=torch.float64)
     for index, entry in sums.items():
