@@ -110,7 +110,7 @@ class Watch:
             data_share=waited / worked if worked else None,
             workers=len(now["members"]),
             last_checkpoint=now["checkpoint"],
-            message=f"waiting for {short} more of at least {self.workers.min} workers" if short else "",
+            message=f"waiting for {short} more worker" + "s" * (short > 1) if short else "",
         )
 
 
