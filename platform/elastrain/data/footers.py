@@ -14,6 +14,7 @@ from elastrain import storage
 from elastrain.data.chunks import first_line
 from elastrain.data.columns import describe, describe_image, describe_values
 from elastrain.data.dataset import MANIFEST, PACKING, Column, Shard, fingerprint, read_footer
+from elastrain.data.lakes import find_table, is_table
 from elastrain.errors import DataError
 
 FIRST_SHARD = "part-00000.parquet"
@@ -55,7 +56,10 @@ def read_footers(url: str) -> dict[str, Any]:
 
 
 def _parquet_files(url: str) -> tuple[str, list[storage.FileInfo]]:
-    """Return the folder and the Parquet files in it; a single file counts as a folder of one."""
+    """Return the folder and the Parquet files in it; a single file counts as a folder of one, so does a table."""
+    if is_table(url):
+        table = find_table(url)
+        return table.root, list(table.files)
     if storage.is_local(url) and storage.local_path(url).is_file():
         path = storage.local_path(url)
         if path.suffix not in PARQUET:

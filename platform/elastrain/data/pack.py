@@ -26,6 +26,7 @@ from elastrain.data import outcome
 from elastrain.data.chunks import Arrays, PackOptions, Reader, Split
 from elastrain.data.columns import from_table, to_table
 from elastrain.data.dataset import Dataset, fingerprint
+from elastrain.data.lakes import is_table, pinned
 from elastrain.data.shards import ShardWriter
 from elastrain.data.sources import identity, open_source, parquet_files, refuse_credentials
 from elastrain.data.tokens import Windows
@@ -53,7 +54,8 @@ def pack_dataset(source: str, out: str, options: PackOptions, *, progress: Progr
     """Pack `source` into `OUT/train` and, where there is a split, `OUT/test`; Ray must be initialised by the caller.
 
     Args:
-        source: `digits`, `idx:DIR`, `csv:PATH`, `parquet:PATH`, `text:GLOB` or `images:DIR`.
+        source: `digits`, `idx:DIR`, `csv:PATH`, `parquet:PATH`, `text:GLOB`, `images:DIR`, `delta:PATH[@VERSION]` or
+            `iceberg:PATH[@SNAPSHOT]`.
         out: A folder or any fsspec URL. A pack of the same source and options that is there already is kept; what a
             killed one left, or what lacks a shard, is done again. A dataset that is there stays until the new one is
             whole.
@@ -74,6 +76,7 @@ def pack_dataset(source: str, out: str, options: PackOptions, *, progress: Progr
     begin = time.monotonic()
     refuse_credentials("OUT", out)
     out = storage.absolute(out)
+    source = pinned(source) if is_table(source) else source
     marker = {"format": PACK_FORMAT, **identity(source), "options": options.identity()}
     done = None if options.overwrite else outcome.finished(out, outcome.find(out), marker)
     already = done is not None

@@ -91,7 +91,11 @@ def open_parquet(source: str, options: PackOptions) -> dict[str, Split]:
 
     Raises DataError naming file and column if one cannot be read, or the files do not fit together.
     """
-    files = find(source, PARQUET)
+    return open_files(source, find(source, PARQUET), options)
+
+
+def open_files(source: str, files: Files, options: PackOptions) -> dict[str, Split]:
+    """Return the splits of these Parquet files; raises as `open_parquet` does."""
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
         footers = list(pool.map(lambda file: read_footer(files.url(file), file.size_bytes)[0], files.files))
     schemas = [footer.schema.to_arrow_schema() for footer in footers]

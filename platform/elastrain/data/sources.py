@@ -1,4 +1,4 @@
-"""Where rows come from: digits, idx:DIR, csv:PATH, parquet:PATH, text:GLOB and images:DIR as splits.
+"""Where rows come from: digits, files of several kinds, or a version of a table, as splits.
 
 Adding a kind of source: write a function `(rest of the name, options) -> {name: Split}` and enter it in `KINDS`.
 """
@@ -10,7 +10,8 @@ from elastrain.data.chunks import Arrays, PackOptions, Reader, Split, find, sign
 from elastrain.data.csv_files import open_csv
 from elastrain.data.idx import open_digits, open_idx
 from elastrain.data.images import open_images
-from elastrain.data.parquet_files import open_parquet
+from elastrain.data.lakes import find_table, is_table
+from elastrain.data.parquet_files import open_files, open_parquet
 from elastrain.data.tokens import open_text
 from elastrain.errors import SpecError
 from elastrain.urls import holds_credentials
@@ -24,6 +25,8 @@ KINDS: dict[str, Callable[[str, PackOptions], dict[str, Split]]] = {
     "parquet": open_parquet,
     "text": open_text,
     "images": open_images,
+    "delta": lambda rest, options: open_files(rest, find_table(f"delta:{rest}"), options),
+    "iceberg": lambda rest, options: open_files(rest, find_table(f"iceberg:{rest}"), options),
 }
 
 
@@ -45,6 +48,8 @@ def identity(source: str) -> dict[str, str]:
     kind, rest = _parts(source)
     if kind == "digits":
         return {"source": "digits", "files": ""}
+    if is_table(source):
+        return {"source": source, "files": signature(find_table(source))}
     return {"source": f"{kind}:{storage.absolute(rest)}", "files": signature(find(rest))}
 
 
@@ -70,6 +75,6 @@ def _parts(source: str) -> tuple[str, str]:
     refuse_credentials("SOURCE", source)
     kind, _, rest = source.partition(":")
     if kind not in KINDS or (not rest) != (kind == "digits"):
-        forms = "digits, idx:DIR, csv:PATH, parquet:PATH, text:GLOB or images:DIR"
+        forms = "digits, idx:DIR, csv:PATH, parquet:PATH, text:GLOB, images:DIR, delta:PATH or iceberg:PATH"
         raise SpecError(f"source {source!r} is none of {forms}; for example text:book.txt")
     return kind, rest

@@ -87,7 +87,7 @@ Transform = Annotated[Scale | Standardise | Flip | Shift | Custom, Field(discrim
 class DataSpec(Model):
     """What is read, in what batches, in what order."""
 
-    train: str = Field(description="dataset to train on: a folder, relative to the working folder, or a URL")
+    train: str = Field(description="dataset to train on: a folder, relative to the working folder, a URL or a table")
     eval: str | None = Field(default=None, description="dataset to evaluate on: a folder or a URL; none where unset")
     global_batch: PositiveInt | Literal["all"] = Field(description="samples in one step over all workers, or all")
     slots: PositiveInt | None = Field(default=None, description="logical workers; workers.max where unset")

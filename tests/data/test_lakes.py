@@ -1,0 +1,120 @@
+"""Tables: real Delta and Iceberg tables, a version of which is read as the Parquet files that it is made of."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, write_deltalake
+from pyiceberg.catalog.sql import SqlCatalog
+
+from elastrain.data.chunks import PackOptions
+from elastrain.data.dataset import Dataset
+from elastrain.data.lakes import find_table, pinned
+from elastrain.data.sources import identity, open_source
+from elastrain.errors import DataError, SpecError
+
+
+def rows(first: int, last: int) -> pa.Table:
+    """Rows with a number each."""
+    return pa.table({"x": pa.array(range(first, last), pa.int64()), "y": [0.5] * (last - first)})
+
+
+def numbers(source: str) -> list[int]:
+    """The numbers that packing a source would read, sorted."""
+    split = open_source(source, PackOptions())["train"]
+    return sorted(number for piece in split.pieces() for number in piece["x"].tolist())
+
+
+@pytest.fixture
+def delta(tmp_path: Path) -> str:
+    """A Delta table: version 0 has rows 0 to 9, version 1 also 10 to 29, version 2 lacks those below 5."""
+    path = str(tmp_path / "sales")
+    write_deltalake(path, rows(0, 10))
+    write_deltalake(path, rows(10, 30), mode="append")
+    DeltaTable(path).delete("x < 5")
+    return path
+
+
+@pytest.fixture
+def iceberg(tmp_path: Path) -> Iterator[Any]:
+    """An Iceberg table of two snapshots."""
+    catalog = SqlCatalog("test", uri="sqlite:///:memory:", warehouse=f"file://{tmp_path}/warehouse")
+    catalog.create_namespace("shop")
+    table = catalog.create_table("shop.sales", schema=rows(0, 1).schema)
+    table.append(rows(0, 10))
+    table.append(rows(10, 30))
+    yield table
+    catalog.close()
+
+
+def test_a_version_of_a_delta_table_is_what_it_was(delta: str) -> None:
+    assert [numbers(f"delta:{delta}@{version}") for version in range(3)] == [
+        list(range(10)),
+        list(range(30)),
+        list(range(5, 30)),
+    ]
+
+
+def test_a_snapshot_of_an_iceberg_table_is_what_it_was(iceberg: Any) -> None:
+    path = iceberg.location().removeprefix("file://")
+    first, second = (snapshot.snapshot_id for snapshot in iceberg.snapshots())
+    assert numbers(f"iceberg:{path}@{first}") == list(range(10))
+    assert numbers(f"iceberg:{path}@{second}") == list(range(30))
+    metadata = iceberg.metadata_location.removeprefix("file://")
+    assert numbers(f"iceberg:{metadata}@{first}") == list(range(10))
+
+
+def test_packing_takes_the_newest_version_and_says_which(delta: str, iceberg: Any) -> None:
+    assert pinned(f"delta:{delta}") == f"delta:{delta}@2"
+    path = iceberg.location().removeprefix("file://")
+    newest = iceberg.current_snapshot().snapshot_id
+    assert pinned(f"iceberg:{path}") == f"iceberg:{path}@{newest}"
+    assert identity(pinned(f"delta:{delta}"))["source"] == f"delta:{delta}@2"
+
+
+def test_training_reads_a_version_as_it_is_and_names_one_where_none_is_named(delta: str) -> None:
+    before = Dataset.open(f"delta:{delta}@1")
+    assert (before.num_rows, [column.name for column in before.columns]) == (30, ["x", "y"])
+    write_deltalake(delta, rows(30, 40), mode="append")
+    assert Dataset.open(f"delta:{delta}@1").fingerprint == before.fingerprint
+    with pytest.raises(SpecError, match=f"name the version, for the table may change: delta:{delta}@3 is the newest"):
+        Dataset.open(f"delta:{delta}")
+
+
+@pytest.mark.parametrize("kind", ["delta", "iceberg"])
+def test_a_table_that_is_not_there_is_named(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing@1: no .* table there.*; check the path"):
+        find_table(f"{kind}:{tmp_path}/nothing@1")
+    with pytest.raises(DataError, match=r"nothing: no .* table there"):
+        pinned(f"{kind}:{tmp_path}/nothing")
+    with pytest.raises(SpecError, match=f"write {kind}:PATH"):
+        find_table(f"{kind}:")
+
+
+def test_a_version_that_is_not_there_is_named(delta: str, iceberg: Any) -> None:
+    with pytest.raises(DataError, match="sales@9: this version cannot be read"):
+        find_table(f"delta:{delta}@9")
+    path, newest = iceberg.location().removeprefix("file://"), iceberg.current_snapshot().snapshot_id
+    with pytest.raises(DataError, match=rf"@1: no such snapshot; the table has \d+, {newest}$"):
+        find_table(f"iceberg:{path}@1")
+
+
+def test_values_that_are_not_in_the_files_are_refused(tmp_path: Path) -> None:
+    write_deltalake(str(tmp_path), rows(0, 10), partition_by=["y"])
+    with pytest.raises(DataError, match="partitioned by y, whose values are not in the files"):
+        find_table(f"delta:{tmp_path}@0")
+
+
+def test_an_empty_version_is_named(delta: str) -> None:
+    DeltaTable(delta).delete()
+    with pytest.raises(DataError, match="sales@3: this version of the table has no files"):
+        find_table(f"delta:{delta}@3")
+
+
+def test_a_file_that_was_vacuumed_is_named(delta: str) -> None:
+    files = find_table(f"delta:{delta}@0")
+    Path(files.url(files.files[0])).unlink()
+    with pytest.raises(DataError, match="the file is gone"):
+        Dataset.open(f"delta:{delta}@0")
