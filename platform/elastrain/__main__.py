@@ -30,7 +30,7 @@ Address = Annotated[str | None, typer.Option(help="a running Ray (auto, HOST:POR
 @app.command()
 def pack(
     source: Annotated[
-        str, typer.Argument(help="digits, or KIND:PATH with KIND idx, csv, parquet, text, images, delta, iceberg")
+        str, typer.Argument(help="digits, or KIND:PATH with KIND idx, csv, parquet, text, images, hf, delta, iceberg")
     ],
     out: Annotated[str, typer.Argument(help="folder or URL; gets train/ and, where there is a split, test/")],
     context: Annotated[int, typer.Option(help="text: tokens a row, and one more as the last target")] = 64,

@@ -54,8 +54,8 @@ def pack_dataset(source: str, out: str, options: PackOptions, *, progress: Progr
     """Pack `source` into `OUT/train` and, where there is a split, `OUT/test`; Ray must be initialised by the caller.
 
     Args:
-        source: `digits`, `idx:DIR`, `csv:PATH`, `parquet:PATH`, `text:GLOB`, `images:DIR`, `delta:PATH[@VERSION]` or
-            `iceberg:PATH[@SNAPSHOT]`.
+        source: `digits`, `idx:DIR`, `csv:PATH`, `parquet:PATH`, `text:GLOB`, `images:DIR`, `hf:DIR`,
+            `delta:PATH[@VERSION]` or `iceberg:PATH[@SNAPSHOT]`.
         out: A folder or any fsspec URL. A pack of the same source and options that is there already is kept; what a
             killed one left, or what lacks a shard, is done again. A dataset that is there stays until the new one is
             whole.

@@ -1,10 +1,12 @@
 """Parquet files of any layout (scalars, lists, fixed-size lists, Arrow and Ray tensors, images) as packed tensors.
 
-The first file decides the schema, and all others must agree. Strings become class indices in the label's column.
+The first file decides the schema, and all others must agree. Strings become class indices in the label's column. Arrow
+streams are read alike.
 """
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,6 +35,7 @@ from elastrain.data.tables import Part, as_classes, chosen, class_names, no_numb
 from elastrain.errors import DataError
 
 SAMPLED = 64
+ARROW = ".arrow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,20 +100,17 @@ def open_parquet(source: str, options: PackOptions) -> dict[str, Split]:
 def open_files(source: str, files: Files, options: PackOptions) -> dict[str, Split]:
     """Return the splits of these Parquet files; raises as `open_parquet` does."""
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
-        footers = list(pool.map(lambda file: read_footer(files.url(file), file.size_bytes)[0], files.files))
-    schemas = [footer.schema.to_arrow_schema() for footer in footers]
+        layouts = list(pool.map(lambda file: _layout(files.url(file), file.size_bytes), files.files))
+    schemas = [schema for schema, _ in layouts]
     for file, schema in zip(files.files, schemas, strict=True):
         same_schema(schemas[0], schema, files.url(files.files[0]), files.url(file))
-    filled = next((place for place, footer in enumerate(footers) if footer.num_rows), None)
+    filled = next((place for place, (_, rows) in enumerate(layouts) if sum(rows)), None)
     if filled is None:
-        raise DataError(f"{source}: the Parquet files hold no rows")
+        raise DataError(f"{source}: the files hold no rows")
     where = files.url(files.files[filled])
     names = chosen(where, schemas[0].names, options)
     held, classes = _held(files, where, schemas[filled], names, options)
-    groups = {
-        file.path: [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
-        for file, footer in zip(files.files, footers, strict=True)
-    }
+    groups = {file.path: rows for file, (_, rows) in zip(files.files, layouts, strict=True)}
     row_bytes = sum(item.column.row_bytes for item in held)
     return {
         name: Split(
@@ -122,6 +122,20 @@ def open_files(source: str, files: Files, options: PackOptions) -> dict[str, Spl
         )
         for name, (part, rows) in split_files(source, files, options).items()
     }
+
+
+def schema_of(url: str, size_bytes: int) -> pa.Schema:
+    """Return the schema of a Parquet file or Arrow stream; raises DataError naming it if it cannot be read."""
+    return _layout(url, size_bytes)[0]
+
+
+def _layout(url: str, size_bytes: int) -> tuple[pa.Schema, list[int]]:
+    """Return a file's schema and the rows of its row groups; an Arrow stream, which is read in one go, is one group."""
+    if url.endswith(ARROW):
+        with _stream(url) as stream:
+            return stream.schema, [sum(batch.num_rows for batch in stream)]
+    footer, _ = read_footer(url, size_bytes)
+    return footer.schema.to_arrow_schema(), [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
 
 
 def _chunks(path: str, groups: Sequence[int], row_bytes: int) -> Iterator[Groups]:
@@ -191,7 +205,24 @@ def _labels(files: Files, label: str) -> Iterator[tuple[str, pa.Array]]:
             yield files.url(file), batch.column(0).cast(pa.string())
 
 
+@contextmanager
+def _stream(url: str) -> Iterator[pa.RecordBatchReader]:
+    """Yield an Arrow stream; raises DataError naming the file if it is broken."""
+    with attempt(url, storage.open_arrow) as source:
+        try:
+            with pa.ipc.open_stream(source) as stream:
+                yield stream
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{url}: cannot be read ({first_line(error)}); restore it, or leave it out") from error
+
+
 def _batches(url: str, groups: range | None, names: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
+    if url.endswith(ARROW):
+        with _stream(url) as stream:
+            for batch in stream:
+                kept = batch.select(list(names))
+                yield from (kept.slice(first, rows) for first in range(0, kept.num_rows, rows))
+        return
     with attempt(url, storage.open_arrow) as source:
         try:
             file = pq.ParquetFile(source, page_checksum_verification=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from elastrain import storage
 from elastrain.data.chunks import Arrays, PackOptions, Reader, Split, find, signature
 from elastrain.data.csv_files import open_csv
+from elastrain.data.hugging_face import open_hugging_face
 from elastrain.data.idx import open_digits, open_idx
 from elastrain.data.images import open_images
 from elastrain.data.lakes import find_table, is_table
@@ -25,6 +26,7 @@ KINDS: dict[str, Callable[[str, PackOptions], dict[str, Split]]] = {
     "parquet": open_parquet,
     "text": open_text,
     "images": open_images,
+    "hf": open_hugging_face,
     "delta": lambda rest, options: open_files(rest, find_table(f"delta:{rest}"), options),
     "iceberg": lambda rest, options: open_files(rest, find_table(f"iceberg:{rest}"), options),
 }
@@ -75,6 +77,6 @@ def _parts(source: str) -> tuple[str, str]:
     refuse_credentials("SOURCE", source)
     kind, _, rest = source.partition(":")
     if kind not in KINDS or (not rest) != (kind == "digits"):
-        forms = "digits, idx:DIR, csv:PATH, parquet:PATH, text:GLOB, images:DIR, delta:PATH or iceberg:PATH"
+        forms = "digits, idx:DIR, csv:PATH, parquet:PATH, text:GLOB, images:DIR, hf:DIR, delta:PATH or iceberg:PATH"
         raise SpecError(f"source {source!r} is none of {forms}; for example text:book.txt")
     return kind, rest
