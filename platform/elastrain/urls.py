@@ -6,6 +6,7 @@ _CREDENTIALS = re.compile(
     r"(?i)://[^/@\s]*:[^/@\s]*@|^s3://[^/]*[:@]|[?&][\w-]*(?:sig|signature|token|secret|password|key)="
 )
 _QUERY = re.compile(r"(?i)([?&][\w-]*(?:sig|signature|token|secret|password|key)=)[^&\s]*")
+TABLES = ("delta", "iceberg")
 REMEDY = (
     "a URL is no place for credentials: leave them out and give them in the environment (AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY), a profile or a role"
@@ -40,3 +41,13 @@ def redacted(url: str) -> str:
     if at:
         return f"{scheme}://***@{after}"
     return f"{scheme}://***" if ":" in rest.split("/", 1)[0] and scheme == "s3" else f"{scheme}://{before}{after}"
+
+
+def table_kind(url: str) -> str:
+    """Return what kind of table a URL names, empty where it names none: `delta:PATH@VERSION`, `iceberg:PATH@SNAPSHOT`.
+
+    >>> table_kind("delta:s3://bucket/sales@3"), table_kind("data/delta"), table_kind("s3://bucket/sales")
+    ('delta', '', '')
+    """
+    kind = url.partition(":")[0]
+    return kind if kind in TABLES else ""

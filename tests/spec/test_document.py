@@ -143,6 +143,12 @@ def test_paths_are_resolved(read: Spec, folder: Path) -> None:
     assert spec.storage == f"{folder}/work/runs"
 
 
+def test_the_path_of_a_table_is_resolved_too(read: Spec, folder: Path) -> None:
+    spec = read(GOOD, "data.train=delta:tables/sales@3", "data.eval=iceberg:s3://bucket/sales@7")
+    assert spec.data.train == f"delta:{folder}/work/tables/sales@3"
+    assert spec.data.eval == "iceberg:s3://bucket/sales@7"
+
+
 def test_paths_are_relative_to_the_spec_wherever_it_is_read_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "spec/train.yaml").write_text(GOOD)
     monkeypatch.chdir(folder / "spec")

@@ -14,8 +14,9 @@ from elastrain import storage
 from elastrain.data.chunks import first_line
 from elastrain.data.columns import describe, describe_image, describe_values
 from elastrain.data.dataset import MANIFEST, PACKING, Column, Shard, fingerprint, read_footer
-from elastrain.data.lakes import find_table, is_table
+from elastrain.data.lakes import find_table
 from elastrain.errors import DataError
+from elastrain.urls import table_kind
 
 FIRST_SHARD = "part-00000.parquet"
 PARQUET = (".parquet", ".pq")
@@ -57,7 +58,7 @@ def read_footers(url: str) -> dict[str, Any]:
 
 def _parquet_files(url: str) -> tuple[str, list[storage.FileInfo]]:
     """Return the folder and the Parquet files in it; a single file counts as a folder of one, so does a table."""
-    if is_table(url):
+    if table_kind(url):
         table = find_table(url)
         return table.root, list(table.files)
     if storage.is_local(url) and storage.local_path(url).is_file():

@@ -24,15 +24,6 @@ PLAIN = "write a copy of the table without, or export it as Parquet"
 METADATA = re.compile(r"v?(\d+)(?:-.*)?\.metadata\.json")
 
 
-def is_table(source: str) -> bool:
-    """Say whether a source is a table of ours: `delta:…` or `iceberg:…`.
-
-    >>> is_table("delta:sales@3"), is_table("data/delta")
-    (True, False)
-    """
-    return source.partition(":")[0] in KINDS
-
-
 def pinned(source: str) -> str:
     """Return the source with an absolute path and its version, the newest where it names none.
 

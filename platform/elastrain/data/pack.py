@@ -26,12 +26,13 @@ from elastrain.data import outcome
 from elastrain.data.chunks import Arrays, PackOptions, Reader, Split
 from elastrain.data.columns import from_table, to_table
 from elastrain.data.dataset import Dataset, fingerprint
-from elastrain.data.lakes import is_table, pinned
+from elastrain.data.lakes import pinned
 from elastrain.data.shards import ShardWriter
 from elastrain.data.sources import identity, open_source, parquet_files, refuse_credentials
 from elastrain.data.tokens import Windows
 from elastrain.errors import DataError, ElastrainError, ResourceError, StorageError, error_named
 from elastrain.lock import locked
+from elastrain.urls import table_kind
 
 PACK_FORMAT = 1  # one more whenever the same source and options give other bytes than before
 BLOCK_BYTES = 32 << 20  # how many bytes of pieces a task hands over at once
@@ -76,7 +77,7 @@ def pack_dataset(source: str, out: str, options: PackOptions, *, progress: Progr
     begin = time.monotonic()
     refuse_credentials("OUT", out)
     out = storage.absolute(out)
-    source = pinned(source) if is_table(source) else source
+    source = pinned(source) if table_kind(source) else source
     marker = {"format": PACK_FORMAT, **identity(source), "options": options.identity()}
     done = None if options.overwrite else outcome.finished(out, outcome.find(out), marker)
     already = done is not None

@@ -11,11 +11,11 @@ from elastrain.data.csv_files import open_csv
 from elastrain.data.hugging_face import open_hugging_face
 from elastrain.data.idx import open_digits, open_idx
 from elastrain.data.images import open_images
-from elastrain.data.lakes import find_table, is_table
+from elastrain.data.lakes import find_table
 from elastrain.data.parquet_files import open_files, open_parquet
 from elastrain.data.tokens import open_text
 from elastrain.errors import SpecError
-from elastrain.urls import holds_credentials
+from elastrain.urls import holds_credentials, table_kind
 
 __all__ = ["KINDS", "Arrays", "PackOptions", "Reader", "Split", "identity", "open_source"]
 
@@ -50,7 +50,7 @@ def identity(source: str) -> dict[str, str]:
     kind, rest = _parts(source)
     if kind == "digits":
         return {"source": "digits", "files": ""}
-    if is_table(source):
+    if table_kind(source):
         return {"source": source, "files": signature(find_table(source))}
     return {"source": f"{kind}:{storage.absolute(rest)}", "files": signature(find(rest))}
 

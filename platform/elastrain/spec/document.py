@@ -30,7 +30,7 @@ from elastrain.spec.problems import (
 )
 from elastrain.spec.source import Source, load, override, parse
 from elastrain.spec.train import OptimizerSpec, TrainSpec
-from elastrain.urls import holds_credentials
+from elastrain.urls import holds_credentials, table_kind
 
 _OTHER_KINDS = ("sweep", "cluster", "job")
 _EXCLUSIVE: tuple[tuple[Keys, Keys], ...] = ((("budget", "epochs"), ("budget", "steps")),)
@@ -276,7 +276,10 @@ def _placed(path: str, cwd: Path) -> str:
         raise ValueError("the URL holds credentials, and specs are stored and shown; take them from the environment")
     if not path:
         raise ValueError("expected a folder or a URL, got empty text")
-    return path if "://" in path else _absolute(path, cwd)
+    if "://" in path:
+        return path
+    table = table_kind(path)
+    return f"{table}:{_absolute(path.removeprefix(f'{table}:'), cwd)}" if table else _absolute(path, cwd)
 
 
 def _absolute(path: str, base: Path) -> str:
