@@ -223,7 +223,7 @@ def _tail(file: Any, size_bytes: int, url: str) -> bytes:
             f"{url}: {file.size()} bytes where {size_bytes} are expected: truncated or replaced; restore it"
         )
     guess = min(size_bytes, 65536)
-    data: bytes = file.read_at(guess, size_bytes - guess)
+    data = bytes(file.read_at(guess, size_bytes - guess))
     if size_bytes < 12 or data[-4:] != b"PAR1":
         raise DataError(f"{url}: not a Parquet file, or truncated ({size_bytes} bytes); restore it, or leave it out")
     length = int.from_bytes(data[-8:-4], "little") + 8

@@ -106,16 +106,17 @@ def read_group(
 
     Raises DataError, naming the file, if it is not what the manifest says.
     """
+    names = [column.name for column in columns]
     try:
         return _read(columns, source, most, ahead)
     except DataError as error:
-        if not _forget(source):
+        if not _forget(source, names):
             raise
         logging.getLogger(__name__).warning("%s; this was the cached copy, now it is read from storage", error)
     try:
         return _read(columns, source, most, None)
     except DataError:
-        _forget(source)
+        _forget(source, names)
         raise
 
 
@@ -161,11 +162,12 @@ def _fetched(source: Source, names: Sequence[str]) -> Pieces:
     return {start: remote.read_at(length, start) for start, length in ranges}
 
 
-def _forget(source: Source) -> bool:
-    """Forget what was read of a remote file; say whether any of it was in the cache, from which it is removed."""
+def _forget(source: Source, names: Sequence[str]) -> bool:
+    """Open a remote file anew; say whether the row group was in the cache, from which it is removed."""
     if storage.is_local(source.url):
         return False
-    cached = _opened_remote(source)[1].forget()
+    file, remote = _opened_remote(source)
+    cached = remote.forget(ranges_of(file.metadata.row_group(source.group), names))
     _open_remote.cache_clear()
     return cached
 
@@ -207,7 +209,7 @@ def _open_remote(
     try:
         metadata = _footer(url, size_bytes, footer, remote)
     except DataError:
-        if not remote.forget():
+        if not remote.forget(remote.asked):
             raise
         metadata = _footer(url, size_bytes, footer, remote)
     file = pq.ParquetFile(

@@ -4,10 +4,8 @@ How many requests are under way is measured: as many as row groups are decoded w
 does not wait for the store, and not many more.
 """
 
-import contextlib
 import math
 import os
-import statistics
 import threading
 import time
 from collections import deque
@@ -20,11 +18,12 @@ from elastrain.data.cache import Cache, key_of
 from elastrain.errors import DataError
 
 T = TypeVar("T")
-Pieces = dict[int, bytes]  # of a file, by where they begin
+Pieces = dict[int, Any]  # buffers of a file's bytes, by where they begin
 HOLE_BYTES = 1 << 20  # that are fetched too rather than asked for around: what a connection brings in some 10 ms
 RANGE_BYTES = 8 << 20  # the most of one request: parts of a long range come side by side
 FIRST_FETCHES, MOST_FETCHES = 8, 32
 AHEAD_BYTES = 64 << 20  # of what a read task has fetched and not decoded
+AT_ONCE = 0.5  # of the time of decoding: what comes faster is not worth a thread
 MEASURED = 32
 
 
@@ -37,26 +36,28 @@ class RemoteFile:
         self._sha256, self._cache = sha256, cache
         self._opening = threading.Lock()
         self._ranges: Any = None
-        self._read: set[str] = set()
+        self.asked: set[tuple[int, int]] = set()  # ranges
 
     def size(self) -> int:
         """Return the bytes that the manifest names."""
         return self._size
 
-    def read_at(self, length: int, start: int) -> bytes:
-        """Return a range, from the cache where it holds it; threads may call this side by side.
+    def read_at(self, length: int, start: int) -> Any:
+        """Return a range as a buffer, from the cache where it holds it; threads may call this side by side.
 
         Raises DataError if the file has not the size that the manifest names, FileNotFoundError or StorageError.
         """
         if self._cache is None or self._sha256 is None:
             return self._fetched(length, start)
+        self.asked.add((start, length))
         key = key_of(self._url, self._sha256, start, length)
-        self._read.add(key)
         return self._cache.read(key, length, lambda: self._fetched(length, start))
 
-    def forget(self) -> bool:
-        """Remove from the cache all that was read of this file, and say whether any of it was there."""
-        dropped = [self._cache.drop(key) for key in list(self._read)] if self._cache else []
+    def forget(self, ranges: Iterable[tuple[int, int]]) -> bool:
+        """Remove ranges (start, length) from the cache, and say whether any of them was there."""
+        if self._cache is None or self._sha256 is None:
+            return False
+        dropped = [self._cache.drop(key_of(self._url, self._sha256, start, length)) for start, length in ranges]
         return any(dropped)
 
     def read(self, size: int = -1) -> Any:
@@ -149,12 +150,19 @@ class Pace:
         self._decode_s.append(seconds)
 
     def fetches(self) -> int:
-        """Return how many row groups should be under way; medians, since a pause says nothing of the pace."""
+        """Return how many row groups should be under way, 0 where they come faster than a thread would bring them.
+
+        Of decoding the median counts, since a pause between blocks says nothing of it; of fetching the mean, where a
+        few that are not in the cache weigh what they cost.
+        """
         if not self._fetch_s or not self._decode_s:
             return FIRST_FETCHES
-        ratio = statistics.median(self._fetch_s) / max(1e-6, statistics.median(self._decode_s))
-        room = AHEAD_BYTES // max(1, int(statistics.median(self._bytes)))
-        return max(2, min(1 + math.ceil(ratio), MOST_FETCHES, room))
+        fetch_s = sum(self._fetch_s) / len(self._fetch_s)
+        decode_s = max(1e-6, sorted(self._decode_s)[len(self._decode_s) // 2])
+        if fetch_s < AT_ONCE * decode_s:
+            return 0
+        room = AHEAD_BYTES * len(self._bytes) // max(1, sum(self._bytes))
+        return max(2, min(1 + math.ceil(fetch_s / decode_s), MOST_FETCHES, room))
 
 
 _pace = Pace()  # of this process: a read task lasts too short to learn it anew
@@ -164,7 +172,7 @@ class ReadAhead(Generic[T]):
     """Fetches things in threads in the order in which they will be asked for; use it in a `with` block."""
 
     def __init__(self, order: Iterable[T], fetch: Callable[[T], Pieces]) -> None:
-        self._order, self._fetch = iter(order), fetch
+        self._order, self._fetch = deque(order), fetch
         self._pool = ThreadPoolExecutor(MOST_FETCHES, thread_name_prefix="ahead")
         self._under_way: deque[tuple[T, Future[Pieces]]] = deque()
         self._given = 0.0
@@ -183,16 +191,18 @@ class ReadAhead(Generic[T]):
         while pieces is None and self._fill():
             first, coming = self._under_way.popleft()
             pieces = coming.result() if first == thing else None
-        self._fill()
+        if pieces is None:
+            while self._order and self._order.popleft() != thing:
+                pass
+            pieces = self._timed(thing)
         self._given = time.monotonic()
-        return self._fetch(thing) if pieces is None else pieces
+        return pieces
 
     def _fill(self) -> bool:
         """Start as many fetches as the pace asks for; say whether any is under way."""
-        with contextlib.suppress(StopIteration):
-            while len(self._under_way) < _pace.fetches():
-                thing = next(self._order)
-                self._under_way.append((thing, self._pool.submit(self._timed, thing)))
+        for _ in range(min(len(self._order), _pace.fetches() - len(self._under_way))):
+            thing = self._order.popleft()
+            self._under_way.append((thing, self._pool.submit(self._timed, thing)))
         return bool(self._under_way)
 
     def _timed(self, thing: T) -> Pieces:
