@@ -266,6 +266,17 @@ def test_a_folder_that_cannot_be_made_costs_a_fetch(tmp_path: Path, caplog: pyte
     assert "nothing is cached there" in caplog.text
 
 
+def test_what_stands_against_it_is_said_beforehand(tmp_path: Path) -> None:
+    assert Cache(folder=str(tmp_path / "new"), max_bytes=1000).doubt() is None
+    found = Cache(folder=str(tmp_path), max_bytes=10**18).doubt()
+    assert found
+    assert "less than data.cache.max_bytes, 1000000000.0 GB; what has no room is read from storage" in found
+    (tmp_path / "file").touch()
+    found = Cache(folder=str(tmp_path / "file" / "cache"), max_bytes=1).doubt()
+    assert found
+    assert "Not a directory; nothing is cached" in found
+
+
 # --- what is in it
 
 

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -67,6 +68,21 @@ class Cache:
             return data
         finally:
             self._abandon(part, key)
+
+    def doubt(self) -> str | None:
+        """Return in a sentence why this machine will not keep all that it may, None where nothing stands against it."""
+        try:
+            self._prepare()
+            held = self._usage() or 0
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            return f"data.cache.folder {self.folder}: {error.strerror}; nothing is cached, data are read from storage"
+        if held + free < self.max_bytes:
+            return (
+                f"data.cache.folder {self.folder}: {free / 1e9:.1f} GB free and {held / 1e9:.1f} GB held are less than "
+                f"data.cache.max_bytes, {self.max_bytes / 1e9:.1f} GB; what has no room is read from storage"
+            )
+        return None
 
     def drop(self, key: str) -> bool:
         """Remove an entry that turned out to be corrupted; say whether there was one."""

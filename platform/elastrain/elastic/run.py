@@ -109,7 +109,7 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
     run_url = storage.absolute(storage.join(spec.storage, spec.name))
     train_data = Dataset.open(spec.data.train).select(spec.data.columns)
     evaluation = Dataset.open(spec.data.eval).select(spec.data.columns) if spec.data.eval else None
-    cache_of(spec.data.cache, train_data, evaluation)  # refuses what cannot be cached before anything starts
+    cache = cache_of(spec.data.cache, train_data, evaluation)
     check_transforms(spec.data.transforms, train_data, evaluation)
     with locked(run_url, remedy="give this run another name"), LiveLine() as line:
         asked = spec.workers.max
@@ -125,6 +125,8 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
             line=line,
             script=script,
         )
+        if cache is not None and (doubt := cache.doubt()):
+            job.warn(doubt)
         if asked > plan.slots:
             job.warn(f"the run was begun with {plan.slots} slots, so no more than that many workers can be used")
         resume = None if fresh else resumable(run_url, warn=job.warn)

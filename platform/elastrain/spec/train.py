@@ -87,7 +87,7 @@ Transform = Annotated[Scale | Standardise | Flip | Shift | Custom, Field(discrim
 
 def _bytes(value: Any) -> Any:
     """Read `100GB` or `1.5 GiB` as a number of bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B", value) if isinstance(value, str) else None
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]i?)?B", value) if isinstance(value, str) else None
     if found is None:
         return value
     prefix = found[2] or ""
