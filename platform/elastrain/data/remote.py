@@ -23,7 +23,7 @@ HOLE_BYTES = 1 << 20  # that are fetched too rather than asked for around: what 
 RANGE_BYTES = 8 << 20  # the most of one request: parts of a long range come side by side
 FIRST_FETCHES, MOST_FETCHES = 8, 32
 AHEAD_BYTES = 64 << 20  # of what a read task has fetched and not decoded
-AT_ONCE = 0.5  # of the time of decoding: what comes faster is not worth a thread
+AT_ONCE_S, AT_ONCE_SHARE = 0.001, 0.25  # of the time of decoding: what comes faster, a cache's, is not worth a thread
 MEASURED = 32
 
 
@@ -159,7 +159,7 @@ class Pace:
             return FIRST_FETCHES
         fetch_s = sum(self._fetch_s) / len(self._fetch_s)
         decode_s = max(1e-6, sorted(self._decode_s)[len(self._decode_s) // 2])
-        if fetch_s < AT_ONCE * decode_s:
+        if fetch_s < min(AT_ONCE_S, AT_ONCE_SHARE * decode_s):
             return 0
         room = AHEAD_BYTES * len(self._bytes) // max(1, sum(self._bytes))
         return max(2, min(1 + math.ceil(fetch_s / decode_s), MOST_FETCHES, room))
