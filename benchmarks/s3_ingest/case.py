@@ -5,7 +5,7 @@ from pathlib import Path
 from benchmarks.harness import Case, Comparison, Series, Side
 from benchmarks.ingest.data import BATCH, prepare
 
-ROWS, EPOCHS = 1536 * BATCH, 6
+ROWS, EPOCHS = 960 * BATCH, 4
 SMALL_ROWS, SMALL_EPOCHS = 40 * BATCH, 1
 
 

@@ -1,6 +1,5 @@
 """Remote shards: ranges that fit what is read, and fetches ahead of their use, as many as the pace asks for."""
 
-import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -141,15 +140,10 @@ def test_ranges_hold_the_columns_that_are_read_and_no_long_holes(
     assert len(ranges_of(group, ["b", "d"])) == 1, "a short hole is read over"
     monkeypatch.setattr(remote_module, "HOLE_BYTES", 1000)
     assert len(ranges_of(group, ["b", "d"])) == 2
-    monkeypatch.setattr(remote_module, "RANGE_BYTES", 100_000)
-    cut = ranges_of(group, ["b", "c"])
-    assert [length for _, length in cut] == [100_000] * 3 + [sum(length for _, length in cut) - 300_000]
-    assert all(start + length == following for (start, length), (following, _) in itertools.pairwise(cut))
 
 
 @pytest.mark.parametrize("codec", ["none", "lz4", "zstd"])
-def test_a_remote_row_group_is_the_local_one(tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_module, "RANGE_BYTES", 5000)
+def test_a_remote_row_group_is_the_local_one(tmp_path: Path, codec: str) -> None:
     table = pa.table({"x": np.arange(9000) % 100, "y": np.random.default_rng(0).random(9000), "z": np.arange(9000)})
     pq.write_table(table, tmp_path / "0.parquet", row_group_size=2000, compression=codec, write_page_checksum=True)
     filesystem = fsspec.filesystem("memory")

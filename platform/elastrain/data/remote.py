@@ -20,7 +20,6 @@ from elastrain.errors import DataError
 T = TypeVar("T")
 Pieces = dict[int, Any]  # buffers of a file's bytes, by where they begin
 HOLE_BYTES = 1 << 20  # that are fetched too rather than asked for around: what a connection brings in some 10 ms
-RANGE_BYTES = 8 << 20  # the most of one request: parts of a long range come side by side
 FIRST_FETCHES, MOST_FETCHES = 8, 32
 AHEAD_BYTES = 64 << 20  # of what a read task has fetched and not decoded
 AT_ONCE_S, AT_ONCE_SHARE = 0.001, 0.25  # of the time of decoding: what comes faster, a cache's, is not worth a thread
@@ -114,15 +113,12 @@ def ranges_of(group: Any, names: Sequence[str]) -> list[tuple[int, int]]:
     """Return the ranges (start, length) that hold these columns of a row group (`RowGroupMetaData`)."""
     chunks = (group.column(index) for index in range(group.num_columns))
     wanted = sorted(_extent(chunk) for chunk in chunks if chunk.path_in_schema.partition(".")[0] in names)
-    joined: list[list[int]] = []
+    joined: list[tuple[int, int]] = []
     for start, stop in wanted:
-        if joined and start - joined[-1][1] <= HOLE_BYTES:
-            joined[-1][1] = max(stop, joined[-1][1])
-        else:
-            joined.append([start, stop])
-    return [
-        (place, min(RANGE_BYTES, stop - place)) for start, stop in joined for place in range(start, stop, RANGE_BYTES)
-    ]
+        near = bool(joined) and start - sum(joined[-1]) <= HOLE_BYTES
+        first = joined.pop()[0] if near else start
+        joined.append((first, stop - first))
+    return joined
 
 
 def _extent(chunk: Any) -> tuple[int, int]:
