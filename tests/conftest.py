@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from tests.fault_proxy import Proxy, proxying
 from tests.s3_server import serving
 
 
@@ -19,3 +20,12 @@ def s3_bucket(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
     return f"s3://{s3_server['BUCKET']}"
+
+
+@pytest.fixture
+def fault_proxy(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy in front of the server, which the environment of this process leads to; faults are set by its methods."""
+    with proxying(s3_server) as proxy:
+        for name, value in proxy.environment.items():
+            monkeypatch.setenv(name, value)
+        yield proxy

@@ -228,6 +228,19 @@ def test_ingest_delivers_every_row_once_an_epoch(tmp_path: Path) -> None:
         assert ours["digest"] == raw["digest"]
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_s3_ingest_asks_for_each_row_group_in_one_epoch_and_for_nothing_in_the_next(tmp_path: Path) -> None:
+    from benchmarks.s3_ingest.case import SMALL_ROWS
+
+    (series,) = small("s3_ingest", tmp_path).values()
+    ours, peer = series["ours"], series["Ray Data"]
+    assert ours["counters"]["delivered_bytes"] == peer["counters"]["delivered_bytes"] == SMALL_ROWS * (784 + 1)
+    assert ours["counters"]["requests_of_cached_epochs"] == 0
+    assert ours["measures"]["requests"] >= ours["counters"]["row_groups"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_loop_does_the_same_steps_on_both_sides(tmp_path: Path) -> None:

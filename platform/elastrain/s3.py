@@ -193,20 +193,33 @@ def open_ranges(url: str) -> Any:
     """
     import pyarrow as pa  # noqa: PLC0415 -- 0.3 s that local runs need not pay
 
+    return pa.PythonFile(ranges(url), mode="r")
+
+
+def ranges(url: str) -> Any:
+    """Return a file whose ranges threads may read side by side; raises FileNotFoundError, or StorageError."""
     path = place(url)
-    return pa.PythonFile(_Ranges(url, _tried("open", url, lambda: client().open_input_file(path))), mode="r")
+    return _Ranges(url, _tried("open", url, lambda: client().open_input_file(path)))
 
 
 class _Ranges:
-    """What `pyarrow.PythonFile` wants of a file."""
+    """What `pyarrow.PythonFile` wants of a file, and ranges of it."""
 
     def __init__(self, url: str, file: Any) -> None:
         self._url, self._file, self._at, self._size = url, file, 0, int(file.size())
 
+    def size(self) -> int:
+        """Return the bytes of the file when it was opened."""
+        return self._size
+
+    def read_at(self, length: int, start: int) -> bytes:
+        """Return a range, with one request; raises FileNotFoundError, or StorageError."""
+        return bytes(_tried("read", self._url, lambda: self._file.read_at(length, start)))
+
     def read(self, size: int = -1) -> bytes:
         most = self._size - self._at
         wanted = most if size < 0 else min(size, most)
-        data: bytes = _tried("read", self._url, lambda: self._file.read_at(wanted, self._at)) if wanted > 0 else b""
+        data = self.read_at(wanted, self._at) if wanted > 0 else b""
         self._at += len(data)
         return data
 

@@ -201,6 +201,31 @@ def open_arrow(url: str) -> Any:
     )
 
 
+def open_ranges(url: str) -> Any:
+    """Return a remote file with `size()` and `read_at(length, start)`, which threads may call side by side.
+
+    Raises FileNotFoundError or StorageError, also while it is read.
+    """
+    return s3.ranges(url) if s3.is_s3(url) else _Ranges(url)
+
+
+class _Ranges:
+    """A file of fsspec, read without a position."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._size = int(_tried("open", url, lambda: _remote(url)[0].size(_remote(url)[1])))
+
+    def size(self) -> int:
+        """Return the bytes of the file when it was opened."""
+        return self._size
+
+    def read_at(self, length: int, start: int) -> bytes:
+        """Return a range."""
+        filesystem, path = _remote(self._url)
+        return bytes(_tried("read", self._url, lambda: filesystem.cat_file(path, start=start, end=start + length)))
+
+
 def _flush(path: Path) -> None:
     """Bring a finished file to the disk, so that a rename never shows an empty one after a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -722,7 +722,7 @@ def test_every_key_of_the_schema_is_described() -> None:
     root = schema()
     json.dumps(root)
     described = [root, *root["$defs"].values()]
-    assert len(described) == 13
+    assert len(described) == 14
     for model in described:
         assert model["additionalProperties"] is False
         for key, value in model["properties"].items():
@@ -840,3 +840,33 @@ def test_reading_a_spec_imports_neither_torch_nor_ray_and_is_quick() -> None:
         assert done.stdout.strip() == "set()"
     # A whole process; 0.13 s on an idle machine. A torch or ray import costs more than a second.
     assert min(times) < 1.0
+
+
+# --- the cache
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [("4096", 4096), ("100GB", 100 * 10**9), ("1.5 GiB", 3 << 29), ("20 MB", 20 * 10**6), ("7B", 7), ("2TiB", 2 << 40)],
+)
+def test_bytes_of_the_cache_are_a_number_or_have_a_unit(read: Spec, written: str, found: int) -> None:
+    spec = read(GOOD, f"data.cache={{folder: /nvme, max_bytes: {written}}}")
+    assert spec.data.cache is not None
+    assert spec.data.cache.max_bytes == found
+    assert train_spec(parse_train(dump(spec), name="again").model_dump()) == spec
+
+
+@pytest.mark.parametrize("written", ["0", "-1", "true", "100 parsecs", "GB", "1e400GB", "9" * 400 + "GB"])
+def test_bytes_that_are_none_are_refused(problems: Problems, written: str) -> None:
+    (line,) = problems(GOOD, f"data.cache={{folder: /nvme, max_bytes: {written}}}")
+    assert "data.cache.max_bytes: expected a" in line
+
+
+def test_the_cache_is_a_folder_of_each_node_and_changes_no_run(read: Spec, problems: Problems, folder: Path) -> None:
+    spec = read(GOOD, "data.cache={folder: cache, max_bytes: 1GB}")
+    found = resolve(spec, base=folder / "spec", cwd=folder / "work")
+    assert found.data.cache is not None
+    assert found.data.cache.folder == str(folder / "work/cache")
+    assert not changed(spec, read(GOOD))
+    (line,) = problems(GOOD, "data.cache={folder: s3://bucket/cache, max_bytes: 1GB}")
+    assert "is a URL; the cache is a folder on each node's own disk" in line

@@ -11,10 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from elastrain.data import transforms
+from elastrain.data.cache import Cache
 from elastrain.data.columns import Array, Column, from_table, to_table
 from elastrain.data.dataset import Dataset
 from elastrain.data.plan import Block, Ints, Plan, row_seeds
-from elastrain.data.reader import Source, read_rows, sources_of
+from elastrain.data.reader import Source, read_ahead, read_rows, sources_of
+from elastrain.data.remote import ReadAhead
 from elastrain.errors import ElastrainError, error_named
 
 Address = tuple[int, int]
@@ -29,7 +31,8 @@ KEPT_EVAL_BYTES = 256 << 20
 class FeedSpec:
     """What the feeder reads: the training plan from step `begin` to `end`, and the evaluation data.
 
-    `reading` is (CPUs a read task, read tasks at once); a task of 0 CPUs runs where workers hold all of them.
+    `reading` is (CPUs a read task, read tasks at once); a task of 0 CPUs runs where workers hold all of them. `cache`
+    is where nodes keep what they have read from remote storage.
     """
 
     plan: Plan
@@ -39,6 +42,7 @@ class FeedSpec:
     begin: int
     end: int
     reading: tuple[float, int]
+    cache: Cache | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,19 +58,24 @@ class ReadBlock:
     last: int
 
     def __call__(self) -> pa.Table:
+        """Read the block by itself."""
+        (table,) = read_blocks([self])
+        return table
+
+    def read(self, ahead: ReadAhead[Source]) -> pa.Table:
         """Read the block; an error of ours travels as a block, for Ray would bury its sentence in its own.
 
         The table has one row, a whole array in each field: Ray Data hands on such a table as it is.
         """
         try:
-            arrays = self._arrays()
+            arrays = self._arrays(ahead)
         except ElastrainError as error:
             return pa.table({ERROR: [type(error).__name__], MESSAGE: [str(error)]})
         return to_table({name: array[np.newaxis] for name, array in arrays.items()})
 
-    def _arrays(self) -> dict[str, Array]:
+    def _arrays(self, ahead: ReadAhead[Source]) -> dict[str, Array]:
         epoch, step, slot, row = self._index()
-        arrays = read_rows(self.columns, self.sources, row)
+        arrays = read_rows(self.columns, self.sources, row, ahead)
         seeds = row_seeds(self.seed, epoch, row)
         arrays = transforms.apply(self.transforms, self.columns, arrays, seeds, train=self.block is not None)
         return {**dict(zip(INDEX, (epoch, step, slot, row), strict=True)), **arrays}
@@ -78,6 +87,14 @@ class ReadBlock:
             return none, none, none, row
         rows = self.block.rows(self.first, self.last)
         return rows.epoch, rows.step, np.full(len(rows.row), self.block.slot, np.int32), rows.row
+
+
+def read_blocks(blocks: Sequence[ReadBlock]) -> Iterator[pa.Table]:
+    """Yield blocks one by one, reading ahead from remote storage also for those that follow."""
+    sources = [source for block in blocks for source in block.sources]
+    with read_ahead(blocks[0].columns, sources) as ahead:
+        for block in blocks:
+            yield block.read(ahead)
 
 
 def arrays_of(table: pa.Table, *, where: str) -> dict[str, Array]:
@@ -126,7 +143,7 @@ def task_of(spec: FeedSpec, address: Address) -> ReadBlock:
     ends = np.cumsum(spec.train.group_rows)
     return ReadBlock(
         columns=spec.train.columns,
-        sources=tuple(sources_of(spec.train, np.searchsorted(ends, firsts, side="right"))),
+        sources=tuple(sources_of(spec.train, np.searchsorted(ends, firsts, side="right"), spec.cache)),
         transforms=spec.transforms,
         seed=spec.plan.seed,
         block=block,
@@ -145,7 +162,7 @@ def eval_task(spec: FeedSpec, index: int) -> ReadBlock:
     groups = np.arange(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last, side="left") + 1)
     return ReadBlock(
         columns=spec.train.columns,
-        sources=tuple(sources_of(dataset, groups)),
+        sources=tuple(sources_of(dataset, groups, spec.cache)),
         transforms=spec.transforms,
         seed=spec.plan.seed,
         block=None,

@@ -8,6 +8,7 @@ train/_packing.json             there only while `pack` runs or after it was kil
 A plain Parquet folder has no manifest; `footers` makes up for it. Neither torch nor Ray is known here.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -194,17 +195,18 @@ def fingerprint(columns: Iterable[Column], shards: Iterable[Shard]) -> str:
     return hashlib.sha256(json.dumps(held, separators=(",", ":")).encode()).hexdigest()
 
 
-def read_footer(url: str, size_bytes: int) -> tuple["pq.FileMetaData", str]:
+def read_footer(url: str, size_bytes: int, file: Any = None) -> tuple["pq.FileMetaData", str]:
     """Return a Parquet file's metadata and the hash of its footer, with one or two reads at its end.
 
+    `file` is what `url` leads to where it is open; it has `size()` and `read_at(length, start)`.
     Raises DataError naming the file if it is missing, truncated or no Parquet file.
     """
     import pyarrow as pa  # noqa: PLC0415 -- 0.3 s that a packed dataset's plan need not pay
     import pyarrow.parquet as pq  # noqa: PLC0415
 
     try:
-        with storage.open_arrow(url) as file:
-            tail = _tail(file, size_bytes, url)
+        with contextlib.nullcontext(file) if file is not None else storage.open_arrow(url) as source:
+            tail = _tail(source, size_bytes, url)
         return pq.read_metadata(pa.BufferReader(b"PAR1" + tail)), hashlib.sha256(tail).hexdigest()
     except FileNotFoundError as error:
         raise DataError(f"{url}: the file is gone; restore it, or pack the data again") from error
@@ -221,7 +223,7 @@ def _tail(file: Any, size_bytes: int, url: str) -> bytes:
             f"{url}: {file.size()} bytes where {size_bytes} are expected: truncated or replaced; restore it"
         )
     guess = min(size_bytes, 65536)
-    data: bytes = file.read_at(guess, size_bytes - guess)
+    data = bytes(file.read_at(guess, size_bytes - guess))
     if size_bytes < 12 or data[-4:] != b"PAR1":
         raise DataError(f"{url}: not a Parquet file, or truncated ({size_bytes} bytes); restore it, or leave it out")
     length = int.from_bytes(data[-8:-4], "little") + 8

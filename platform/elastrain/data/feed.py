@@ -40,6 +40,7 @@ from elastrain.data.blocks import (
     eval_block_rows,
     eval_task,
     keeps_evaluation,
+    read_blocks,
     task_of,
     train_tasks,
 )
@@ -63,8 +64,7 @@ class ReadBlocks:
 
     def __call__(self) -> Iterator[pa.Table]:
         """Yield the blocks one by one."""
-        for block in self.blocks:
-            yield block()
+        yield from read_blocks(self.blocks)
 
 
 def grouped(blocks: Sequence[ReadBlock], *, at_once: int, most: int) -> list[ReadBlocks]:

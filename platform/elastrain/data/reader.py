@@ -1,39 +1,48 @@
 """Rows out of Parquet: only the row groups that hold them, each read once, verified, in the order asked for.
 
 Page checksums are verified where the file has them, and the footer against the hash that the dataset noted. Open files
-are kept by the process, so that a footer is read once a process and not once a block.
+are kept by the process, so that a footer is read once a process and not once a block. Of remote files, row groups come
+ahead of their use; what the cache holds is verified like all else, and read from storage if it is not good.
 """
 
+import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from elastrain import storage
+from elastrain.data.cache import Cache
 from elastrain.data.columns import Array, Column, decode, describe
 from elastrain.data.dataset import Dataset, read_footer
 from elastrain.data.plan import Ints
+from elastrain.data.remote import Pieces, ReadAhead, RemoteFile, ranges_of
 from elastrain.errors import DataError
 
 OPEN_FILES = 64
+REMOTE_FILES = 1024  # of which only the footer is held
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One row group: the file with its size and footer hash, the group in it, and the dataset rows that it holds."""
+    """One row group: its file with size and hashes, the group in it, the dataset rows that it holds, and the cache."""
 
     url: str
     size_bytes: int
     footer: str
+    sha256: str | None
     group: int
     first_row: int
     num_rows: int
+    cache: Cache | None = None
 
 
-def sources_of(dataset: Dataset, groups: Ints) -> list[Source]:
+def sources_of(dataset: Dataset, groups: Ints, cache: Cache | None = None) -> list[Source]:
     """Return where these row groups of a dataset lie, in the order of their rows."""
     starts = np.cumsum(dataset.group_rows) - dataset.group_rows
     found = []
@@ -45,15 +54,26 @@ def sources_of(dataset: Dataset, groups: Ints) -> list[Source]:
                 url=storage.join(dataset.url, shard.path),
                 size_bytes=shard.size_bytes,
                 footer=shard.footer,
+                sha256=shard.sha256,
                 group=inner,
                 first_row=int(starts[group]),
                 num_rows=int(dataset.group_rows[group]),
+                cache=cache,
             )
         )
     return found
 
 
-def read_rows(columns: Sequence[Column], sources: Sequence[Source], rows: Ints) -> dict[str, Array]:
+def read_ahead(columns: Sequence[Column], sources: Sequence[Source]) -> ReadAhead[Source]:
+    """Return what fetches the remote ones of these row groups, in this order, before `read_rows` comes to them."""
+    names = [column.name for column in columns]
+    remote = [source for source in sources if not storage.is_local(source.url)]
+    return ReadAhead(remote, lambda source: _fetched(source, names))
+
+
+def read_rows(
+    columns: Sequence[Column], sources: Sequence[Source], rows: Ints, ahead: ReadAhead[Source] | None = None
+) -> dict[str, Array]:
     """Return the named columns of dataset rows `rows`, in that order: arrays of shape (len(rows), *shape).
 
     Raises DataError, naming the file, for whatever is missing, corrupted or of another shape than the manifest says.
@@ -66,7 +86,7 @@ def read_rows(columns: Sequence[Column], sources: Sequence[Source], rows: Ints) 
         if low == high:
             continue
         offsets = ascending[low:high] - source.first_row
-        for name, values in read_group(columns, source).items():
+        for name, values in read_group(columns, source, ahead=ahead).items():
             if name not in result:
                 result[name] = np.empty((len(rows), *values.shape[1:]), values.dtype)
             _scatter(result[name], order[low:high], values, offsets)
@@ -79,19 +99,40 @@ def read_first(dataset: Dataset, most: int) -> dict[str, Array]:
     return read_group(dataset.columns, source, most=most)
 
 
-def read_group(columns: Sequence[Column], source: Source, *, most: int | None = None) -> dict[str, Array]:
-    """Return a whole row group, or its first `most` rows.
+def read_group(
+    columns: Sequence[Column], source: Source, *, most: int | None = None, ahead: ReadAhead[Source] | None = None
+) -> dict[str, Array]:
+    """Return a whole row group, or its first `most` rows; what comes from the cache and is no good is read once more.
 
     Raises DataError, naming the file, if it is not what the manifest says.
     """
     names = [column.name for column in columns]
     try:
-        file = _opened(source.url, source.size_bytes, source.footer)
-        if most is None:
-            table = file.read_row_group(source.group, columns=names, use_threads=False)
+        return _read(columns, source, most, ahead)
+    except DataError as error:
+        if not _forget(source, names):
+            raise
+        logging.getLogger(__name__).warning("%s; this was the cached copy, now it is read from storage", error)
+    try:
+        return _read(columns, source, most, None)
+    except DataError:
+        _forget(source, names)
+        raise
+
+
+def _read(
+    columns: Sequence[Column], source: Source, most: int | None, ahead: ReadAhead[Source] | None
+) -> dict[str, Array]:
+    names = [column.name for column in columns]
+    try:
+        if storage.is_local(source.url):
+            table = _table(_opened(source.url, source.size_bytes, source.footer), source, names, most)
         else:
-            batches = file.iter_batches(most, row_groups=[source.group], columns=names, use_threads=False)
-            table = pa.Table.from_batches([next(batches)])
+            pieces = _fetched(source, names) if ahead is None else ahead.take(source)
+            file, remote = _opened_remote(source)
+            remote.at_hand = pieces
+            table = _table(file, source, names, most)
+            remote.at_hand = {}
     except (pa.ArrowException, OSError) as error:
         _opened.cache_clear()
         raise DataError(
@@ -105,6 +146,30 @@ def read_group(columns: Sequence[Column], source: Source, *, most: int | None = 
     for column in columns:
         _check_kind(table.schema, column, where)
     return {column.name: decode(table.column(column.name), column, where=where) for column in columns}
+
+
+def _table(file: pq.ParquetFile, source: Source, names: list[str], most: int | None) -> pa.Table:
+    if most is None:
+        return file.read_row_group(source.group, columns=names, use_threads=False)
+    batches = file.iter_batches(most, row_groups=[source.group], columns=names, use_threads=False)
+    return pa.Table.from_batches([next(batches)])
+
+
+def _fetched(source: Source, names: Sequence[str]) -> Pieces:
+    """Return the bytes of a remote row group; threads may call this side by side."""
+    file, remote = _opened_remote(source)
+    ranges = ranges_of(file.metadata.row_group(source.group), names)
+    return {start: remote.read_at(length, start) for start, length in ranges}
+
+
+def _forget(source: Source, names: Sequence[str]) -> bool:
+    """Open a remote file anew; say whether the row group was in the cache, from which it is removed."""
+    if storage.is_local(source.url):
+        return False
+    file, remote = _opened_remote(source)
+    cached = remote.forget(ranges_of(file.metadata.row_group(source.group), names))
+    _open_remote.cache_clear()
+    return cached
 
 
 def _check_kind(schema: pa.Schema, column: Column, where: str) -> None:
@@ -121,12 +186,46 @@ def _check_kind(schema: pa.Schema, column: Column, where: str) -> None:
 
 @lru_cache(maxsize=OPEN_FILES)
 def _opened(url: str, size_bytes: int, footer: str) -> pq.ParquetFile:
-    metadata, found = read_footer(url, size_bytes)
+    metadata = _footer(url, size_bytes, footer)
+    return pq.ParquetFile(storage.open_arrow(url), metadata=metadata, page_checksum_verification=True, pre_buffer=False)
+
+
+def _opened_remote(source: Source) -> tuple[pq.ParquetFile, RemoteFile]:
+    """Return a remote file, opened once a process; threads may call this side by side."""
+    with _turn(source.url):
+        return _open_remote(source.url, source.size_bytes, source.footer, source.sha256, source.cache)
+
+
+@lru_cache(maxsize=REMOTE_FILES)
+def _turn(url: str) -> threading.Lock:  # noqa: ARG001 -- one for each
+    return threading.Lock()
+
+
+@lru_cache(maxsize=REMOTE_FILES)
+def _open_remote(
+    url: str, size_bytes: int, footer: str, sha256: str | None, cache: Cache | None
+) -> tuple[pq.ParquetFile, RemoteFile]:
+    remote = RemoteFile(url, size_bytes, sha256, cache)
+    try:
+        metadata = _footer(url, size_bytes, footer, remote)
+    except DataError:
+        if not remote.forget(remote.asked):
+            raise
+        metadata = _footer(url, size_bytes, footer, remote)
+    file = pq.ParquetFile(
+        pa.PythonFile(remote, mode="r"), metadata=metadata, page_checksum_verification=True, pre_buffer=False
+    )
+    return file, remote
+
+
+def _footer(url: str, size_bytes: int, footer: str, file: Any = None) -> pq.FileMetaData:
+    """Return a file's metadata; raises DataError if it is not what the manifest names."""
+    metadata, found = read_footer(url, size_bytes, file)
     if found != footer:
         raise DataError(
             f"{url}: the footer is not the one that the manifest names: changed or corrupted; restore the file"
         )
-    return pq.ParquetFile(storage.open_arrow(url), metadata=metadata, page_checksum_verification=True, pre_buffer=False)
+    return metadata
 
 
 def _scatter(target: Array, places: Ints, values: Array, offsets: Ints) -> None:

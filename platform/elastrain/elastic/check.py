@@ -21,6 +21,7 @@ from elastrain.data.blocks import (
     eval_task,
     train_tasks,
 )
+from elastrain.data.cache import cache_of
 from elastrain.data.columns import Array
 from elastrain.data.dataset import Dataset
 from elastrain.data.forecast import forecast_run
@@ -86,6 +87,7 @@ def _feed(spec: TrainSpec) -> FeedSpec:
         begin=0,
         end=1,
         reading=(1.0, 1),
+        cache=cache_of(spec.data.cache, train, evaluation),
     )
 
 

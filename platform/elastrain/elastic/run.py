@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastrain import storage
 from elastrain.data.blocks import FeedSpec
+from elastrain.data.cache import cache_of
 from elastrain.data.dataset import Dataset
 from elastrain.data.feed import FeederLogic
 from elastrain.data.plan import Plan
@@ -108,6 +109,7 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
     run_url = storage.absolute(storage.join(spec.storage, spec.name))
     train_data = Dataset.open(spec.data.train).select(spec.data.columns)
     evaluation = Dataset.open(spec.data.eval).select(spec.data.columns) if spec.data.eval else None
+    cache = cache_of(spec.data.cache, train_data, evaluation)
     check_transforms(spec.data.transforms, train_data, evaluation)
     with locked(run_url, remedy="give this run another name"), LiveLine() as line:
         asked = spec.workers.max
@@ -123,6 +125,8 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
             line=line,
             script=script,
         )
+        if cache is not None and (doubt := cache.doubt()):
+            job.warn(doubt)
         if asked > plan.slots:
             job.warn(f"the run was begun with {plan.slots} slots, so no more than that many workers can be used")
         resume = None if fresh else resumable(run_url, warn=job.warn)
@@ -178,6 +182,7 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
         begin=first,
         end=job.num_steps,
         reading=reading_resources(spec.workers, size),
+        cache=cache_of(spec.data.cache, job.train, job.evaluation),
     )
     most = spec.workers.max
     feeder, host = _actor(FeederLogic, most, feed), _host(job, size, first)

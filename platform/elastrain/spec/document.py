@@ -39,7 +39,7 @@ _EXCLUSIVE: tuple[tuple[Keys, Keys], ...] = ((("budget", "epochs"), ("budget", "
 _FREE: frozenset[Keys] = frozenset(
     {
         *[("name",), ("storage",), ("workers",), ("budget",), ("eval",), ("checkpoint",), ("audit",)],
-        *[("data", "train"), ("data", "eval"), ("data", "slots")],
+        *[("data", "train"), ("data", "eval"), ("data", "slots"), ("data", "cache")],
     }
 )
 _UNSET = object()
@@ -223,6 +223,7 @@ def _resolved(spec: TrainSpec, *, base: Path, cwd: Path, where: Where) -> TrainS
     places: dict[Keys, Callable[[str], str]] = {
         **dict.fromkeys(_references(spec), lambda value: _located(value, base)),
         **dict.fromkeys((("data", "train"), ("data", "eval"), ("storage",)), lambda value: _placed(value, cwd)),
+        **dict.fromkeys([("data", "cache", "folder")] if spec.data.cache else [], lambda value: _placed(value, cwd)),
     }
     for keys, change in places.items():
         parent: Any = data

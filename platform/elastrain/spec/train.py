@@ -3,6 +3,7 @@
 Nothing here opens a file, imports torch or knows Ray.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -84,6 +85,33 @@ class Custom(Model):
 Transform = Annotated[Scale | Standardise | Flip | Shift | Custom, Field(discriminator="name")]
 
 
+def _bytes(value: Any) -> Any:
+    """Read `100GB` or `1.5 GiB` as a number of bytes."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]i?)?B", value) if isinstance(value, str) else None
+    if found is None:
+        return value
+    prefix = found[2] or ""
+    return int(float(found[1]) * (1024 if prefix.endswith("i") else 1000) ** " KMGT".index(prefix[:1] or " "))
+
+
+class CacheSpec(Model):
+    """Where each node keeps what it reads from remote storage; data in local folders are read where they are."""
+
+    folder: Annotated[str, Field(min_length=1)] = Field(
+        description="a folder on each node's own disk, relative to the working folder; runs may share it"
+    )
+    max_bytes: Annotated[int, Field(gt=0), _Number, BeforeValidator(_bytes)] = Field(
+        description="bytes that it holds at most on a node, as a number or as in 100GB",
+        json_schema_extra={"type": ["integer", "string"]},
+    )
+
+    @model_validator(mode="after")
+    def _local(self) -> Self:
+        if "://" in self.folder:
+            raise wrong(f"folder {self.folder!r} is a URL; the cache is a folder on each node's own disk", "folder")
+        return self
+
+
 class DataSpec(Model):
     """What is read, in what batches, in what order."""
 
@@ -94,6 +122,7 @@ class DataSpec(Model):
     seed: NonNegativeInt = Field(default=0, description="decides the order of the data and all randomness")
     columns: tuple[str, ...] | None = Field(default=None, description="columns to read; all where unset")
     transforms: tuple[Transform, ...] = Field(default=(), description="what is done to a batch's columns, in order")
+    cache: CacheSpec | None = Field(default=None, description="keep remote data on each node's disk; not where unset")
 
 
 class OptimizerSpec(Model):
