@@ -9,6 +9,7 @@ import pytest
 
 from elastrain.elastic.host import Host
 from elastrain.elastic.protocol import Roster, Worker
+from elastrain.lease import Hold
 from elastrain.observe.ledger import read_ledger, read_steps
 
 
@@ -16,7 +17,7 @@ from elastrain.observe.ledger import read_ledger, read_steps
 def host(tmp_path: Path) -> Iterator[Any]:
     """A host whose first generation is one worker."""
     roster = Roster(minimum=1, maximum=2, initial=1, lease_s=60.0)
-    made: Any = Host(str(tmp_path), 0, roster, 0, alike=False, timeout_s=60.0)
+    made: Any = Host(Hold(str(tmp_path)), 0, roster, 0, alike=False, timeout_s=60.0)
     made.open()
     roster.enter(Worker(name="a", node="n", place=0, store=("", 0)), None, 0.0)
     yield made
