@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.bad_gateway import bad_gateway
 from tests.s3_server import SECRET_KEY
-from tests.unconditional_proxy import ignoring_conditions
 
 from elastrain import conditional, lease, storage
 from elastrain.errors import ConflictError, StorageError
@@ -358,13 +358,16 @@ def test_an_answer_that_got_lost_does_not_cost_the_lease(root: str) -> None:
 
 
 def test_a_store_that_honours_no_conditions_is_found_out(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with ignoring_conditions(os.environ["AWS_ENDPOINT_URL"]) as gateway, monkeypatch.context() as patch:
+    with (
+        bad_gateway(os.environ["AWS_ENDPOINT_URL"], dropped=("if-none-match", "if-match")) as gateway,
+        monkeypatch.context() as patch,
+    ):
         patch.setenv("AWS_ENDPOINT_URL", gateway)
         with pytest.raises(StorageError, match=f"{root}: the store does not honour conditional writes") as caught:
             lease.taken(root, remedy="")
         assert caught.value.exit_code == 5
     with (
-        ignoring_conditions(os.environ["AWS_ENDPOINT_URL"], dropped=("if-match",)) as gateway,
+        bad_gateway(os.environ["AWS_ENDPOINT_URL"], dropped=("if-match",)) as gateway,
         monkeypatch.context() as patch,
     ):
         patch.setenv("AWS_ENDPOINT_URL", gateway)

@@ -1,6 +1,6 @@
-"""A gateway that does not honour conditions: a real HTTP proxy that drops `If-None-Match` and `If-Match` on the way.
+"""A bad gateway: a real HTTP proxy in front of the server, which drops headers, spoils answers, or has a wrong clock.
 
-Signatures cover these headers, so it signs what it has changed anew.
+Signatures cover the headers that it drops, so it signs what it has changed anew.
 """
 
 import contextlib
@@ -15,11 +15,13 @@ from tests.s3_server import ACCESS_KEY, SECRET_KEY
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Passes on a request to `behind` without some of its headers, and the answer back."""
+    """Passes on a request to `behind` and the answer back; see `bad_gateway`."""
 
     protocol_version = "HTTP/1.1"
     behind = ""
     dropped: tuple[str, ...] = ()
+    spoiled = ""
+    date = ""
 
     def do_GET(self) -> None:
         """Pass it on."""
@@ -28,15 +30,17 @@ class Handler(BaseHTTPRequestHandler):
         if any(headers.pop(name, None) for name in self.dropped):
             headers["authorization"] = signature(self.command, self.path, headers)
         connection = http.client.HTTPConnection(self.behind, timeout=30)
-        connection.request(
-            self.command, self.path, body=[body] if "transfer-encoding" in headers else body, headers=headers
-        )
+        chunked = "transfer-encoding" in headers
+        pieces = [body] if chunked else body
+        connection.request(self.command, self.path, body=pieces, headers=headers, encode_chunked=chunked)
         answer = connection.getresponse()
         data = answer.read()
+        if self.spoiled and self.command == "GET" and self.path.endswith(self.spoiled):
+            data = data[:-1] + bytes([data[-1] ^ 1])
         self.send_response_only(answer.status, answer.reason)
         for name, value in answer.getheaders():
             if name.lower() not in ("transfer-encoding", "content-length", "connection"):
-                self.send_header(name, value)
+                self.send_header(name, self.date if self.date and name == "Date" else value)
         length = answer.getheader("Content-Length") if self.command == "HEAD" else None
         self.send_header("Content-Length", length or str(len(data)))
         self.end_headers()
@@ -60,9 +64,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def ignoring_conditions(server: str, *, dropped: tuple[str, ...] = ("if-none-match", "if-match")) -> Iterator[str]:
-    """Run the proxy in front of `http://host:port`; yield its own URL. `dropped` names headers in lower case."""
-    handler = type("Handler", (Handler,), {"behind": server.removeprefix("http://"), "dropped": dropped})
+def bad_gateway(server: str, *, dropped: tuple[str, ...] = (), spoiled: str = "", date: str = "") -> Iterator[str]:
+    """Run the proxy in front of `http://host:port`; yield its own URL.
+
+    `dropped` names headers of requests in lower case; of what is read from paths that end in `spoiled` the last bit is
+    flipped; `date` stands in each answer.
+    """
+    how = {"behind": server.removeprefix("http://"), "dropped": dropped, "spoiled": spoiled, "date": date}
+    handler = type("Handler", (Handler,), how)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as proxy:
         proxy.daemon_threads = True
         thread = threading.Thread(target=proxy.serve_forever, args=(0.05,))
