@@ -9,13 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from tests.bad_gateway import bad_gateway
 from tests.s3_server import SECRET_KEY
 
-from elastrain import conditional, lease, storage
+from elastrain import conditional, lease, s3, storage
 from elastrain.errors import ConflictError, StorageError
 from elastrain.lease import Hold
 from elastrain.lock import locked
@@ -163,6 +164,42 @@ def test_what_cannot_work_is_the_same_sentence_as_everywhere(monkeypatch: pytest
     with pytest.raises(StorageError, match=r"no proper answer from http://127.0.0.1:9 in \d s"):
         lease.taken(root, remedy="")
     assert time.monotonic() - start < 15
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (301, "the bucket is in another region: set AWS_REGION"),
+        (501, "the store has no conditional writes"),
+        (403, "access denied"),
+        (409, r"no proper answer from .* in \d s"),
+    ],
+)
+def test_answers_that_the_server_here_does_not_give_are_told_too(
+    status: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_PUT = do_GET  # noqa: N815 -- http.server's name
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(s3, "OUTAGE_S", 1.0)
+        monkeypatch.setattr(s3, "FIRST_S", 1.0)
+        for name, value in (("AWS_ALLOW_HTTP", "true"), ("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b")):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(StorageError, match=rf"cannot (read|write) s3://bucket/x: .*{words}"):
+            conditional.create("s3://bucket/x", b"1")
+        server.shutdown()
 
 
 def test_credentials_come_from_a_profile_too(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,20 +394,15 @@ def test_an_answer_that_got_lost_does_not_cost_the_lease(root: str) -> None:
 # --- stores that let everybody win
 
 
-def test_a_store_that_honours_no_conditions_is_found_out(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with (
-        bad_gateway(os.environ["AWS_ENDPOINT_URL"], dropped=("if-none-match", "if-match")) as gateway,
-        monkeypatch.context() as patch,
-    ):
-        patch.setenv("AWS_ENDPOINT_URL", gateway)
-        with pytest.raises(StorageError, match=f"{root}: the store does not honour conditional writes") as caught:
-            lease.taken(root, remedy="")
+@pytest.mark.parametrize("dropped", ["If-None-Match", "If-Match"])
+def test_a_store_that_ignores_a_condition_is_found_out(
+    dropped: str, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bad_gateway(os.environ["AWS_ENDPOINT_URL"], dropped=(dropped.lower(),)) as gateway:
+        with monkeypatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", gateway)
+            words = rf"^{root}: the store does not honour conditional writes \({dropped}\), so it cannot keep two"
+            with pytest.raises(StorageError, match=words) as caught:
+                lease.taken(root, remedy="")
         assert caught.value.exit_code == 5
-    with (
-        bad_gateway(os.environ["AWS_ENDPOINT_URL"], dropped=("if-match",)) as gateway,
-        monkeypatch.context() as patch,
-    ):
-        patch.setenv("AWS_ENDPOINT_URL", gateway)
-        with pytest.raises(StorageError, match=r"conditional writes \(If-Match\)"):
-            lease.taken(root, remedy="")
     assert not storage.exists(f"{root}/.lock")

@@ -61,7 +61,7 @@ def read(url: str, *, patient: bool = True) -> Version:
     """Return an object as it is now; raises FileNotFoundError, or StorageError; `patient` is as in `create`."""
 
     def once() -> Version:
-        with _spoken():
+        with _spoken(url):
             found = _store(url).get(_key(url))
             data, meta = bytes(found.bytes()), found.meta
         return Version(data=data, etag=str(meta["e_tag"]), written=meta["last_modified"].timestamp())
@@ -73,7 +73,7 @@ def delete(url: str) -> None:
     """Remove an object, whatever version it is; raises StorageError."""
 
     def once() -> None:
-        with _spoken():
+        with _spoken(url):
             _store(url).delete(_key(url))
 
     with contextlib.suppress(FileNotFoundError):
@@ -113,11 +113,11 @@ def _put(url: str, data: bytes, mode: Any, patient: bool) -> str | None:  # noqa
     from obstore.exceptions import AlreadyExistsError, PreconditionError  # noqa: PLC0415 -- only runs on S3 need it
 
     def once() -> str | None:
-        try:
-            with _spoken():
+        with _spoken(url):
+            try:
                 return str(_store(url).put(_key(url), data, mode=mode, use_multipart=False)["e_tag"])
-        except (AlreadyExistsError, PreconditionError):
-            return None
+            except (AlreadyExistsError, PreconditionError):
+                return None
 
     try:
         etag = _asked("write", url, once, patient)
@@ -141,26 +141,24 @@ def _asked(operation: str, url: str, once: Callable[[], T], patient: bool) -> T:
 
 
 @contextlib.contextmanager
-def _spoken() -> Iterator[None]:
+def _spoken(url: str) -> Iterator[None]:
     """Bring what obstore says into the words of Arrow's errors, which `s3` knows how to judge."""
-    from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError  # noqa: PLC0415
+    from obstore.exceptions import BaseError  # noqa: PLC0415 -- only runs on S3 need it
 
     try:
         yield
-    except (AlreadyExistsError, PreconditionError):
-        raise
     except BaseError as error:
         text = str(error).split("\n\nDebug source", 1)[0]
         status, code = re.search(r"status code: (\d+)", text), re.search(r"<Code>(\w+)</Code>", text)
         if (status and status[1] == "501") or "NotSupported" in type(error).__name__:
-            raise StorageError("the store has no conditional writes; choose another storage") from None
+            raise StorageError(f"cannot write {url}: the store has no conditional writes; choose another one") from None
         # 409: somebody else writes at the same moment, and who it is will be seen the next time
         number = f" (HTTP status {status[1]})" if status and status[1] != "409" else ""
         word = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", code[1]).upper() if code else "UNKNOWN"
+        if status is None:
+            word = "PERMANENT_REDIRECT" if "redirect" in text else "NETWORK_CONNECTION"
         said = re.search(r"<Message>([^<]*)", text) or re.search(r" - (.*)", text)
-        raise OSError(
-            f"AWS Error {word if status else 'NETWORK_CONNECTION'}{number}: {said[1] if said else text}"
-        ) from None
+        raise OSError(f"AWS Error {word}{number}: {said[1] if said else text}") from None
 
 
 def _key(url: str) -> str:
