@@ -186,6 +186,27 @@ def export(
 
 
 @app.command()
+def doctor(
+    url: Annotated[str | None, typer.Argument(help="where runs or data are to be; this machine alone if unset")] = None,
+    as_json: Json = False,
+) -> None:
+    """Try this machine and a storage: libraries, limits, reads, writes, conditional writes, clocks."""
+    found: dict[str, Any] = {}
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.doctor import as_text, examine
+
+        found.update(examine(url))
+        return found, as_text(found)
+
+    _print(run, as_json=as_json)
+    from elastrain.doctor import failure
+
+    if error := failure(found):
+        raise error
+
+
+@app.command()
 def schema(as_json: Json = False) -> None:
     """Print the JSON Schema of specs, for editors."""
 

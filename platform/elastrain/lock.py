@@ -1,6 +1,7 @@
-"""One writer a folder: an advisory lock on a file in it, which the kernel drops when its owner dies.
+"""One writer a folder: on this machine by the kernel, on S3 by a lease.
 
-So a dead owner on this machine never stands in the way. Folders on remote storage are not locked yet.
+A local folder has an advisory lock on a file in it, which the kernel drops when its owner dies: a dead owner never
+stands in the way, and who holds it cannot lose it. On S3 see `lease`. Folders on other remote storage are not locked.
 """
 
 import contextlib
@@ -12,19 +13,29 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from elastrain import storage
+from elastrain import lease, storage
 from elastrain.errors import ConflictError, StorageError
+from elastrain.lease import Hold
+from elastrain.s3 import is_s3
 
 
 @contextlib.contextmanager
-def locked(folder: str, *, remedy: str) -> Iterator[None]:
-    """Hold a folder for writing; afterwards the lock's file is gone again.
+def locked(folder: str, *, remedy: str) -> Iterator[Hold]:
+    """Hold a folder for writing; afterwards it is free again, on S3 as an object `.lock` says.
 
-    Raises ConflictError, naming the owner and ending in `remedy`, if another process holds it; StorageError if the
-    folder cannot be written.
+    What is yielded is to be checked before what makes a thing exist. Raises ConflictError, naming the owner and what to
+    do, `remedy` included, if another process holds it; StorageError if the folder cannot be written, or if its store
+    cannot keep two writers apart.
     """
+    if is_s3(folder):
+        held = lease.taken(folder, remedy=remedy)
+        try:
+            yield held.hold
+        finally:
+            held.release()
+        return
     if not storage.is_local(folder):
-        yield
+        yield Hold(folder)
         return
     path = storage.local_path(folder) / ".lock"
     descriptor = _taken(path, remedy)
@@ -34,7 +45,7 @@ def locked(folder: str, *, remedy: str) -> Iterator[None]:
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(_owner()).encode(), 0)
-        yield
+        yield Hold(folder)
     finally:
         if _lies_at(descriptor, path):
             with contextlib.suppress(OSError):

@@ -600,6 +600,20 @@ def _anonymous(pid: int) -> int:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
+def test_a_pack_on_s3_that_is_taken_over_commits_nothing(s3_bucket: str) -> None:
+    out = f"{s3_bucket}/packed-by-two"
+
+    def overtaken(*_: object) -> None:
+        storage.put_json(f"{out}/.lock", {"token": "another", "pid": 7, "user": "who", "host": "came"})
+
+    with pytest.raises(ConflictError, match="was taken over by process 7 of who on came"):
+        pack_dataset("digits", out, PackOptions(), progress=overtaken)
+    assert not storage.exists(f"{out}/train/{MANIFEST}")
+    assert storage.exists(f"{out}/train/{PACKING}")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_packed_text_is_the_text(tmp_path: Path) -> None:
     text = bytes(np.random.default_rng(0).integers(32, 127, 50_000, dtype=np.uint8))
     (tmp_path / "a.txt").write_bytes(text)

@@ -22,6 +22,7 @@ from tests.training.harness import Setup
 from elastrain.elastic.host import METRICS, Host
 from elastrain.elastic.protocol import Roster
 from elastrain.elastic.seat import HUNG
+from elastrain.lease import Hold
 from elastrain.observe.ledger import read_ledger, read_steps
 from elastrain.training.manifests import newest_whole, read_manifest
 
@@ -99,7 +100,7 @@ class History(Stage):
     def _open(self, attempt: int, resume: int | None) -> None:
         least, most = (min(limit, self.slots) for limit in self.limits)
         roster = Roster(minimum=least, maximum=most, initial=min(max(self.size, least), most), lease_s=LEASE_S)
-        self.host = Host(self._url, attempt, roster, resume or 0, alike=True, timeout_s=TIMEOUT_S)
+        self.host = Host(Hold(self._url), attempt, roster, resume or 0, alike=True, timeout_s=TIMEOUT_S)
         self.host.open()
         self._steps = {}
         self.job = Job(

@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 
+from elastrain import storage
 from elastrain.elastic.host import Host
 from elastrain.elastic.protocol import Roster, Worker
+from elastrain.errors import ConflictError
+from elastrain.lease import Hold
+from elastrain.lock import locked
 from elastrain.observe.ledger import read_ledger, read_steps
 
 
@@ -16,7 +20,7 @@ from elastrain.observe.ledger import read_ledger, read_steps
 def host(tmp_path: Path) -> Iterator[Any]:
     """A host whose first generation is one worker."""
     roster = Roster(minimum=1, maximum=2, initial=1, lease_s=60.0)
-    made: Any = Host(str(tmp_path), 0, roster, 0, alike=False, timeout_s=60.0)
+    made: Any = Host(Hold(str(tmp_path)), 0, roster, 0, alike=False, timeout_s=60.0)
     made.open()
     roster.enter(Worker(name="a", node="n", place=0, store=("", 0)), None, 0.0)
     yield made
@@ -68,3 +72,23 @@ def test_lines_are_kept_once_and_only_from_the_newest_generation(host: Any, tmp_
     host.close("done", {})
     assert read_steps(str(tmp_path / "metrics"))["step"].to_pylist() == [0, 1, 2]
     assert [record["kind"] for record in read_ledger(str(tmp_path))][:2] == ["checkpoint", "end"]
+
+
+@pytest.mark.slow
+def test_of_a_run_that_was_taken_over_nothing_more_is_written(s3_bucket: str) -> None:
+    run = f"{s3_bucket}/taken-over"
+    roster = Roster(minimum=1, maximum=2, initial=1, lease_s=60.0)
+    with locked(run, remedy="") as hold:
+        host: Any = Host(hold, 0, roster, 0, alike=False, timeout_s=60.0)
+        host.open()
+        roster.enter(Worker(name="a", node="n", place=0, store=("", 0)), None, 0.0)
+        host.report("a", status(0))
+        assert host.sync("a")
+        storage.put_json(f"{run}/.lock", {"token": "another", "pid": 7, "user": "who", "host": "came"})
+        host.report("a", status(1))
+        assert not host.sync("a"), "its checkpoint may not exist"
+        assert host.poll()["failure"][0] == "ConflictError"
+        assert "was taken over by process 7 of who on came" in host.poll()["failure"][1]
+        with pytest.raises(ConflictError):
+            host.close("done", {})
+    assert read_steps(f"{run}/metrics")["step"].to_pylist() == [0]

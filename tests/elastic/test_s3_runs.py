@@ -10,6 +10,7 @@ from tests.elastic.test_run import BITWISE, SPEC, losses, result, wait_for
 from tests.s3_server import SECRET_KEY
 
 from elastrain import storage
+from elastrain.training.manifests import newest_whole, revoke
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -54,6 +55,30 @@ def test_a_run_on_s3_that_is_killed_goes_on_to_the_bits_of_one_on_a_local_folder
     assert told["run"] == run
     everything = said + page.stdout + json.dumps(told) + str(files_of(run))
     assert SECRET_KEY not in everything
+
+
+def test_a_run_that_another_one_holds_is_refused_and_one_that_is_taken_over_stops(
+    cli: Callable[..., Any], start: Callable[..., Any], s3_bucket: str
+) -> None:
+    held = ("--set", f"storage={s3_bucket}/runs", "--set", "name=held")
+    run = f"{s3_bucket}/runs/held"
+    process = start("train", SPEC, *TWO, *held, "--set", "budget={epochs: 2000}", "--set", "checkpoint.every_steps=20")
+    wait_for(lambda: newest_whole(run, warn=lambda _: None) is not None or process.poll() is not None)
+    refused = cli("train", SPEC, *TWO, *held)
+    assert refused.returncode == 3, refused.stderr
+    words = refused.stderr.splitlines()[-1]
+    assert words.startswith(f"elastrain: error: {run}: in use by process {process.pid} of ")
+    assert "wait for it, stop it, or give this run another name; if it is dead, the same command takes over" in words
+
+    storage.put_json(f"{run}/.lock", {"token": "another", "pid": 7, "user": "who", "host": "came", "counter": 99})
+    revoke(run)
+    newest = newest_whole(run, warn=lambda _: None)
+    out, said = process.communicate(timeout=120)
+    assert (process.returncode, out) == (3, ""), said
+    words = said.splitlines()[-1]
+    assert words.startswith(f"elastrain: error: {run}: was taken over by process 7 of who on came while this process")
+    assert newest_whole(run, warn=lambda _: None) == newest
+    assert storage.read_json(f"{run}/.lock")["counter"] == 99, "who was taken over leaves the lock alone"
 
 
 def test_what_cannot_work_is_one_sentence_and_exit_code_five(

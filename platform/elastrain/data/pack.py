@@ -31,6 +31,7 @@ from elastrain.data.shards import ShardWriter
 from elastrain.data.sources import identity, open_source, parquet_files, refuse_credentials
 from elastrain.data.tokens import Windows
 from elastrain.errors import DataError, ElastrainError, ResourceError, StorageError, error_named
+from elastrain.lease import Hold
 from elastrain.lock import locked
 from elastrain.urls import table_kind
 
@@ -82,14 +83,15 @@ def pack_dataset(source: str, out: str, options: PackOptions, *, progress: Progr
     done = None if options.overwrite else outcome.finished(out, outcome.find(out), marker)
     already = done is not None
     if done is None:
-        with locked(out, remedy="choose another folder"):
-            done = _pack(source, out, options, marker, progress)
+        with locked(out, remedy="choose another folder") as hold:
+            done = _pack(source, hold, options, marker, progress)
     return {**_result(out, done), "already": already, "wall_s": time.monotonic() - begin}
 
 
 def _pack(
-    source: str, out: str, options: PackOptions, marker: Mapping[str, Any], progress: Progress | None
+    source: str, hold: Hold, options: PackOptions, marker: Mapping[str, Any], progress: Progress | None
 ) -> dict[str, Dataset]:
+    out = hold.folder
     there = outcome.find(out)
     outcome.refuse_others(out, there, marker, overwrite=options.overwrite)
     if there:
@@ -100,6 +102,7 @@ def _pack(
             name: _pack_split(source, place.shards(name), name, split, options, progress)
             for name, split in splits.items()
         }
+        hold.check()
         return outcome.commit(place, packed)
 
 

@@ -169,10 +169,17 @@ def node_for_holder(driver: str, busy: Sequence[str]) -> str | None:
     return min((node for node in alive if node != driver), key=lambda node: (node in busy, node), default=None)
 
 
-def recall(run: str, plan: Mapping[str, Any], *, warn: Callable[[str], None]) -> None:
+def recall(
+    run: str,
+    plan: Mapping[str, Any],
+    *,
+    warn: Callable[[str], None],
+    settle: Callable[[], None] = lambda: None,
+) -> None:
     """Turn the newest whole snapshot of the run's last attempt into a checkpoint, if it is past those there are.
 
-    The holder is ended. Raises StorageError if the checkpoint cannot be written; the holder lives on then.
+    The holder is ended. Raises StorageError if the checkpoint cannot be written, and what `settle` raises before it
+    comes into being; the holder lives on then.
     """
     holder = _found(run)
     if holder is None:
@@ -188,7 +195,7 @@ def recall(run: str, plan: Mapping[str, Any], *, warn: Callable[[str], None]) ->
             break
         try:
             if unseal(manifest, step)["info"]["plan"] == dict(plan):
-                adopt(run, step, manifest, partial(_pieces, holder, manifest))
+                adopt(run, step, manifest, partial(_pieces, holder, manifest), settle)
                 warn(f"going on from a snapshot of step {step}")
                 break
         except (ValueError, ray.exceptions.RayError) as error:

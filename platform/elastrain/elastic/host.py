@@ -17,7 +17,8 @@ from elastrain import storage
 from elastrain.data.columns import Array
 from elastrain.elastic.membership import Membership
 from elastrain.elastic.protocol import Roster
-from elastrain.errors import ElastrainError, StorageError
+from elastrain.errors import ConflictError, ElastrainError, StorageError
+from elastrain.lease import Hold
 from elastrain.observe.ledger import Ledger, StepLog
 
 FLUSH_S = 1.0
@@ -34,7 +35,7 @@ class Host:
 
     def __init__(
         self,
-        run: str,
+        hold: Hold,
         attempt: int,
         roster: Roster,
         resume_step: int,
@@ -43,8 +44,9 @@ class Host:
         timeout_s: float,
         tripped: frozenset[int] = frozenset(),
     ) -> None:
+        run = hold.folder
         self._ledger = Ledger(run, attempt)
-        self._run = run
+        self._hold, self._run = hold, run
         self._step, self._resume_step = resume_step, resume_step
         self._last: dict[str, Any] = {}
         self._ended: float | None = None  # when the step before ended; a step after a start has time_s 0
@@ -73,6 +75,7 @@ class Host:
         What was told of this attempt before is written first: what is cut back here is cut back by an attempt that all
         who come later know of.
         """
+        self._hold.check()
         self._ledger.flush()
         for name, schema in (("audit", AUDIT), ("metrics", METRICS)):
             self._logs[name] = StepLog(storage.join(self._run, name), schema, resume_step=self._resume_step)
@@ -148,8 +151,15 @@ class Host:
 
     @ray.method(concurrency_group=RECORDS)
     def sync(self, worker: str) -> bool:
-        """Write what has arrived. Say whether this worker's checkpoint may exist: not if it has been given up."""
-        self._flush()
+        """Write what has arrived. Say whether this worker's checkpoint may exist.
+
+        Not if it has been given up, or if the run has been taken over: that ends what is left of it here.
+        """
+        try:
+            self._flush()
+        except ConflictError as error:
+            self.membership.fail(ConflictError.__name__, str(error))
+            return False
         return self.membership.trusts(worker)
 
     @ray.method(concurrency_group=RECORDS)
@@ -220,6 +230,7 @@ class Host:
                 return
 
     def _flush(self) -> None:
+        self._hold.check()
         with self._lock:
             for log in self._logs.values():
                 log.flush(self._step)

@@ -33,12 +33,14 @@ from elastrain.elastic.script import Script
 from elastrain.elastic.session import embedded_cpus, find_room, fitting, ray_session, reading_resources
 from elastrain.elastic.watch import POLL_S, Watch, WorkerLost
 from elastrain.errors import Interrupted, ResourceError, ours
+from elastrain.lease import Hold
 from elastrain.lock import locked
 from elastrain.observe.ledger import Ledger
 from elastrain.observe.progress import LiveLine, Status
 from elastrain.observe.report import TRAIN_KEYS, read_report, write_html
 from elastrain.spec.document import resolve
 from elastrain.spec.train import TrainSpec
+from elastrain.training.manifests import revoke
 
 BACK_OFF_S = 2.0
 END_S = 15.0
@@ -80,6 +82,7 @@ class Job:
 
     spec: TrainSpec
     run_url: str
+    hold: Hold
     plan: Plan
     train: Dataset
     evaluation: Dataset | None
@@ -111,13 +114,15 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
     evaluation = Dataset.open(spec.data.eval).select(spec.data.columns) if spec.data.eval else None
     cache = cache_of(spec.data.cache, train_data, evaluation)
     check_transforms(spec.data.transforms, train_data, evaluation)
-    with locked(run_url, remedy="give this run another name"), LiveLine() as line:
+    with locked(run_url, remedy="give this run another name") as hold, LiveLine() as line:
+        revoke(run_url)
         asked = spec.workers.max
         spec, plan = prepare(spec, train_data, run_url, fresh=fresh)
         steps = spec.budget.steps or (spec.budget.epochs or 0) * plan.steps_per_epoch
         job = Job(
             spec=spec,
             run_url=run_url,
+            hold=hold,
             plan=plan,
             train=train_data,
             evaluation=evaluation,
@@ -135,10 +140,11 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
         # Ray takes SIGTERM for itself when it starts, so ours comes after it
         with ray_session(address, cpus=embedded_cpus(spec.workers)), _stopping(job):
             _placed(job)  # what cannot be placed removes nothing
+            hold.check()
             if fresh or not is_same(run_url, spec, plan):
                 end_holder(run_url)
             else:
-                recall(run_url, plan.identity(), warn=job.warn)
+                recall(run_url, plan.identity(), warn=job.warn, settle=hold.check)
             begin(run_url, spec, plan, fresh=fresh)
             return _attempts(job)
 
@@ -161,8 +167,10 @@ def _attempts(job: Job) -> Run:
             job.losses = job.losses or [(time.time(), step)]
             job.warn(f"{error}; starting again from the last checkpoint")
             time.sleep(BACK_OFF_S * idle)
-            recall(job.run_url, job.plan.identity(), warn=job.warn)
+            job.hold.check()
+            recall(job.run_url, job.plan.identity(), warn=job.warn, settle=job.hold.check)
             continue
+        job.hold.check()
         end_holder(job.run_url)
         if result["stopped"]:
             raise Interrupted(f"stopped at step {result['step']} after a commit; the same command goes on from there")
@@ -233,7 +241,7 @@ def _host(job: Job, size: int, first: int) -> Any:
     return _actor(
         Host,
         workers.max,
-        job.run_url,
+        job.hold,
         Ledger.next_attempt(job.run_url),
         roster,
         first,

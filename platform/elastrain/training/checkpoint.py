@@ -216,8 +216,7 @@ class Writer:
         clear(self._run, step)  # what a writer that was killed left there
         try:
             files = self._put_files(tensors, numbers, url)
-            self._settle()
-            write_manifest(self._run, step, files, info)
+            write_manifest(self._run, step, files, info, self._settle)
         except ConflictError:
             raise  # by now the folder may be another worker's
         except Exception:

@@ -1,4 +1,8 @@
-"""Which checkpoints a run has, from their manifests alone: no torch here, so that a driver need not load it."""
+"""Which checkpoints a run has, from their manifests alone: no torch here, so that a driver need not load it.
+
+On S3 manifests are created, and where one is in the way only that one is replaced: `revoke` can make impossible what
+has not come into being yet.
+"""
 
 import contextlib
 import hashlib
@@ -6,16 +10,19 @@ import json
 import math
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from elastrain import storage
-from elastrain.errors import SpecError, StorageError
+from elastrain import conditional, storage
+from elastrain.errors import ConflictError, SpecError, StorageError
+from elastrain.s3 import is_s3
 from elastrain.spec.problems import nearest
 from elastrain.spec.train import CheckpointSpec
 
 MANIFEST = "manifest.json"
 FOLDER = re.compile(r"step-(\d{8,})")
+REVOKED = b"revoked "
 SEAL = ',\n "sha256": "'
 
 
@@ -64,16 +71,56 @@ def described(data: bytes) -> dict[str, Any]:
     return description.entry()
 
 
-def write_manifest(run: str, step: int, files: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Write the manifest of a checkpoint: from now on it exists."""
-    storage.put(storage.join(folder(run, step), MANIFEST), seal(step, files, info))
+def write_manifest(
+    run: str, step: int, files: Mapping[str, Any], info: Mapping[str, Any], settle: Callable[[], None] = lambda: None
+) -> None:
+    """Write the manifest of a checkpoint whose files are there: from now on it exists.
+
+    `settle` raises if it may not; it is called at least once. Raises ConflictError if another process has taken the
+    run over or writes the same checkpoint, StorageError.
+    """
+    _commit(run, step, seal(step, files, info), settle)
+
+
+def _commit(run: str, step: int, manifest: bytes, settle: Callable[[], None]) -> None:
+    url = storage.join(folder(run, step), MANIFEST)
+    settle()
+    if not is_s3(url):
+        storage.put(url, manifest)
+        return
+    if conditional.create(url, manifest) is not None:
+        return
+    try:  # of a worker that was given up, or of who took the run over: then `settle` raises
+        there = conditional.read(url)
+    except FileNotFoundError:
+        there = None
+    settle()
+    if there is None or conditional.replace(url, manifest, there.etag) is None:
+        raise ConflictError(f"{url}: another process writes this checkpoint at the same time; stop all but one")
+
+
+def revoke(run: str) -> None:
+    """See to it that no checkpoint which was begun before comes into being; for who has just come to hold the run.
+
+    Only S3 needs it: a local folder is not taken over from the living. Raises StorageError.
+    """
+    for step in _steps(run) if is_s3(run) else ():
+        url, mark = storage.join(folder(run, step), MANIFEST), REVOKED + secrets.token_hex(8).encode()
+        if conditional.create(url, mark) is None:
+            with contextlib.suppress(FileNotFoundError):
+                there = conditional.read(url)
+                if there.data.startswith(REVOKED):
+                    conditional.replace(url, mark, there.etag)
 
 
 def read_manifest(run: str, step: int) -> dict[str, Any]:
     """Return the manifest of a checkpoint; raises FileNotFoundError if it has none, StorageError if it is broken."""
     url = storage.join(folder(run, step), MANIFEST)
+    data = storage.read_bytes(url)
+    if data.startswith(REVOKED):
+        raise FileNotFoundError(url)
     try:
-        return unseal(storage.read_bytes(url), step)
+        return unseal(data, step)
     except ValueError as error:
         raise StorageError(f"{url}: {error}") from error
 
@@ -135,11 +182,17 @@ def clear(run: str, step: int) -> None:
     storage.remove(url)
 
 
-def adopt(run: str, step: int, manifest: bytes, read: Callable[[str], Iterable[bytes]]) -> None:
+def adopt(
+    run: str,
+    step: int,
+    manifest: bytes,
+    read: Callable[[str], Iterable[bytes]],
+    settle: Callable[[], None] = lambda: None,
+) -> None:
     """Make a checkpoint of files that are elsewhere, its manifest last; `read` returns the pieces of a file.
 
     Raises ValueError if they are not the bytes that the manifest names, StorageError if they cannot be written; nothing
-    is left then.
+    is left then. `settle` and ConflictError are as in `write_manifest`.
     """
     files = unseal(manifest, step)["files"]
     clear(run, step)
@@ -147,7 +200,9 @@ def adopt(run: str, step: int, manifest: bytes, read: Callable[[str], Iterable[b
         for name, expected in files.items():
             if _written(storage.join(folder(run, step), name), read(name)) != expected:
                 raise ValueError(f"{name}: corrupted (not the bytes that the manifest names)")
-        storage.put(storage.join(folder(run, step), MANIFEST), manifest)
+        _commit(run, step, manifest, settle)
+    except ConflictError:
+        raise  # by now the folder may be another process's
     except BaseException:
         with contextlib.suppress(StorageError):
             clear(run, step)
