@@ -55,6 +55,9 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Turn digits, IDX, CSV, Parquet, text or images into packed, checksummed Parquet."""
+    checks: dict[str, Any] = {"expect": expect, "classes": classes, "nulls": nulls, "non_finite": non_finite}
+    rows: dict[str, Any] = {"duplicates": duplicates, "key": key, "split": split, "by": by}
+    notes: dict[str, Any] = {"license": license_name, "origin": origin}
 
     def run() -> tuple[dict[str, Any], str]:
         from elastrain.data.card import as_text
@@ -74,18 +77,7 @@ def pack(
             image_size=image_size,
             label=label,
             columns=tuple(columns.split(",")) if columns else None,
-            prepare=Preparation(
-                nulls=nulls,
-                non_finite=non_finite,
-                duplicates=duplicates,
-                key=key,
-                split=split,
-                by=by,
-                expect=expect,
-                classes=classes,
-                license=license_name,
-                origin=origin,
-            ),
+            prepare=Preparation(**checks, **rows, **notes),
             overwrite=overwrite,
         )
         with ray_session(address, cpus=machine_cpus()), pack_progress() as progress:

@@ -134,9 +134,8 @@ def as_text(cards: Mapping[str, Any]) -> str:
 
 def page(name: str, card: Mapping[str, Any]) -> str:
     """Return the card as a page of Markdown."""
-    return "\n".join(
-        [f"# {name}: {card['rows']:,} rows", "", *_origin(card), *_steps(card), *_columns(card), *_classes(card)]
-    )
+    head = [f"# {name}: {card['rows']:,} rows", ""]
+    return "\n".join([*head, *_origin(card), *_steps(card), *_columns(card), *_classes(card), ""])
 
 
 def _origin(card: Mapping[str, Any]) -> Iterator[str]:

@@ -103,9 +103,8 @@ def refuse_others(out: str, there: Mapping[str, Found], pack: Mapping[str, Any],
         if held.pack == pack or overwrite:
             continue
         options, wanted = held.pack.get("options", {}), pack["options"]
-        differing = [
-            f"{key} {options.get(key)}" for key in {**wanted, **options} if options.get(key) != wanted.get(key)
-        ]
+        keys = [key for key in {**wanted, **options} if options.get(key) != wanted.get(key)]
+        differing = [f"{key} {options.get(key, 'unset')}" for key in keys]
         if not held.pack:
             why = "has a manifest that cannot be read, or one that no pack wrote"
         elif held.pack.get("source") != pack["source"]:
