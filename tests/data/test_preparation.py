@@ -17,9 +17,9 @@ import pytest
 import ray
 
 from elastrain import storage
-from elastrain.data import duplicates
+from elastrain.data import csv_files, duplicates
 from elastrain.data.card import PAGE
-from elastrain.data.chunks import PackOptions
+from elastrain.data.chunks import PackOptions, place_hashes
 from elastrain.data.columns import Array, Column
 from elastrain.data.dataset import Dataset
 from elastrain.data.duplicates import RowHashes, as_words, hashes_of
@@ -167,7 +167,10 @@ def with_nulls(folder: Path) -> None:
         (folder / f"{name}.csv").write_text("n,x,kind\n" + "\n".join(lines) + "\n")
 
 
-def test_rows_without_values_are_an_error_with_their_number_and_the_first(tmp_path: Path) -> None:
+def test_rows_without_values_are_an_error_with_their_number_and_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(csv_files, "BLOCK_BYTES", 150)  # there is a row without a value in several blocks
     with_nulls(tmp_path / "in")
     for given, words in (
         (options(label="kind"), "in/b.csv: column 'n' has no value in row 10, the first of 5 such rows"),
@@ -352,7 +355,10 @@ def test_shares_without_a_key_split_as_a_test_fraction_does(tmp_path: Path) -> N
     source = f"csv:{tmp_path}/in"
     shared = prepared(source, PackOptions(columns=("n",), prepare=Preparation(split="train=0.9,test=0.1")))
     fraction = prepared(source, PackOptions(columns=("n",), test_fraction=0.1))
-    assert all(np.array_equal(shared[name]["n"], fraction[name]["n"]) for name in ("train", "test"))
+    held_out = place_hashes("000000.csv", np.arange(2000)) < np.uint64(0.1 * 2**64)
+    for found in (shared, fraction):
+        assert np.array_equal(found["test"]["n"], np.flatnonzero(held_out))
+        assert np.array_equal(found["train"]["n"], np.flatnonzero(~held_out))
 
 
 # --- labels and statistics
