@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,10 @@ import ray
 from elastrain import storage
 from elastrain.data import csv_files, duplicates
 from elastrain.data.card import PAGE
-from elastrain.data.chunks import PackOptions, place_hashes
+from elastrain.data.chunks import PackOptions, Removed, place_hashes
 from elastrain.data.columns import Array, Column
 from elastrain.data.dataset import Dataset
-from elastrain.data.duplicates import RowHashes, as_words, hashes_of
+from elastrain.data.duplicates import HashReader, RowHashes, as_words, hashes_of
 from elastrain.data.pack import pack_dataset
 from elastrain.data.preparation import Preparation
 from elastrain.data.shards import COUNTED_VALUES, Sums, read_back
@@ -270,6 +271,40 @@ def test_duplicates_are_those_that_a_dictionary_finds(by_key: bool, monkeypatch:
     assert not folder.exists()
 
 
+def test_memory_holds_a_part_of_the_hashes() -> None:
+    rows, step = 1_000_000, 50_000
+    with RowHashes(by_key=False) as hashes:
+        tracemalloc.start()
+        for low in range(0, rows, step):
+            words = as_words(hashes_of(b"%d" % (row % 700_000) for row in range(low, low + step)))
+            hashes.add({"hash": words, "label": np.zeros(step, np.int64)})
+        hashes.finish()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert hashes.duplicates == 300_000
+    buffers = duplicates.PARTS * duplicates.BUFFER_BYTES
+    assert (
+        peak
+        < buffers + 12 * step * duplicates.RECORD.itemsize
+        < rows * duplicates.RECORD.itemsize + buffers + (4 << 20)
+    )
+
+
+def test_rows_that_are_all_removed_leave_nothing_to_hash(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"x": [np.nan, np.inf], "who": pa.array(["", "a"]).dictionary_encode()}), tmp_path / "a.parquet"
+    )
+    source = f"parquet:{tmp_path}/a.parquet"
+    for given, removed in (
+        (options(non_finite="drop", nulls="drop", duplicates="drop", key="who"), [("nulls", 1), ("non-finite", 1)]),
+        (options(non_finite="drop", duplicates="drop"), [("non-finite", 2)]),
+    ):
+        split = open_source(source, replace(given, columns=("x",)))["train"]
+        pieces = list(split.reader.read(split.chunks[0]))
+        assert [(p.step, p.rows) for p in pieces if isinstance(p, Removed)] == removed
+        assert not list(HashReader(split.reader, ("x",), None).read(split.chunks[0]))
+
+
 def twins(folder: Path) -> dict[str, Array]:
     """Three Parquet files of rows of which a third are there before, in the same file or another; return all rows."""
     folder.mkdir()
@@ -373,6 +408,7 @@ def test_labels_outside_the_declared_classes_are_refused(tmp_path: Path) -> None
     with pytest.raises(DataError, match="column 'label' is 3 in row 321 of the train split, outside of the 3 classes"):
         pack_dataset(f"csv:{tmp_path}/a.csv", str(tmp_path / "out"), options(classes=3))
     result = pack_dataset(f"csv:{tmp_path}/a.csv", str(tmp_path / "five"), options(classes=5))
+    assert Dataset.open(str(tmp_path / "five" / "train")).columns[1].num_values == 5, "what a model is made for"
     labels = result["cards"]["train"]["labels"]
     assert labels == {
         "column": "label",

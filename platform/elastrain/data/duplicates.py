@@ -66,6 +66,8 @@ class HashReader:
             if isinstance(arrays, Removed):
                 continue
             rows = len(next(iter(arrays.values())))
+            if not rows:
+                continue
             label = np.zeros(rows, np.int64) if self.label is None else arrays[self.label].astype(np.int64)
             hashes = arrays[KEY] if KEY in arrays else as_words(hashes_of(_rows(arrays, self.names)))
             yield {HASH: hashes, LABEL: label}

@@ -4,6 +4,7 @@ Adding a kind of source: write a function `(rest of the name, options) -> {name:
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from elastrain import storage
 from elastrain.data.card import label_of
@@ -41,9 +42,14 @@ def open_source(source: str, options: PackOptions) -> dict[str, Split]:
     splits = KINDS[kind](rest, options)
     columns = next(iter(splits.values())).columns
     check_expected(source, columns, options.prepare.expect)
-    if options.prepare.classes is not None and label_of(columns, options.label) is None:
+    classes = options.prepare.classes
+    if classes is None:
+        return splits
+    label = label_of(columns, options.label)
+    if label is None:
         raise SpecError(f"{source}: --classes bounds a column of labels, and there is none; name it with --label")
-    return splits
+    columns = tuple(replace(c, num_values=classes) if c.name == label else c for c in columns)
+    return {name: replace(split, columns=columns) for name, split in splits.items()}
 
 
 def _refuse_inapplicable(kind: str, options: PackOptions) -> None:

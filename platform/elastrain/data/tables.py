@@ -133,8 +133,8 @@ def _missing(batch: pa.RecordBatch, name: str, part: Part) -> Mask | None:
     """Say which rows have no value, or a list or image that lacks one; None if no row does."""
     values = batch.column(name)
     mask = null_rows(values)
-    if name in (part.label, part.by, part.key) and pa.types.is_string(values.type):
-        mask |= pc.equal(pc.fill_null(values, ""), "").to_numpy(zero_copy_only=False)
+    if name in (part.label, part.by, part.key) and "string" in str(values.type):
+        mask |= pc.equal(pc.fill_null(values.cast(pa.string()), ""), "").to_numpy(zero_copy_only=False)
     return mask if mask.any() else None
 
 
