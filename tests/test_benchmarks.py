@@ -241,6 +241,22 @@ def test_s3_ingest_asks_for_each_row_group_in_one_epoch_and_for_nothing_in_the_n
     assert ours["measures"]["requests"] >= ours["counters"]["row_groups"]
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_pack_writes_every_row_on_all_sides(tmp_path: Path) -> None:
+    from benchmarks.pack.case import SMALL_FILES
+    from benchmarks.pack.data import FILE_ROWS
+
+    (series,) = small("pack", tmp_path).values()
+    rows = SMALL_FILES * FILE_ROWS
+    for name, side in series.items():
+        removed = {} if name == "Ray Data" else {"removed": 0}
+        assert side["counters"] == {"rows": rows, "read": rows, **removed}
+        assert side["measures"]["peak_mib"] > 50
+    assert len({side["digest"] for side in series.values()}) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_loop_does_the_same_steps_on_both_sides(tmp_path: Path) -> None:

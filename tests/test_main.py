@@ -48,7 +48,7 @@ def test_packing_starts_ray_with_all_cpus_of_the_machine(monkeypatch: pytest.Mon
         asked.append((address, cpus))
         yield
 
-    result = {"already": True, "dataset": "out", "splits": {}}
+    result = {"already": True, "dataset": "out", "splits": {}, "cards": {}}
     monkeypatch.setattr("elastrain.elastic.session.ray_session", session)
     monkeypatch.setattr("elastrain.data.pack.pack_dataset", lambda *_, **__: result)
     monkeypatch.setattr("elastrain.data.pack.get_num_cpus", lambda **_: 48)

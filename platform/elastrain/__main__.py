@@ -42,14 +42,29 @@ def pack(
     image_size: Annotated[int | None, typer.Option(help="images: scale and crop to this height and width")] = None,
     label: Annotated[str | None, typer.Option(help="csv, parquet: the column whose texts become classes")] = None,
     columns: Annotated[str | None, typer.Option(help="csv, parquet: the columns to keep, as a,b,c")] = None,
+    expect: Annotated[str | None, typer.Option(help="what the columns must be, as x:float64,img:uint8[8,8]")] = None,
+    classes: Annotated[int | None, typer.Option(help="how many classes labels have; others are refused")] = None,
+    nulls: Annotated[str, typer.Option(help="csv, parquet: rows that lack a value: error or drop")] = "error",
+    non_finite: Annotated[str, typer.Option(help="csv, parquet: NaN and infinity: error, drop or keep")] = "error",
+    duplicates: Annotated[str, typer.Option(help="equal rows: keep, count, or drop all but the first")] = "keep",
+    key: Annotated[str | None, typer.Option(help="csv, parquet: the column that tells duplicates; else all")] = None,
+    split: Annotated[str | None, typer.Option(help="csv, parquet: shares, as train=0.8,val=0.1,test=0.1")] = None,
+    by: Annotated[str | None, typer.Option(help="csv, parquet: rows alike in this column share a split")] = None,
+    license_name: Annotated[str | None, typer.Option("--license", help="noted in the card")] = None,
+    origin: Annotated[str | None, typer.Option("--source", help="where the data come from, noted in the card")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace another dataset there")] = False,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Turn digits, IDX, CSV, Parquet, text or images into packed, checksummed Parquet."""
+    checks: dict[str, Any] = {"expect": expect, "classes": classes, "nulls": nulls, "non_finite": non_finite}
+    rows: dict[str, Any] = {"duplicates": duplicates, "key": key, "split": split, "by": by}
+    notes: dict[str, Any] = {"license": license_name, "origin": origin}
 
     def run() -> tuple[dict[str, Any], str]:
+        from elastrain.data.card import as_text
         from elastrain.data.pack import machine_cpus, pack_dataset
+        from elastrain.data.preparation import Preparation
         from elastrain.data.sources import PackOptions
         from elastrain.elastic.session import ray_session
         from elastrain.observe.progress import pack_progress
@@ -64,13 +79,14 @@ def pack(
             image_size=image_size,
             label=label,
             columns=tuple(columns.split(",")) if columns else None,
+            prepare=Preparation(**checks, **rows, **notes),
             overwrite=overwrite,
         )
         with ray_session(address, cpus=machine_cpus()), pack_progress() as progress:
             result = pack_dataset(source, out, options, progress=progress)
         verb = "already packed" if result["already"] else "packed"
         splits = ", ".join(f"{name} {split['rows']:,} rows" for name, split in result["splits"].items())
-        return result, f"{verb}: {result['dataset']} ({splits})"
+        return result, f"{verb}: {result['dataset']} ({splits}){as_text(result['cards'])}"
 
     _print(run, as_json=as_json)
 

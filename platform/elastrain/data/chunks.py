@@ -16,6 +16,7 @@ import numpy.typing as npt
 from elastrain import storage
 from elastrain.data.columns import Array, Column
 from elastrain.data.plan import row_seeds
+from elastrain.data.preparation import Preparation
 from elastrain.errors import DataError, SpecError, StorageError
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ class PackOptions:
 
     `test_fraction` None is the source's default (digits 0.2, text 0.1, others none). Text has `context`, `tokenizer`;
     images have `image_size`; csv and parquet have `label`, `columns` (others are left out). `row_group_bytes` and
-    `shard_bytes` are decoded bytes.
+    `shard_bytes` are decoded bytes. `prepare` says what is checked, removed and noted.
     """
 
     context: int = 64
@@ -46,6 +47,7 @@ class PackOptions:
     image_size: int | None = None
     label: str | None = None
     columns: tuple[str, ...] | None = None
+    prepare: Preparation = field(default_factory=Preparation)
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -55,6 +57,10 @@ class PackOptions:
             raise SpecError(f"tokenizer {self.tokenizer!r} is neither bytes nor bpe:SIZE, such as bpe:4096")
         if self.test_fraction is not None and not 0 <= self.test_fraction < 1:
             raise SpecError(f"test fraction {self.test_fraction} is not in 0 <= fraction < 1")
+        if self.test_fraction is not None and self.prepare.split is not None:
+            raise SpecError("--test-fraction and --split say the same; give one of them")
+        if self.prepare.by is not None and not (self.prepare.split or self.test_fraction):
+            raise SpecError("--by says how rows are split; give --split or --test-fraction with it")
         sizes = {"context": self.context, "row group bytes": self.row_group_bytes, "shard bytes": self.shard_bytes}
         for name, size in {**sizes, "image size": 1 if self.image_size is None else self.image_size}.items():
             if size < 1:
@@ -63,15 +69,24 @@ class PackOptions:
     def identity(self) -> dict[str, Any]:
         """Return what decides the packed bytes, as a JSON object."""
         held = asdict(self)
-        del held["overwrite"]
-        return {**held, "columns": None if self.columns is None else list(self.columns)}
+        del held["overwrite"], held["prepare"]
+        return {**held, "columns": None if self.columns is None else list(self.columns), **self.prepare.identity()}
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Rows that a step took out of a chunk: how many, and the place of the first."""
+
+    step: str
+    rows: int
+    first: str
 
 
 class Reader(Protocol):
     """Turns a chunk into pieces of the split's columns; picklable, so that it can be sent to the tasks once."""
 
-    def read(self, chunk: Any) -> Iterator[Arrays]:
-        """Yield the chunk's rows in order; raises DataError naming the file."""
+    def read(self, chunk: Any) -> Iterator[Arrays | Removed]:
+        """Yield the chunk's rows in order, and at its end what was removed; raises DataError naming the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +108,9 @@ class Split:
     def pieces(self) -> Iterator[Arrays]:
         """Yield every piece of the split in order, in this process; raises DataError naming the file."""
         for chunk in self.chunks:
-            yield from self.reader.read(chunk)
+            for piece in self.reader.read(chunk):
+                if not isinstance(piece, Removed):
+                    yield piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,15 +192,14 @@ def named_splits(files: Files) -> dict[str, Files] | None:
 
 def own_split_only(source: str, options: PackOptions) -> None:
     """Raise SpecError if a split is asked of a source that has its own."""
-    if options.test_fraction is not None:
-        raise SpecError(f"{source}: the source has its own split; leave out --test-fraction")
+    if options.test_fraction is not None or options.prepare.split is not None:
+        raise SpecError(f"{source}: the source has its own split; leave out --test-fraction and --split")
 
 
-def in_test(path: str, rows: npt.NDArray[np.int64], fraction: float) -> npt.NDArray[np.bool_]:
-    """Say which rows of a file belong to the test split: a hash of path and row number decides, nothing else."""
+def place_hashes(path: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """Return what decides a row's split where no key does: a hash of its file's path and its number there."""
     seed = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "little")
-    hashes = row_seeds(seed, np.zeros(len(rows), np.int64), rows)
-    return hashes < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+    return row_seeds(seed, np.zeros(len(rows), np.int64), rows)
 
 
 def grouped(items: Sequence[T], weight: Callable[[T], int], most: int) -> list[tuple[T, ...]]:

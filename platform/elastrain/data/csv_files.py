@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 
 from elastrain import storage
-from elastrain.data.chunks import Arrays, Files, PackOptions, Split, attempt, class_dtype, find, first_line
+from elastrain.data.chunks import Arrays, Files, PackOptions, Removed, Split, attempt, class_dtype, find, first_line
 from elastrain.data.columns import Column
-from elastrain.data.tables import Part, as_classes, chosen, class_names, no_numbers, split_files
+from elastrain.data.tables import Part, as_classes, chosen, class_names, no_numbers, rows_of, split_files
 from elastrain.errors import DataError
 
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
@@ -35,20 +34,18 @@ class CsvReader:
     classes: tuple[str, ...]
     part: Part
 
-    def read(self, chunk: str) -> Iterator[Arrays]:
+    def read(self, chunk: str) -> Iterator[Arrays | Removed]:
         """Yield the split's rows of a file; raises DataError naming file and column of what does not fit."""
         url = storage.join(self.root, chunk)
-        first = 0
-        for batch in _blocks(url, self.types):
-            arrays = {column.name: self._column(batch, column, url, first) for column in self.columns}
-            yield self.part.of(arrays, chunk, first)
-            first += batch.num_rows
+        types = {**dict.fromkeys(self.part.helpers(self.types), "string"), **self.types}
 
-    def _column(self, batch: pa.RecordBatch, column: Column, url: str, first: int) -> Any:
+        def decode(batch: pa.RecordBatch) -> Arrays:
+            return {column.name: self._column(batch, column, url) for column in self.columns}
+
+        yield from rows_of(_blocks(url, types), self.part, self.columns, decode, url=url, place=(chunk, 0))
+
+    def _column(self, batch: pa.RecordBatch, column: Column, url: str) -> Any:
         values = batch.column(column.name)
-        if values.null_count:
-            row = first + pc.index(pc.is_null(values), True).as_py()
-            raise DataError(f"{url}: column {column.name!r} has no value in row {row}; fill or drop such rows first")
         if self.types[column.name] == "string":
             return as_classes(values, self.classes, column, url)
         return values.to_numpy(zero_copy_only=False).astype(np.dtype(column.dtype), copy=False)
@@ -99,7 +96,7 @@ def _types(files: Files, options: PackOptions) -> dict[str, str]:
                 f"{other}: columns {', '.join(found)}, but {', '.join(types)} in {first}; make them the same"
             )
         types = {name: _wider(name, types[name], kind, first, other) for name, kind in found.items()}
-    wanted = {name: types[name] for name in chosen(first, list(types), options)}
+    wanted = {name: types[name] for name in chosen(first, types, list(types), options)}
     if not wanted:
         raise DataError(f"{first}: no columns to pack")
     if options.label is not None and types[options.label] not in STORED:
@@ -123,7 +120,7 @@ def _wider(name: str, held: str, kind: str, first: str, other: str) -> str:
 def _header(url: str) -> dict[str, str]:
     with _stream(url) as stream, _named(url):
         schema = _reader(stream, url, {}).schema
-        chosen(url, schema.names, PackOptions())
+        chosen(url, {}, schema.names, PackOptions())
         return {field.name: str(field.type) for field in schema}
 
 

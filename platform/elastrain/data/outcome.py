@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elastrain import storage
+from elastrain.data.card import PAGE, page
 from elastrain.data.chunks import Split
 from elastrain.data.dataset import MANIFEST, PACKING, Dataset
 from elastrain.errors import ConflictError, DataError, ElastrainError
@@ -102,7 +103,8 @@ def refuse_others(out: str, there: Mapping[str, Found], pack: Mapping[str, Any],
         if held.pack == pack or overwrite:
             continue
         options, wanted = held.pack.get("options", {}), pack["options"]
-        differing = [f"{key} {options.get(key)}" for key in wanted if options.get(key) != wanted[key]]
+        keys = [key for key in {**wanted, **options} if options.get(key) != wanted.get(key)]
+        differing = [f"{key} {options.get(key, 'unset')}" for key in keys]
         if not held.pack:
             why = "has a manifest that cannot be read, or one that no pack wrote"
         elif held.pack.get("source") != pack["source"]:
@@ -163,6 +165,7 @@ def _clear(place: Place) -> None:
     for url in urls:
         storage.remove(storage.join(url, MANIFEST))
     for url in urls:
+        storage.remove(storage.join(url, PAGE))
         _remove_shards(url)
     for url in urls[len(place.splits) :]:
         storage.remove(storage.join(url, PACKING))
@@ -201,6 +204,9 @@ def commit(place: Place, packed: Mapping[str, Dataset]) -> dict[str, Dataset]:
         info = {**packed[name].info, "pack": place.pack, "splits": list(packed)}
         url = storage.join(place.out, name)
         done[name] = replace(packed[name], url=url, columns=tuple(columns), info=info)
+        if "card" in info:
+            text = page(name, {**info["card"], "fingerprint": packed[name].fingerprint})
+            storage.put(storage.join(url, PAGE), text.encode())
         storage.put_json(storage.join(url, MANIFEST), done[name].manifest())
     for name in packed:
         storage.remove(storage.join(place.out, name, PACKING))

@@ -2,15 +2,19 @@
 
 ```
 source ─► chunks ─► read tasks (Ray Data, parallel, in order) ─► pieces ─► ShardWriter ─► shards ─► manifests
+              └───► hashes of rows, before, where duplicates are looked for ───┘
 ```
 What a task does depends on its chunk alone, and pieces are put together in the order of chunks, so the number of CPUs
 and tasks changes nothing. Errors travel as rows, not as exceptions: a user sees our sentence, not Ray's traceback.
 """
 
+import contextlib
+import json
 import logging
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,12 +27,14 @@ from ray.exceptions import NodeDiedError, OutOfDiskError, OutOfMemoryError, RayE
 
 from elastrain import storage
 from elastrain.data import outcome
-from elastrain.data.chunks import Arrays, PackOptions, Reader, Split
+from elastrain.data.card import Removals, check_labels, duplicates_found, label_of, make_card
+from elastrain.data.chunks import Arrays, PackOptions, Reader, Removed, Split
 from elastrain.data.columns import from_table, to_table
 from elastrain.data.dataset import Dataset, fingerprint
+from elastrain.data.duplicates import KEY, HashReader, RowHashes
 from elastrain.data.lakes import pinned
 from elastrain.data.shards import ShardWriter
-from elastrain.data.sources import identity, open_source, parquet_files, refuse_credentials
+from elastrain.data.sources import identity, open_source, parents, parquet_files, refuse_credentials
 from elastrain.data.tokens import Windows
 from elastrain.errors import DataError, ElastrainError, ResourceError, StorageError, error_named
 from elastrain.lease import Hold
@@ -65,7 +71,8 @@ def pack_dataset(source: str, out: str, options: PackOptions, *, progress: Progr
         progress: Called with the split, its rows so far, and all its rows where they are known before.
 
     Returns:
-        `dataset`, `splits` (rows, bytes, shards and fingerprint of each), `columns`, `already` and `wall_s`.
+        `dataset`, `splits` (rows, bytes, shards and fingerprint of each), `columns`, `cards` (of each split), `already`
+        and `wall_s`.
 
     Raises:
         SpecError: There is no such kind of source, or a URL holds credentials.
@@ -97,11 +104,14 @@ def _pack(
     if there:
         outcome.refuse_own_source(out, there, parquet_files(source))
     splits = open_source(source, options)
-    with outcome.placed(out, there, splits, marker) as place:
-        packed = {
-            name: _pack_split(source, place.shards(name), name, split, options, progress)
-            for name, split in splits.items()
-        }
+    facts = {"source": marker["source"], "parents": parents(source)}
+    with outcome.placed(out, there, splits, marker) as place, _looked_for(splits, options, progress) as looked:
+        if looked is not None:
+            facts["looked_for"] = duplicates_found(
+                looked.hashes, looked.starts, dropped=options.prepare.duplicates == "drop"
+            )
+        job = _Job(source, options, progress, looked, facts)
+        packed = {name: job.pack(place.shards(name), name, split) for name, split in splits.items()}
         hold.check()
         return outcome.commit(place, packed)
 
@@ -120,32 +130,99 @@ def _result(out: str, done: Mapping[str, Dataset]) -> dict[str, Any]:
         c.name: {"dtype": c.dtype, "shape": list(c.shape), "num_values": c.num_values, "mean": c.mean, "std": c.std}
         for c in next(iter(done.values())).columns
     }
-    return {"dataset": out, "splits": splits, "columns": columns}
+    cards = {name: d.info.get("card") for name, d in done.items()}
+    return {"dataset": out, "splits": splits, "columns": columns, "cards": cards}
 
 
-def _pack_split(
-    source: str, url: str, name: str, split: Split, options: PackOptions, progress: Progress | None
-) -> Dataset:
-    windows = Windows(split.window) if split.window is not None else None
-    with ShardWriter(url, split.columns, options) as writer:
-        for arrays in _pieces(split):
-            writer.write({"tokens": windows.push(arrays["tokens"])} if windows else arrays)
-            if progress is not None:
-                progress(name, writer.rows, split.rows)
-        shards, columns = writer.finish()
-    if not writer.rows:
-        raise DataError(f"{source}: the {name} split has no rows; give more data, or another --test-fraction")
-    return Dataset(
-        url=url,
-        columns=columns,
-        shards=shards,
-        fingerprint=fingerprint(columns, shards),
-        packed=True,
-        info={**split.info, **({"dropped_tokens": windows.dropped} if windows else {})},
-    )
+@dataclass
+class _Looked:
+    """The hashes of all rows, and the first row of each split among them."""
+
+    hashes: RowHashes
+    starts: dict[str, int]
 
 
-def _pieces(split: Split) -> Iterator[Arrays]:
+@contextlib.contextmanager
+def _looked_for(
+    splits: Mapping[str, Split], options: PackOptions, progress: Progress | None
+) -> Iterator[_Looked | None]:
+    """Yield the rows that are there twice, found by reading everything once; None if nobody asked."""
+    if options.prepare.duplicates == "keep":
+        yield None
+        return
+    with RowHashes(by_key=options.prepare.key is not None) as hashes:
+        starts = {}
+        for name, split in splits.items():
+            starts[name] = hashes.rows
+            label = label_of(split.columns, options.label) if len(split.columns) > 1 else None
+            names = tuple(column.name for column in split.columns if column.name != label)
+            for piece in _pieces(replace(split, reader=HashReader(split.reader, names, label))):
+                if not isinstance(piece, Removed):
+                    hashes.add(piece)
+                    if progress is not None:
+                        progress(f"{name}: duplicates", hashes.rows - starts[name], split.rows)
+        hashes.finish()
+        yield _Looked(hashes, starts)
+
+
+@dataclass
+class _Job:
+    """What is the same for all splits of a pack."""
+
+    source: str
+    options: PackOptions
+    progress: Progress | None
+    looked: _Looked | None
+    facts: dict[str, Any]
+
+    def pack(self, url: str, name: str, split: Split) -> Dataset:
+        """Write the shards of a split; raises DataError if no row is left."""
+        windows = Windows(split.window) if split.window is not None else None
+        removals = Removals()
+        with ShardWriter(url, split.columns, self.options) as writer:
+            for arrays in self._kept(name, split, removals):
+                writer.write({"tokens": windows.push(arrays["tokens"])} if windows else arrays)
+                if self.progress is not None:
+                    self.progress(name, writer.rows, split.rows)
+            shards, columns = writer.finish()
+        if not writer.rows:
+            why = f" left after {', '.join(removals.rows)}" if removals.rows else ""
+            raise DataError(f"{self.source}: the {name} split has no rows{why}; give more data, or another split")
+        facts = {**self.facts, **{key: split.info.get(key) for key in ("classes", "tokenizer")}}
+        card = make_card(written=writer.rows, removals=removals, sums=writer.sums(), options=self.options, facts=facts)
+        dropped = {"dropped_tokens": windows.dropped} if windows else {}
+        return Dataset(
+            url=url,
+            columns=columns,
+            shards=shards,
+            fingerprint=fingerprint(columns, shards),
+            packed=True,
+            info={**split.info, **dropped, "card": card},
+        )
+
+    def _kept(self, name: str, split: Split, removals: Removals) -> Iterator[Arrays]:
+        """Yield the pieces of a split without the rows that are to be removed, which are counted."""
+        label = label_of(split.columns, self.options.label)
+        read = written = 0
+        for piece in _pieces(split):
+            if isinstance(piece, Removed):
+                removals.add(piece)
+                continue
+            arrays = {key: array for key, array in piece.items() if key != KEY}
+            rows = len(next(iter(arrays.values())))
+            if self.looked is not None and self.options.prepare.duplicates == "drop":
+                twice = self.looked.hashes.twice(self.looked.starts[name] + read, rows)
+                if twice.any():
+                    first = f"row {read + int(twice.argmax())} of what was left"
+                    removals.add(Removed("duplicates", int(twice.sum()), first))
+                    arrays = {key: array[~twice] for key, array in arrays.items()}
+            check_labels(arrays, label, self.options.prepare.classes, name=name, first=written)
+            read += rows
+            written += len(next(iter(arrays.values())))
+            yield arrays
+
+
+def _pieces(split: Split) -> Iterator[Arrays | Removed]:
     """Yield what the reader makes of each chunk, in order, computed by parallel tasks; raises what they raised."""
     order = _Order()
     try:
@@ -157,6 +234,8 @@ def _pieces(split: Split) -> Iterator[Arrays]:
                 data = batch.column("data")[row].as_buffer()
                 if order.expect(chunk, piece, end=not len(data)):
                     yield from_table(pa.ipc.open_stream(data).read_all(), where=f"chunk {chunk}")
+                elif message:
+                    yield from (Removed(*removed) for removed in json.loads(message))
     except RayError as error:
         raise _sentence(error) from None
     order.complete(len(split.chunks))
@@ -205,22 +284,25 @@ def _batches(split: Split) -> Iterator[Any]:
 
 
 class _Read:
-    """What a task does: read its chunk, and hand over pieces, then their end, or the error that stopped it."""
+    """What a task does: read its chunk, and hand over pieces, then their end with what was removed, or an error."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
 
     def __call__(self, work: Any) -> Iterator[Any]:
         for place, chunk in zip(work["place"].to_pylist(), work["chunk"].to_pylist(), strict=True):
-            piece = 0
+            piece, removed = 0, []
             try:
                 for arrays in self.reader.read(pickle.loads(chunk)):  # noqa: S301 -- we pickled it
+                    if isinstance(arrays, Removed):
+                        removed.append((arrays.step, arrays.rows, arrays.first))
+                        continue
                     yield _row(place, piece, data=_stored(arrays))
                     piece += 1
             except ElastrainError as error:
                 yield _row(place, piece, error=type(error).__name__, message=str(error))
             else:
-                yield _row(place, piece)
+                yield _row(place, piece, message=json.dumps(removed) if removed else "")
 
 
 def _row(place: int, piece: int, *, error: str = "", message: str = "", data: Any = EMPTY) -> Any:

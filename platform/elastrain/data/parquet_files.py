@@ -20,6 +20,7 @@ from elastrain.data.chunks import (
     Arrays,
     Files,
     PackOptions,
+    Removed,
     Split,
     attempt,
     class_dtype,
@@ -31,7 +32,7 @@ from elastrain.data.columns import Array, Column, decode, describe_values
 from elastrain.data.dataset import read_footer
 from elastrain.data.footers import FOOTER_READERS, PARQUET, same_schema
 from elastrain.data.images import decode_image
-from elastrain.data.tables import Part, as_classes, chosen, class_names, no_numbers, split_files
+from elastrain.data.tables import Part, as_classes, chosen, class_names, no_numbers, null_rows, rows_of, split_files
 from elastrain.errors import DataError
 
 SAMPLED = 64
@@ -66,16 +67,18 @@ class ParquetReader:
     image_size: int | None
     part: Part
 
-    def read(self, chunk: Groups) -> Iterator[Arrays]:
+    def read(self, chunk: Groups) -> Iterator[Arrays | Removed]:
         """Yield the split's rows; raises DataError naming file and column of what is broken or does not fit."""
         url = storage.join(self.root, chunk.path)
-        first = chunk.first
-        names = [held.column.name for held in self.held]
-        rows = max(1, PIECE_BYTES // sum(held.column.row_bytes for held in self.held))
-        for batch in _batches(url, range(chunk.start, chunk.stop), names, rows):
-            arrays = {held.column.name: self._column(batch, held, url) for held in self.held}
-            yield self.part.of(arrays, chunk.path, first)
-            first += batch.num_rows
+        columns = [held.column for held in self.held]
+        names = [column.name for column in columns]
+        rows = max(1, PIECE_BYTES // sum(column.row_bytes for column in columns))
+        batches = _batches(url, range(chunk.start, chunk.stop), [*names, *self.part.helpers(names)], rows)
+
+        def decode(batch: pa.RecordBatch) -> Arrays:
+            return {held.column.name: self._column(batch, held, url) for held in self.held}
+
+        yield from rows_of(batches, self.part, columns, decode, url=url, place=(chunk.path, chunk.first))
 
     def _column(self, batch: pa.RecordBatch, held: Held, url: str) -> Array:
         values, column = batch.column(held.column.name), held.column
@@ -108,7 +111,8 @@ def open_files(source: str, files: Files, options: PackOptions) -> dict[str, Spl
     if filled is None:
         raise DataError(f"{source}: the files hold no rows")
     where = files.url(files.files[filled])
-    names = chosen(where, schemas[0].names, options)
+    kinds = {field.name: str(field.type) for field in schemas[0]}
+    names = chosen(where, kinds, schemas[0].names, options)
     held, classes = _held(files, where, schemas[filled], names, options)
     groups = {file.path: rows for file, (_, rows) in zip(files.files, layouts, strict=True)}
     row_bytes = sum(item.column.row_bytes for item in held)
@@ -117,7 +121,9 @@ def open_files(source: str, files: Files, options: PackOptions) -> dict[str, Spl
             columns=tuple(item.column for item in held),
             chunks=tuple(chunk for file in part.files for chunk in _chunks(file.path, groups[file.path], row_bytes)),
             reader=ParquetReader(files.root, held, tuple(classes), options.image_size, rows),
-            rows=None if rows.fraction else sum(sum(groups[file.path]) for file in part.files),
+            rows=sum(sum(groups[file.path]) for file in part.files)
+            if rows.is_whole and not options.prepare.removes
+            else None,
             info={"classes": {options.label: classes}} if classes else {},
         )
         for name, (part, rows) in split_files(source, files, options).items()
@@ -157,7 +163,8 @@ def _held(
             dtype = class_dtype(len(classes))
             held.append(Held(Column(name=name, dtype=dtype, shape=(), num_values=len(classes)), "classes"))
         else:
-            held.append(_described(where, field, batch.column(name), options.image_size))
+            values = batch.column(name)  # without nulls, which are refused or removed where rows are read
+            held.append(_described(where, field, values.filter(pa.array(~null_rows(values))), options.image_size))
     return tuple(held), classes
 
 

@@ -29,6 +29,7 @@ from elastrain.errors import DataError, StorageError
 
 PAGE_BYTES = 1 << 20
 EXACT = 1 << 63
+COUNTED_VALUES = 4096  # more different values than this of an integer column are not counted one by one
 
 
 class Sums:
@@ -38,8 +39,10 @@ class Sums:
         self.column = column
         self.count = 0
         self.total = self.squares = 0
-        self.low = self.high = 0
+        self.low: float | None = None
+        self.high: float | None = None
         self.mean = self.spread = 0.0
+        self.counts: dict[int, int] | None = {} if not column.shape and np.dtype(column.dtype).kind in "iu" else None
 
     def add(self, values: Array) -> None:
         """Take the values of one row group into account."""
@@ -53,7 +56,8 @@ class Sums:
 
     def _add_integers(self, values: Array) -> None:
         low, high = int(values.min()), int(values.max())
-        self.low, self.high = (min(self.low, low), max(self.high, high)) if self.count else (low, high)
+        self._widen(low, high)
+        self._add_counts(values)
         if max(abs(low), abs(high)) ** 2 * values.size < EXACT:
             wide = values.astype(np.int64)
             self.total += int(wide.sum())
@@ -63,11 +67,28 @@ class Sums:
             self.total += sum(numbers)
             self.squares += sum(number * number for number in numbers)
 
+    def _widen(self, low: float, high: float) -> None:
+        self.low = low if self.low is None else min(self.low, low)
+        self.high = high if self.high is None else max(self.high, high)
+
+    def _add_counts(self, values: Array) -> None:
+        if self.counts is None:
+            return
+        found, times = np.unique(values, return_counts=True)
+        for value, count in zip(found.tolist(), times.tolist(), strict=True):
+            self.counts[value] = self.counts.get(value, 0) + count
+            if len(self.counts) > COUNTED_VALUES:
+                self.counts = None
+                return
+
     def _add_floats(self, values: Array) -> None:
         # Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983: no cancellation.
         with np.errstate(invalid="ignore", over="ignore"):
             mean = float(values.mean())
             spread = float(np.square(values - mean).sum())
+        finite = values if math.isfinite(mean) else values[np.isfinite(values)]
+        if finite.size:
+            self._widen(float(finite.min()), float(finite.max()))
         shift, total = mean - self.mean, self.count + values.size
         self.mean += shift * values.size / total
         self.spread += spread + shift * shift * self.count * values.size / total
@@ -79,7 +100,8 @@ class Sums:
         if np.issubdtype(np.dtype(self.column.dtype), np.integer) and self.count:
             mean = self.total / self.count
             deviation = math.sqrt(Fraction(self.count * self.squares - self.total**2, self.count**2))
-            values = self.high + 1 if values is None and self.low >= 0 else values
+            low, high = int(self.low or 0), int(self.high or 0)
+            values = high + 1 if values is None and low >= 0 else values
         finite = math.isfinite(mean) and math.isfinite(deviation)
         return replace(self.column, num_values=values, mean=mean if finite else None, std=deviation if finite else None)
 
@@ -140,6 +162,10 @@ class ShardWriter:
         self._end_shard()
         self._settle()
         return tuple(self._shards), tuple(sums.result() for sums in self._sums)
+
+    def sums(self) -> tuple[Sums, ...]:
+        """Return what is known of each column, once all is written."""
+        return tuple(self._sums)
 
     def __enter__(self) -> Self:
         return self

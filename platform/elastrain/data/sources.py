@@ -4,15 +4,19 @@ Adding a kind of source: write a function `(rest of the name, options) -> {name:
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from elastrain import storage
+from elastrain.data.card import label_of
 from elastrain.data.chunks import Arrays, PackOptions, Reader, Split, find, signature
 from elastrain.data.csv_files import open_csv
+from elastrain.data.dataset import MANIFEST, Dataset
 from elastrain.data.hugging_face import open_hugging_face
 from elastrain.data.idx import open_digits, open_idx
 from elastrain.data.images import open_images
 from elastrain.data.lakes import find_table
 from elastrain.data.parquet_files import open_files, open_parquet
+from elastrain.data.preparation import check_expected
 from elastrain.data.tokens import open_text
 from elastrain.errors import SpecError
 from elastrain.urls import holds_credentials, table_kind
@@ -35,11 +39,31 @@ KINDS: dict[str, Callable[[str, PackOptions], dict[str, Split]]] = {
 def open_source(source: str, options: PackOptions) -> dict[str, Split]:
     """Return the splits of a source, `train` first; reads headers and whatever types and classes depend on.
 
-    Raises SpecError if there is no such kind of source, DataError naming the file if it is missing or broken,
-    StorageError if storage does not answer.
+    Raises SpecError if there is no such kind of source, or an option does not apply to it; DataError naming the file
+    if it is missing, broken or not what is expected; StorageError if storage does not answer.
     """
     kind, rest = _parts(source)
-    return KINDS[kind](rest, options)
+    _refuse_inapplicable(kind, options)
+    splits = KINDS[kind](rest, options)
+    columns = next(iter(splits.values())).columns
+    check_expected(source, columns, options.prepare.expect)
+    classes = options.prepare.classes
+    if classes is None:
+        return splits
+    label = label_of(columns, options.label)
+    if label is None:
+        raise SpecError(f"{source}: --classes bounds a column of labels, and there is none; name it with --label")
+    columns = tuple(replace(c, num_values=classes) if c.name == label else c for c in columns)
+    return {name: replace(split, columns=columns) for name, split in splits.items()}
+
+
+def _refuse_inapplicable(kind: str, options: PackOptions) -> None:
+    """Raise SpecError if an option is given that means nothing for this kind of source."""
+    asked, tables = options.prepare.identity(), kind in ("csv", "parquet", "hf", "delta", "iceberg")
+    refused = () if tables else ("nulls", "non_finite", "key", "split", "by")
+    for name in (*refused, *(("duplicates", "classes") if kind == "text" else ())):
+        if name in asked:
+            raise SpecError(f"--{name.replace('_', '-')} does not apply to {kind}; leave it out")
 
 
 def identity(source: str) -> dict[str, str]:
@@ -65,6 +89,16 @@ def parquet_files(source: str) -> list[str]:
         return []
     files = find(rest)
     return [files.url(file) for file in files.files if file.path.endswith(".parquet")]
+
+
+def parents(source: str) -> list[dict[str, str]]:
+    """Return path and fingerprint of the packed datasets that a source reads: its folder, or folders in there.
+
+    Raises as `open_source` does.
+    """
+    folders = dict.fromkeys(url.rpartition("/")[0] for url in parquet_files(source))
+    packed = (url for url in folders if storage.exists(storage.join(url, MANIFEST)))
+    return [{"path": url, "fingerprint": Dataset.open(url).fingerprint} for url in packed]
 
 
 def refuse_credentials(name: str, url: str) -> None:
