@@ -40,6 +40,7 @@ def pack(
     image_size: Annotated[int | None, typer.Option(help="images: scale and crop to this height and width")] = None,
     label: Annotated[str | None, typer.Option(help="csv, parquet: the column whose texts become classes")] = None,
     columns: Annotated[str | None, typer.Option(help="csv, parquet: the columns to keep, as a,b,c")] = None,
+    encrypt: Annotated[str | None, typer.Option(metavar="KEY", help="the name of a key to encrypt with")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace another dataset there")] = False,
     address: Address = None,
     as_json: Json = False,
@@ -62,6 +63,7 @@ def pack(
             image_size=image_size,
             label=label,
             columns=tuple(columns.split(",")) if columns else None,
+            encrypt=encrypt,
             overwrite=overwrite,
         )
         with ray_session(address, cpus=machine_cpus()), pack_progress() as progress:

@@ -17,6 +17,7 @@ from elastrain import storage
 from elastrain.data.columns import Array, Column
 from elastrain.data.plan import row_seeds
 from elastrain.errors import DataError, SpecError, StorageError
+from elastrain.keys import check_name
 
 T = TypeVar("T")
 Arrays = dict[str, Array]
@@ -34,7 +35,7 @@ class PackOptions:
 
     `test_fraction` None is the source's default (digits 0.2, text 0.1, others none). Text has `context`, `tokenizer`;
     images have `image_size`; csv and parquet have `label`, `columns` (others are left out). `row_group_bytes` and
-    `shard_bytes` are decoded bytes.
+    `shard_bytes` are decoded bytes. `encrypt` is the name of a key.
     """
 
     context: int = 64
@@ -46,6 +47,7 @@ class PackOptions:
     image_size: int | None = None
     label: str | None = None
     columns: tuple[str, ...] | None = None
+    encrypt: str | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -55,6 +57,8 @@ class PackOptions:
             raise SpecError(f"tokenizer {self.tokenizer!r} is neither bytes nor bpe:SIZE, such as bpe:4096")
         if self.test_fraction is not None and not 0 <= self.test_fraction < 1:
             raise SpecError(f"test fraction {self.test_fraction} is not in 0 <= fraction < 1")
+        if self.encrypt is not None:
+            check_name(self.encrypt, where="encrypt")
         sizes = {"context": self.context, "row group bytes": self.row_group_bytes, "shard bytes": self.shard_bytes}
         for name, size in {**sizes, "image size": 1 if self.image_size is None else self.image_size}.items():
             if size < 1:
@@ -64,6 +68,8 @@ class PackOptions:
         """Return what decides the packed bytes, as a JSON object."""
         held = asdict(self)
         del held["overwrite"]
+        if self.encrypt is None:
+            del held["encrypt"]  # so that what was packed before there was such an option counts as the same
         return {**held, "columns": None if self.columns is None else list(self.columns)}
 
 

@@ -30,6 +30,7 @@ from elastrain.data.shards import ShardWriter
 from elastrain.data.sources import identity, open_source, parquet_files, refuse_credentials
 from elastrain.data.tokens import Windows
 from elastrain.errors import DataError, ElastrainError, ResourceError, StorageError, error_named
+from elastrain.keys import check_key
 from elastrain.lock import locked
 
 PACK_FORMAT = 1  # one more whenever the same source and options give other bytes than before
@@ -68,12 +69,14 @@ def pack_dataset(source: str, out: str, options: PackOptions, *, progress: Progr
         DataError: The source is missing, broken, or does not fit in columns of numbers.
         ConflictError: `out` holds something else and `options.overwrite` is not set, holds the source itself, or is
             being packed into by another process.
-        StorageError: Reading or writing failed; a full disk included.
+        StorageError: Reading or writing failed; a full disk included, or a key that is not there.
         ResourceError: A task died, most likely for lack of memory.
     """
     begin = time.monotonic()
     refuse_credentials("OUT", out)
     out = storage.absolute(out)
+    if options.encrypt is not None:
+        check_key(options.encrypt)
     marker = {"format": PACK_FORMAT, **identity(source), "options": options.identity()}
     done = None if options.overwrite else outcome.finished(out, outcome.find(out), marker)
     already = done is not None
@@ -134,6 +137,7 @@ def _pack_split(
         shards=shards,
         fingerprint=fingerprint(columns, shards),
         packed=True,
+        key=options.encrypt,
         info={**split.info, **({"dropped_tokens": windows.dropped} if windows else {})},
     )
 

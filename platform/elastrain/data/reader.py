@@ -1,7 +1,7 @@
 """Rows out of Parquet: only the row groups that hold them, each read once, verified, in the order asked for.
 
-Page checksums are verified where the file has them, and the footer against the hash that the dataset noted. Open files
-are kept by the process, so that a footer is read once a process and not once a block.
+Page checksums are verified where the file has them, the tags of encrypted pages always, and the footer against the
+hash that the dataset noted. Open files are kept by the process, so that a footer is read once a process.
 """
 
 from collections.abc import Sequence
@@ -31,6 +31,7 @@ class Source:
     group: int
     first_row: int
     num_rows: int
+    encrypted: bool = False
 
 
 def sources_of(dataset: Dataset, groups: Ints) -> list[Source]:
@@ -48,6 +49,7 @@ def sources_of(dataset: Dataset, groups: Ints) -> list[Source]:
                 group=inner,
                 first_row=int(starts[group]),
                 num_rows=int(dataset.group_rows[group]),
+                encrypted=dataset.key is not None,
             )
         )
     return found
@@ -56,7 +58,8 @@ def sources_of(dataset: Dataset, groups: Ints) -> list[Source]:
 def read_rows(columns: Sequence[Column], sources: Sequence[Source], rows: Ints) -> dict[str, Array]:
     """Return the named columns of dataset rows `rows`, in that order: arrays of shape (len(rows), *shape).
 
-    Raises DataError, naming the file, for whatever is missing, corrupted or of another shape than the manifest says.
+    Raises DataError, naming the file, for whatever is missing, corrupted or of another shape than the manifest says;
+    StorageError if the rows are encrypted and the key is not there.
     """
     order = np.argsort(rows)
     ascending = rows[order]
@@ -86,7 +89,7 @@ def read_group(columns: Sequence[Column], source: Source, *, most: int | None = 
     """
     names = [column.name for column in columns]
     try:
-        file = _opened(source.url, source.size_bytes, source.footer)
+        file = _opened(source.url, source.size_bytes, source.footer, encrypted=source.encrypted)
         if most is None:
             table = file.read_row_group(source.group, columns=names, use_threads=False)
         else:
@@ -120,13 +123,17 @@ def _check_kind(schema: pa.Schema, column: Column, where: str) -> None:
 
 
 @lru_cache(maxsize=OPEN_FILES)
-def _opened(url: str, size_bytes: int, footer: str) -> pq.ParquetFile:
-    metadata, found = read_footer(url, size_bytes)
-    if found != footer:
-        raise DataError(
-            f"{url}: the footer is not the one that the manifest names: changed or corrupted; restore the file"
-        )
-    return pq.ParquetFile(storage.open_arrow(url), metadata=metadata, page_checksum_verification=True, pre_buffer=False)
+def _opened(url: str, size_bytes: int, footer: str, *, encrypted: bool) -> pq.ParquetFile:
+    metadata, _ = read_footer(url, size_bytes, expected=footer, encrypted=encrypted)
+    if encrypted:
+        from elastrain.data.parquet_encryption import decryption  # noqa: PLC0415 -- for encrypted datasets only
+    return pq.ParquetFile(
+        storage.open_arrow(url),
+        metadata=metadata,
+        decryption_properties=decryption() if encrypted else None,
+        page_checksum_verification=True,
+        pre_buffer=False,
+    )
 
 
 def _scatter(target: Array, places: Ints, values: Array, offsets: Ints) -> None:
@@ -144,4 +151,6 @@ def _scatter(target: Array, places: Ints, values: Array, offsets: Ints) -> None:
 
 def _reason(error: BaseException) -> str:
     text = (str(error).splitlines() or [type(error).__name__])[0]
+    if "Failed decryption" in text:
+        return "an encrypted page or header is not the one that was written: the file is corrupted"
     return "page checksum mismatch: the file is corrupted" if "CRC checksum" in text else text[:200]
