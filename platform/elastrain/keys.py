@@ -23,6 +23,7 @@ from elastrain.errors import SpecError, StorageError
 
 NAME = r"^[a-z][a-z0-9_]{0,62}$"  # so that each name has a variable of its own
 VARIABLE, FOLDER, SERVICE = "ELASTRAIN_KEY_", "ELASTRAIN_KEYS", "ELASTRAIN_KMS"
+KEY_NAMES = "the name of a key is up to 63 small letters, digits and underscores, and begins with a letter"
 LENGTHS = (16, 24, 32)
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
@@ -84,7 +85,7 @@ def named(name: str) -> bool:
 def check_name(name: str, *, where: str) -> None:
     """Raise SpecError if `name` cannot be the name of a key; what was given is not repeated, it might be a key."""
     if not named(name):
-        raise SpecError(f"{where}: the name of a key is up to 63 small letters, digits and underscores, such as main")
+        raise SpecError(f"{where}: {KEY_NAMES}")
 
 
 def check_key(name: str) -> None:

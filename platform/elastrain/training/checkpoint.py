@@ -88,7 +88,7 @@ def load(run: str, step: int) -> Checkpoint:
         if is_encrypted(data):
             data = _decrypted(data, step, name, storage.join(url, name))
         if name.endswith(".json"):
-            numbers = json.loads(data)
+            numbers = _numbers(data, storage.join(url, name))
         else:
             prefix = next(key for key, file in FILES.items() if file == name)
             tensors |= {f"{prefix}/{key}": tensor for key, tensor in _tensors(data, storage.join(url, name)).items()}
@@ -305,6 +305,14 @@ def _save(tensors: dict[str, Tensor], path: Path, target: str) -> None:
         full = "os error 28" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
         reason = "the disk is full" if full else str(error)
         raise StorageError(f"cannot write {target}: {reason}; free space or choose another storage") from error
+
+
+def _numbers(data: bytes, path: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(data)
+    except ValueError as error:
+        raise StorageError(f"{path}: not a readable JSON document ({error})") from error
+    return found
 
 
 def _tensors(data: bytes, path: str) -> dict[str, Tensor]:
