@@ -97,7 +97,7 @@ def test_an_encrypted_run_that_is_interrupted_goes_on_to_the_bits_of_a_plain_one
 
 
 def check_canary(forms: set[bytes], shown: bytes, workspace: Path, ray_files: Path) -> None:
-    """The key is in nothing that was shown, nor in any file of the runs or of Ray; and the checkpoints are encrypted."""
+    """The key is in nothing that was shown and in no file of the runs or of Ray; the checkpoints are encrypted."""
     assert [form for form in forms if form in shown] == []
     assert holding((workspace, ray_files), forms) == []
     for form in forms:
