@@ -257,6 +257,26 @@ def test_pack_writes_every_row_on_all_sides(tmp_path: Path) -> None:
     assert len({side["digest"] for side in series.values()}) == 1
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_integrity_cost_reads_the_same_rows_on_all_sides(tmp_path: Path) -> None:
+    from benchmarks.integrity_cost.case import SMALL_EPOCHS, SMALL_ROWS
+
+    found = small("integrity_cost", tmp_path)
+    assert found.keys() == {"read tasks", "ingest"}
+    for series in found.values():
+        assert len({side["digest"] for side in series.values()}) == 1
+        assert len({side["counters"]["rows"] for side in series.values()}) == 1
+    assert found["read tasks"]["encrypted"]["counters"]["rows"] == SMALL_EPOCHS * SMALL_ROWS
+    sizes, marks = {}, {}
+    for kind in ("ours", "unchecked", "encrypted"):
+        (shard,) = (tmp_path / "work").glob(f"*-{kind}/part-00000.parquet")
+        sizes[kind], marks[kind] = shard.stat().st_size, shard.read_bytes()[:4]
+    assert marks == {"ours": b"PAR1", "unchecked": b"PAR1", "encrypted": b"PARE"}
+    assert sizes["unchecked"] < sizes["ours"] < sizes["encrypted"], "a checksum takes some bytes a page"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_loop_does_the_same_steps_on_both_sides(tmp_path: Path) -> None:

@@ -29,14 +29,25 @@ WARM = 4  # epochs until pipelines are full and pages of the object store have b
 def prepare(folder: Path, *, rows: int, codec: str) -> str:
     """Pack images like MNIST's (a fifth of the pixels is ink) with our own writer; return the dataset's folder."""
     url = str(folder / f"ingest-{rows}-{codec}")
+    return pack_images(url, rows=rows, options=PackOptions(codec=codec, shard_bytes=32 << 20))
+
+
+def pack_images(url: str, *, rows: int, options: PackOptions) -> str:
+    """Pack the images into a folder, unless they are there; return the folder."""
     if storage.exists(storage.join(url, MANIFEST)):
         return url
-    options = PackOptions(codec=codec, shard_bytes=32 << 20)
     with ShardWriter(url, COLUMNS, options) as writer:
         for first in range(0, rows, PIECE):
             writer.write(_images(first, min(PIECE, rows - first)))
         shards, columns = writer.finish()
-    whole = Dataset(url=url, columns=columns, shards=shards, fingerprint=fingerprint(columns, shards), packed=True)
+    whole = Dataset(
+        url=url,
+        columns=columns,
+        shards=shards,
+        fingerprint=fingerprint(columns, shards),
+        packed=True,
+        key=options.encrypt,
+    )
     storage.put_json(storage.join(url, MANIFEST), whole.manifest())
     return url
 

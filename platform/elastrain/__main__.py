@@ -52,6 +52,7 @@ def pack(
     by: Annotated[str | None, typer.Option(help="csv, parquet: rows alike in this column share a split")] = None,
     license_name: Annotated[str | None, typer.Option("--license", help="noted in the card")] = None,
     origin: Annotated[str | None, typer.Option("--source", help="where the data come from, noted in the card")] = None,
+    encrypt: Annotated[str | None, typer.Option(metavar="KEY", help="the name of a key to encrypt with")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace another dataset there")] = False,
     address: Address = None,
     as_json: Json = False,
@@ -80,6 +81,7 @@ def pack(
             label=label,
             columns=tuple(columns.split(",")) if columns else None,
             prepare=Preparation(**checks, **rows, **notes),
+            encrypt=encrypt,
             overwrite=overwrite,
         )
         with ray_session(address, cpus=machine_cpus()), pack_progress() as progress:

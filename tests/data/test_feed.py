@@ -203,10 +203,10 @@ def test_footers_are_read_once_a_process_and_nothing_is_listed(
     listed: list[str] = []
     monkeypatch.setattr("elastrain.storage.list_files", lambda url, **_: listed.append(url))
     monkeypatch.setattr("elastrain.storage.read_json", listed.append)
-    reader._opened.cache_clear()
+    reader._open_local.cache_clear()
     for _, make in train_tasks(spec_of(dataset)):
         arrays_of(make()(), where="a block")
-    assert reader._opened.cache_info().misses == 4, "one footer a file, whatever the epochs and blocks"
+    assert reader._open_local.cache_info().misses == 4, "one footer a file, whatever the epochs and blocks"
     assert not listed
     assert not (tmp_path / MANIFEST).exists()
 

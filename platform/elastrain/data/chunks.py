@@ -18,6 +18,7 @@ from elastrain.data.columns import Array, Column
 from elastrain.data.plan import row_seeds
 from elastrain.data.preparation import Preparation
 from elastrain.errors import DataError, SpecError, StorageError
+from elastrain.keys import check_name
 
 T = TypeVar("T")
 Arrays = dict[str, Array]
@@ -35,7 +36,7 @@ class PackOptions:
 
     `test_fraction` None is the source's default (digits 0.2, text 0.1, others none). Text has `context`, `tokenizer`;
     images have `image_size`; csv and parquet have `label`, `columns` (others are left out). `row_group_bytes` and
-    `shard_bytes` are decoded bytes. `prepare` says what is checked, removed and noted.
+    `shard_bytes` are decoded bytes. `prepare` says what is checked, removed and noted; `encrypt` is the name of a key.
     """
 
     context: int = 64
@@ -48,6 +49,7 @@ class PackOptions:
     label: str | None = None
     columns: tuple[str, ...] | None = None
     prepare: Preparation = field(default_factory=Preparation)
+    encrypt: str | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -61,6 +63,11 @@ class PackOptions:
             raise SpecError("--test-fraction and --split say the same; give one of them")
         if self.prepare.by is not None and not (self.prepare.split or self.test_fraction):
             raise SpecError("--by says how rows are split; give --split or --test-fraction with it")
+        if self.encrypt is not None:
+            check_name(self.encrypt, where="encrypt")
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
         sizes = {"context": self.context, "row group bytes": self.row_group_bytes, "shard bytes": self.shard_bytes}
         for name, size in {**sizes, "image size": 1 if self.image_size is None else self.image_size}.items():
             if size < 1:
@@ -70,6 +77,8 @@ class PackOptions:
         """Return what decides the packed bytes, as a JSON object."""
         held = asdict(self)
         del held["overwrite"], held["prepare"]
+        if self.encrypt is None:
+            del held["encrypt"]  # so that what was packed before there was such an option counts as the same
         return {**held, "columns": None if self.columns is None else list(self.columns), **self.prepare.identity()}
 
 

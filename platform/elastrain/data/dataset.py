@@ -5,9 +5,11 @@ train/part-00000.parquet …      the rows
 train/_manifest.json            written last: the dataset exists if and only if this file does
 train/_packing.json             there only while `pack` runs or after it was killed
 ```
-A plain Parquet folder has no manifest; `footers` makes up for it. Neither torch nor Ray is known here.
+A plain Parquet folder has no manifest; `footers` makes up for it. Of an encrypted dataset's manifest only the
+key's name and what `pack` was asked for can be read without the key. Neither torch nor Ray is known here.
 """
 
+import base64
 import contextlib
 import hashlib
 import itertools
@@ -21,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastrain import storage
+from elastrain.encryption import Encryptor, decrypt
 from elastrain.errors import DataError, StorageError
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 MANIFEST, PACKING = "_manifest.json", "_packing.json"
 FORMAT = 1
+PLAIN, ENCRYPTED = b"PAR1", b"PARE"  # how Parquet files end, and begin
 AGAIN = "restore it, or pack the data again with `elastrain pack … --overwrite`"
 
 
@@ -56,7 +60,8 @@ class Column:
 class Shard:
     """One Parquet file: path relative to the dataset, size, rows of each row group, hashes of footer and content.
 
-    `sha256` is over the whole file and known for packed shards only; `footer` is over the footer's bytes.
+    `sha256` is over the whole file and known for packed shards only; `footer` is over the footer's bytes. `content` is
+    known for encrypted shards only: what `sha256` would be without encryption.
     """
 
     path: str
@@ -64,13 +69,15 @@ class Shard:
     row_groups: tuple[int, ...]
     footer: str
     sha256: str | None = None
+    content: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
     """What `Dataset.open` found: columns that can be read, shards in order, and a fingerprint over what they hold.
 
-    `unusable` says for each other column why it cannot be read; `info` holds what `pack` noted (source, counts).
+    `unusable` says for each other column why it cannot be read; `info` holds what `pack` noted (source, counts). `key`
+    is the name of the key that it is encrypted with, None if it is not.
     """
 
     url: str
@@ -80,13 +87,14 @@ class Dataset:
     packed: bool
     unusable: Mapping[str, str] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
+    key: str | None = None
 
     @classmethod
     def open(cls, url: str) -> Self:
         """Return the dataset at `url`: a packed one, a folder of Parquet files, or one Parquet file.
 
         Raises DataError if there is nothing to read, a pack was cut off, the manifest is broken, or the files do not
-        fit together; StorageError if storage does not answer.
+        fit together; StorageError if storage does not answer, or if it is encrypted and its key is not there.
         """
         try:
             return cls.from_manifest(url, json.loads(storage.read_bytes(storage.join(url, MANIFEST))))
@@ -107,10 +115,15 @@ class Dataset:
 
     @classmethod
     def from_manifest(cls, url: str, manifest: Mapping[str, Any]) -> Self:
-        """Return the dataset that a manifest describes; raises DataError if it is no manifest of ours."""
+        """Return the dataset that a manifest describes.
+
+        Raises DataError if it is no manifest of ours, StorageError if it is encrypted and its key is not there.
+        """
         try:
             if manifest["format"] != FORMAT:
                 raise DataError(f"{url}: manifest format {manifest['format']}, this version reads {FORMAT}; {AGAIN}")
+            if "encrypted" in manifest:
+                return cls.from_manifest(url, _decrypted(url, manifest))
             return cls(
                 url=url,
                 columns=tuple(Column(**{**c, "shape": tuple(c["shape"])}) for c in manifest["columns"]),
@@ -119,13 +132,14 @@ class Dataset:
                 packed=manifest["packed"],
                 unusable=manifest.get("unusable", {}),
                 info=manifest.get("info", {}),
+                key=manifest.get("key"),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{url}/{MANIFEST}: not a manifest of Elastrain ({error!r}); {AGAIN}") from error
 
     def manifest(self) -> dict[str, Any]:
-        """Return the JSON document that `from_manifest` reads."""
-        return {
+        """Return the JSON document that `from_manifest` reads; raises StorageError if the key for it is not there."""
+        found = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
             "packed": self.packed,
@@ -134,6 +148,7 @@ class Dataset:
             "unusable": dict(self.unusable),
             "info": dict(self.info),
         }
+        return found if self.key is None else _encrypted({**found, "key": self.key})
 
     @cached_property
     def group_rows(self) -> npt.NDArray[np.int64]:
@@ -185,29 +200,40 @@ class Dataset:
 def fingerprint(columns: Iterable[Column], shards: Iterable[Shard]) -> str:
     """Return one hash over what a dataset holds: column names and types, row groups in order, contents.
 
-    Where the files lie, when they were written and what they are called do not enter. For files that `pack` did not
-    write the content is judged by the footer (counts, sizes, offsets and statistics of every column chunk).
+    Where the files lie, when they were written, what they are called and how they are encrypted do not enter. For files
+    that `pack` did not write the content is judged by the footer (counts, sizes, offsets, statistics of column chunks).
     """
     held = {
         "columns": [[c.name, c.dtype, list(c.shape)] for c in columns],
-        "shards": [[list(s.row_groups), s.sha256 or s.footer] for s in shards],
+        "shards": [[list(s.row_groups), s.content or s.sha256 or s.footer] for s in shards],
     }
     return hashlib.sha256(json.dumps(held, separators=(",", ":")).encode()).hexdigest()
 
 
-def read_footer(url: str, size_bytes: int, file: Any = None) -> tuple["pq.FileMetaData", str]:
+def read_footer(
+    url: str, size_bytes: int, file: Any = None, *, expected: str | None = None, encrypted: bool = False
+) -> tuple["pq.FileMetaData", str]:
     """Return a Parquet file's metadata and the hash of its footer, with one or two reads at its end.
 
     `file` is what `url` leads to where it is open; it has `size()` and `read_at(length, start)`.
-    Raises DataError naming the file if it is missing, truncated or no Parquet file.
+    Raises DataError naming the file if it is missing, truncated, no Parquet file, or its footer's hash is not
+    `expected`; StorageError if it is `encrypted` and its key is not there.
     """
     import pyarrow as pa  # noqa: PLC0415 -- 0.3 s that a packed dataset's plan need not pay
     import pyarrow.parquet as pq  # noqa: PLC0415
 
+    if encrypted:
+        from elastrain.data.parquet_encryption import decryption  # noqa: PLC0415 -- for encrypted datasets only
     try:
-        with contextlib.nullcontext(file) if file is not None else storage.open_arrow(url) as source:
-            tail = _tail(source, size_bytes, url)
-        return pq.read_metadata(pa.BufferReader(b"PAR1" + tail)), hashlib.sha256(tail).hexdigest()
+        with contextlib.nullcontext(file) if file is not None else storage.open_arrow(url) as opened:
+            tail = _tail(opened, size_bytes, url, encrypted=encrypted)
+        found = hashlib.sha256(tail).hexdigest()
+        if expected not in (None, found):
+            raise DataError(
+                f"{url}: the footer is not the one that the manifest names: changed or corrupted; restore the file"
+            )
+        source = pa.BufferReader(tail[-4:] + tail)
+        return pq.read_metadata(source, decryption_properties=decryption() if encrypted else None), found
     except FileNotFoundError as error:
         raise DataError(f"{url}: the file is gone; restore it, or pack the data again") from error
     except (pa.ArrowException, OSError) as error:
@@ -216,15 +242,20 @@ def read_footer(url: str, size_bytes: int, file: Any = None) -> tuple["pq.FileMe
         ) from error
 
 
-def _tail(file: Any, size_bytes: int, url: str) -> bytes:
+def _tail(file: Any, size_bytes: int, url: str, *, encrypted: bool) -> bytes:
     """Return the footer with its length and closing mark."""
     if file.size() != size_bytes:
         raise DataError(
             f"{url}: {file.size()} bytes where {size_bytes} are expected: truncated or replaced; restore it"
         )
     guess = min(size_bytes, 65536)
-    data = bytes(file.read_at(guess, size_bytes - guess))
-    if size_bytes < 12 or data[-4:] != b"PAR1":
+    data: bytes = file.read_at(guess, size_bytes - guess)
+    if not encrypted and data[-4:] == ENCRYPTED:
+        raise DataError(
+            f"{url}: an encrypted Parquet file, and no {MANIFEST} that says with which key; restore it, or give files "
+            f"that are not encrypted"
+        )
+    if size_bytes < 12 or data[-4:] != (ENCRYPTED if encrypted else PLAIN):
         raise DataError(f"{url}: not a Parquet file, or truncated ({size_bytes} bytes); restore it, or leave it out")
     length = int.from_bytes(data[-8:-4], "little") + 8
     if length + 4 > size_bytes:
@@ -240,12 +271,32 @@ def _shard(entry: Mapping[str, Any]) -> Shard:
         row_groups=groups,
         footer=entry["footer"],
         sha256=entry["sha256"],
+        content=entry.get("content"),
     )
 
 
 def _plain(value: Any) -> dict[str, Any]:
-    """Return a slots dataclass as a JSON object."""
-    return {name: getattr(value, name) for name in value.__dataclass_fields__}
+    """Return a slots dataclass as a JSON object; `content` only where it is known."""
+    fields = {name: getattr(value, name) for name in value.__dataclass_fields__}
+    return {name: held for name, held in fields.items() if name != "content" or held is not None}
+
+
+def _encrypted(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest of which only the key's name, and what `pack` was asked for, can be read without the key."""
+    data = json.dumps(manifest).encode()
+    asked = {name: manifest["info"][name] for name in ("pack", "splits") if name in manifest["info"]}
+    held = base64.b64encode(Encryptor(manifest["key"]).encrypt(data, context=MANIFEST)).decode()
+    return {"format": FORMAT, "key": manifest["key"], "info": asked, "encrypted": held}
+
+
+def _decrypted(url: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    where = storage.join(url, MANIFEST)
+    try:
+        data = base64.b64decode(manifest["encrypted"], validate=True)
+        found: dict[str, Any] = json.loads(decrypt(data, context=MANIFEST, where=where))
+    except ValueError as error:
+        raise DataError(f"{where}: {error}; {AGAIN}") from error
+    return found
 
 
 def _first_line(error: BaseException) -> str:

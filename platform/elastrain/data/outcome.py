@@ -16,6 +16,7 @@ from elastrain import storage
 from elastrain.data.card import PAGE, page
 from elastrain.data.chunks import Split
 from elastrain.data.dataset import MANIFEST, PACKING, Dataset
+from elastrain.encryption import Encryptor
 from elastrain.errors import ConflictError, DataError, ElastrainError
 
 TOKENIZER = "tokenizer.json"
@@ -195,8 +196,10 @@ def commit(place: Place, packed: Mapping[str, Dataset]) -> dict[str, Dataset]:
         for name, dataset in packed.items():
             for shard in dataset.shards:
                 storage.move(storage.join(dataset.url, shard.path), storage.join(place.out, name, shard.path))
+    key = next(iter(packed.values())).key
+    encryptor = None if key is None else Encryptor(key)
     for name, data in next(iter(place.splits.values())).files.items():
-        storage.put(storage.join(place.out, name), data)
+        storage.put(storage.join(place.out, name), data if encryptor is None else encryptor.encrypt(data, context=name))
     counts = [{c.name: c.num_values for c in dataset.columns} for dataset in packed.values()]
     done = {}
     for name in reversed(list(packed)):

@@ -37,6 +37,7 @@ from elastrain.data.shards import ShardWriter
 from elastrain.data.sources import identity, open_source, parents, parquet_files, refuse_credentials
 from elastrain.data.tokens import Windows
 from elastrain.errors import DataError, ElastrainError, ResourceError, StorageError, error_named
+from elastrain.keys import check_key
 from elastrain.lease import Hold
 from elastrain.lock import locked
 from elastrain.urls import table_kind
@@ -79,13 +80,15 @@ def pack_dataset(source: str, out: str, options: PackOptions, *, progress: Progr
         DataError: The source is missing, broken, or does not fit in columns of numbers.
         ConflictError: `out` holds something else and `options.overwrite` is not set, holds the source itself, or is
             being packed into by another process.
-        StorageError: Reading or writing failed; a full disk included.
+        StorageError: Reading or writing failed; a full disk included, or a key that is not there.
         ResourceError: A task died, most likely for lack of memory.
     """
     begin = time.monotonic()
     refuse_credentials("OUT", out)
     out = storage.absolute(out)
     source = pinned(source) if table_kind(source) else source
+    if options.encrypt is not None:
+        check_key(options.encrypt)
     marker = {"format": PACK_FORMAT, **identity(source), "options": options.identity()}
     done = None if options.overwrite else outcome.finished(out, outcome.find(out), marker)
     already = done is not None
@@ -197,6 +200,7 @@ class _Job:
             shards=shards,
             fingerprint=fingerprint(columns, shards),
             packed=True,
+            key=self.options.encrypt,
             info={**split.info, **dropped, "card": card},
         )
 

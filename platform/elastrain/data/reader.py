@@ -1,8 +1,9 @@
 """Rows out of Parquet: only the row groups that hold them, each read once, verified, in the order asked for.
 
-Page checksums are verified where the file has them, and the footer against the hash that the dataset noted. Open files
-are kept by the process, so that a footer is read once a process and not once a block. Of remote files, row groups come
-ahead of their use; what the cache holds is verified like all else, and read from storage if it is not good.
+Page checksums are verified where the file has them, the tags of encrypted pages always, and the footer against the
+hash that the dataset noted. Open files are kept by the process, so that a footer is read once a process. Of remote
+files, row groups come ahead of their use; what the cache holds is verified like all else, and read from storage if it
+is not good.
 """
 
 import logging
@@ -40,6 +41,7 @@ class Source:
     first_row: int
     num_rows: int
     cache: Cache | None = None
+    encrypted: bool = False
 
 
 def sources_of(dataset: Dataset, groups: Ints, cache: Cache | None = None) -> list[Source]:
@@ -59,6 +61,7 @@ def sources_of(dataset: Dataset, groups: Ints, cache: Cache | None = None) -> li
                 first_row=int(starts[group]),
                 num_rows=int(dataset.group_rows[group]),
                 cache=cache,
+                encrypted=dataset.key is not None,
             )
         )
     return found
@@ -76,7 +79,8 @@ def read_rows(
 ) -> dict[str, Array]:
     """Return the named columns of dataset rows `rows`, in that order: arrays of shape (len(rows), *shape).
 
-    Raises DataError, naming the file, for whatever is missing, corrupted or of another shape than the manifest says.
+    Raises DataError, naming the file, for whatever is missing, corrupted or of another shape than the manifest says;
+    StorageError if the rows are encrypted and the key is not there.
     """
     order = np.argsort(rows)
     ascending = rows[order]
@@ -126,7 +130,7 @@ def _read(
     names = [column.name for column in columns]
     try:
         if storage.is_local(source.url):
-            table = _table(_opened(source.url, source.size_bytes, source.footer), source, names, most)
+            table = _table(_opened(source), source, names, most)
         else:
             pieces = _fetched(source, names) if ahead is None else ahead.take(source)
             file, remote = _opened_remote(source)
@@ -134,7 +138,7 @@ def _read(
             table = _table(file, source, names, most)
             remote.at_hand = {}
     except (pa.ArrowException, OSError) as error:
-        _opened.cache_clear()
+        _open_local.cache_clear()
         raise DataError(
             f"{source.url}: row group {source.group} cannot be read ({_reason(error)}); "
             f"restore the file, or pack the data again"
@@ -184,16 +188,22 @@ def _check_kind(schema: pa.Schema, column: Column, where: str) -> None:
         )
 
 
+def _opened(source: Source) -> pq.ParquetFile:
+    """Return a local file, opened once a process."""
+    return _open_local(source.url, source.size_bytes, source.footer, encrypted=source.encrypted)
+
+
 @lru_cache(maxsize=OPEN_FILES)
-def _opened(url: str, size_bytes: int, footer: str) -> pq.ParquetFile:
-    metadata = _footer(url, size_bytes, footer)
-    return pq.ParquetFile(storage.open_arrow(url), metadata=metadata, page_checksum_verification=True, pre_buffer=False)
+def _open_local(url: str, size_bytes: int, footer: str, *, encrypted: bool) -> pq.ParquetFile:
+    metadata, _ = read_footer(url, size_bytes, expected=footer, encrypted=encrypted)
+    return _parquet(storage.open_arrow(url), metadata, encrypted=encrypted)
 
 
 def _opened_remote(source: Source) -> tuple[pq.ParquetFile, RemoteFile]:
     """Return a remote file, opened once a process; threads may call this side by side."""
     with _turn(source.url):
-        return _open_remote(source.url, source.size_bytes, source.footer, source.sha256, source.cache)
+        file = (source.url, source.size_bytes, source.footer, source.sha256, source.cache)
+        return _open_remote(*file, encrypted=source.encrypted)
 
 
 @lru_cache(maxsize=REMOTE_FILES)
@@ -203,29 +213,28 @@ def _turn(url: str) -> threading.Lock:  # noqa: ARG001 -- one for each
 
 @lru_cache(maxsize=REMOTE_FILES)
 def _open_remote(
-    url: str, size_bytes: int, footer: str, sha256: str | None, cache: Cache | None
+    url: str, size_bytes: int, footer: str, sha256: str | None, cache: Cache | None, *, encrypted: bool
 ) -> tuple[pq.ParquetFile, RemoteFile]:
     remote = RemoteFile(url, size_bytes, sha256, cache)
     try:
-        metadata = _footer(url, size_bytes, footer, remote)
+        metadata, _ = read_footer(url, size_bytes, remote, expected=footer, encrypted=encrypted)
     except DataError:
         if not remote.forget(remote.asked):
             raise
-        metadata = _footer(url, size_bytes, footer, remote)
-    file = pq.ParquetFile(
-        pa.PythonFile(remote, mode="r"), metadata=metadata, page_checksum_verification=True, pre_buffer=False
+        metadata, _ = read_footer(url, size_bytes, remote, expected=footer, encrypted=encrypted)
+    return _parquet(pa.PythonFile(remote, mode="r"), metadata, encrypted=encrypted), remote
+
+
+def _parquet(file: Any, metadata: pq.FileMetaData, *, encrypted: bool) -> pq.ParquetFile:
+    if encrypted:
+        from elastrain.data.parquet_encryption import decryption  # noqa: PLC0415 -- for encrypted datasets only
+    return pq.ParquetFile(
+        file,
+        metadata=metadata,
+        decryption_properties=decryption() if encrypted else None,
+        page_checksum_verification=True,
+        pre_buffer=False,
     )
-    return file, remote
-
-
-def _footer(url: str, size_bytes: int, footer: str, file: Any = None) -> pq.FileMetaData:
-    """Return a file's metadata; raises DataError if it is not what the manifest names."""
-    metadata, found = read_footer(url, size_bytes, file)
-    if found != footer:
-        raise DataError(
-            f"{url}: the footer is not the one that the manifest names: changed or corrupted; restore the file"
-        )
-    return metadata
 
 
 def _scatter(target: Array, places: Ints, values: Array, offsets: Ints) -> None:
@@ -243,4 +252,6 @@ def _scatter(target: Array, places: Ints, values: Array, offsets: Ints) -> None:
 
 def _reason(error: BaseException) -> str:
     text = (str(error).splitlines() or [type(error).__name__])[0]
+    if "Failed decryption" in text:
+        return "an encrypted page or header is not the one that was written: the file is corrupted"
     return "page checksum mismatch: the file is corrupted" if "CRC checksum" in text else text[:200]

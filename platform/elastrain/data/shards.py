@@ -2,11 +2,15 @@
 
 A shard is written beside its place, read back with page checksums verified, hashed, and then appears at once. Proving
 one shard overlaps with writing the next, so that at most two shards are under way. No Ray here.
+
+An encrypted shard is another one each time, since its keys are random. So the same shard without encryption is written
+as well, into a hash: by that the dataset has the fingerprint that it would have without encryption.
 """
 
 import contextlib
 import errno
 import hashlib
+import io
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -25,6 +29,7 @@ from elastrain import storage
 from elastrain.data.chunks import Arrays, PackOptions, first_line
 from elastrain.data.columns import Array, Column, encode, from_table
 from elastrain.data.dataset import Shard, read_footer
+from elastrain.data.parquet_encryption import decryption, encryption_of
 from elastrain.errors import DataError, StorageError
 
 PAGE_BYTES = 1 << 20
@@ -106,16 +111,50 @@ class Sums:
         return replace(self.column, num_values=values, mean=mean if finite else None, std=deviation if finite else None)
 
 
+class HashOnly(io.RawIOBase):
+    """A file of which nothing is kept but the hash."""
+
+    def __init__(self) -> None:
+        self._hash, self._size = hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        """Say that it is one to write to."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Take the next bytes into account."""
+        self._hash.update(data)
+        self._size += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        """Return how many bytes have been written."""
+        return self._size
+
+    def hexdigest(self) -> str:
+        """Return the hash of what was written."""
+        return self._hash.hexdigest()
+
+
 @dataclass
 class OpenShard:
-    """A shard that is being written: where it will appear, where it is now, and the rows of its row groups."""
+    """A shard that is being written: where it will appear, where it is now, and the rows of its row groups.
+
+    `plain` is what it would be without encryption; None where it has none.
+    """
 
     path: str
     url: str
     temporary: Path
-    writer: Any
+    writers: list[Any]
     stack: contextlib.ExitStack
+    plain: HashOnly | None
     groups: list[int] = field(default_factory=list)
+
+    def close(self) -> None:
+        """End the file; raises OSError or ArrowException."""
+        for writer in self.writers:
+            writer.close()
 
 
 class ShardWriter:
@@ -176,7 +215,7 @@ class ShardWriter:
         self._prover.shutdown(wait=True)
         if self._open is not None:
             with contextlib.suppress(OSError, pa.ArrowException):
-                self._open.writer.close()
+                self._open.close()
             # An error inside the stack is what makes `staged` remove the file instead of showing it.
             with contextlib.suppress(_Abandoned), self._open.stack:
                 raise _Abandoned
@@ -185,8 +224,10 @@ class ShardWriter:
         arrays = self._take(rows)
         encoded = [encode(arrays[column.name], column)[1] for column in self.columns]
         shard = self._open or self._new_shard()
+        table = pa.table(encoded, schema=self.schema)
         with named_write(shard.url):
-            shard.writer.write_table(pa.table(encoded, schema=self.schema), row_group_size=rows)
+            for writer in shard.writers:
+                writer.write_table(table, row_group_size=rows)
         shard.groups.append(rows)
         if len(shard.groups) == self.shard_groups:
             self._end_shard()
@@ -211,25 +252,32 @@ class ShardWriter:
         stack = contextlib.ExitStack()
         temporary = stack.enter_context(storage.staged(url))
         with named_write(url):
-            writer = pq.ParquetWriter(
-                temporary,
-                self.schema,
-                compression=self.options.codec,
-                use_dictionary=False,
-                write_statistics=[c.name for c in self.columns if not c.shape],
-                write_page_checksum=True,
-                data_page_size=PAGE_BYTES,
-                store_schema=True,
-            )
-        self._open = OpenShard(path, url, temporary, writer, stack)
+            key = self.options.encrypt
+            plain = None if key is None else HashOnly()
+            writers = [self._writer(temporary, None if key is None else encryption_of(key))]
+            writers += [self._writer(plain, None)] if plain is not None else []
+        self._open = OpenShard(path, url, temporary, writers, stack, plain)
         return self._open
+
+    def _writer(self, target: Path | HashOnly, encryption: Any) -> Any:
+        return pq.ParquetWriter(
+            target,
+            self.schema,
+            compression=self.options.codec,
+            use_dictionary=False,
+            write_statistics=[c.name for c in self.columns if not c.shape],
+            write_page_checksum=True,
+            data_page_size=PAGE_BYTES,
+            store_schema=True,
+            encryption_properties=encryption,
+        )
 
     def _end_shard(self) -> None:
         if self._open is None:
             return
         self._settle()
         with named_write(self._open.url):
-            self._open.writer.close()
+            self._open.close()
         self._proof = self._prover.submit(prove, self._open, self._sums)
         self._open = None
 
@@ -246,23 +294,31 @@ def prove(shard: OpenShard, sums: Sequence[Sums]) -> Shard:
     """
     with shard.stack:
         try:
-            for arrays in read_back(shard.temporary):
+            for arrays in read_back(shard.temporary, encrypted=shard.plain is not None):
                 for column in sums:
                     column.add(arrays[column.column.name])
             with shard.temporary.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = shard.temporary.stat().st_size
         except (OSError, pa.ArrowException) as error:
             raise StorageError(
                 f"{shard.url}: what was just written cannot be read back ({first_line(error)}); check the disk"
             ) from error
-    _, footer = read_footer(shard.url, size)
-    return Shard(path=shard.path, size_bytes=size, row_groups=tuple(shard.groups), footer=footer, sha256=content)
+    _, footer = read_footer(shard.url, size, encrypted=shard.plain is not None)
+    return Shard(
+        path=shard.path,
+        size_bytes=size,
+        row_groups=tuple(shard.groups),
+        footer=footer,
+        sha256=sha256,
+        content=None if shard.plain is None else shard.plain.hexdigest(),
+    )
 
 
-def read_back(path: Path) -> Iterator[Arrays]:
+def read_back(path: Path, *, encrypted: bool = False) -> Iterator[Arrays]:
     """Yield the row groups of a packed shard with page checksums verified; raises OSError where one is wrong."""
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    keys = decryption() if encrypted else None
+    with pq.ParquetFile(path, page_checksum_verification=True, decryption_properties=keys) as file:
         for group in range(file.num_row_groups):
             yield from_table(file.read_row_group(group, use_threads=False), where=str(path))
 

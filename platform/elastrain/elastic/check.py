@@ -29,6 +29,7 @@ from elastrain.data.plan import Plan
 from elastrain.data.transforms import check_transforms
 from elastrain.elastic.session import embedded_cpus, find_room, fitting, ray_session
 from elastrain.errors import ResourceError, SpecError, StorageError
+from elastrain.keys import check_key
 from elastrain.observe.ledger import Clock
 from elastrain.spec.train import TrainSpec, WorkersSpec
 from elastrain.training.batches import Batches
@@ -46,6 +47,9 @@ def check_run(spec: TrainSpec, *, address: str | None = None) -> dict[str, Any]:
     """Return what was tried and what it showed; raises the error of the first thing that would stop the run."""
     found = [("spec", f"{spec.name}: every field is known and in range")]
     run_url = storage.absolute(storage.join(spec.storage, spec.name))
+    if spec.checkpoint.encrypt is not None:
+        check_key(spec.checkpoint.encrypt)
+        found.append(("key", f"{spec.checkpoint.encrypt} opens what it has wrapped"))
     found.append(("storage", _storage(run_url)))
     feed = _feed(spec)
     found.append(("data", f"{feed.plan.num_rows:,} rows; columns {', '.join(c.name for c in feed.train.columns)}"))

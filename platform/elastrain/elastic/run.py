@@ -33,6 +33,7 @@ from elastrain.elastic.script import Script
 from elastrain.elastic.session import embedded_cpus, find_room, fitting, ray_session, reading_resources
 from elastrain.elastic.watch import POLL_S, Watch, WorkerLost
 from elastrain.errors import Interrupted, ResourceError, ours
+from elastrain.keys import check_key
 from elastrain.lease import Hold
 from elastrain.lock import locked
 from elastrain.observe.ledger import Ledger
@@ -109,6 +110,8 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
     after a commit if the user stopped it (SIGINT or SIGTERM).
     """
     spec = resolve(spec, base=Path.cwd(), cwd=Path.cwd())
+    if spec.checkpoint.encrypt is not None:
+        check_key(spec.checkpoint.encrypt)
     run_url = storage.absolute(storage.join(spec.storage, spec.name))
     train_data = Dataset.open(spec.data.train).select(spec.data.columns)
     evaluation = Dataset.open(spec.data.eval).select(spec.data.columns) if spec.data.eval else None

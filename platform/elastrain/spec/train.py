@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
+from elastrain.keys import KEY_NAMES, named
 from elastrain.spec.problems import nearest
 
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "full_batch", "adam", "adamw")
@@ -184,6 +185,15 @@ class CheckpointSpec(Model):
     keep: PositiveInt = Field(default=3, description="how many of the newest are kept")
     best: str | None = Field(default="val_loss", description="the metric whose best checkpoint is kept too")
     goal: Literal["min", "max"] = Field(default="min", description="whether a small or a large `best` is good")
+    encrypt: str | None = Field(
+        default=None, description="the name of a key to encrypt with: small letters, digits and underscores"
+    )
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.encrypt is not None and not named(self.encrypt):
+            raise wrong(f"encrypt: {KEY_NAMES}", "encrypt")  # without the value, which may be a key
+        return self
 
 
 class WorkersSpec(Model):

@@ -5,7 +5,8 @@
                                 optimizer.safetensors, average.safetensors, state.json
                                 manifest.json       sizes and hashes of the others; written last
 ```
-A checkpoint exists if and only if its manifest does. Nothing in it is code: safetensors and JSON only.
+A checkpoint exists if and only if its manifest does. Nothing in it is code: safetensors and JSON only. With
+`checkpoint.encrypt` each of its files but the manifest is encrypted (`encryption`), which the file itself tells.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from elastrain import storage
+from elastrain.encryption import Encryptor, decrypt, is_encrypted
 from elastrain.errors import ConflictError, DivergedError, ElastrainError, StorageError
 from elastrain.spec.train import CheckpointSpec
 from elastrain.training.manifests import (
@@ -70,7 +72,10 @@ class Written:
 
 
 def load(run: str, step: int) -> Checkpoint:
-    """Return the checkpoint of a step after comparing every file with its manifest; raises StorageError."""
+    """Return the checkpoint of a step after comparing every file with its manifest.
+
+    Raises StorageError, also if it is encrypted and its key is not there or another one.
+    """
     url = folder(run, step)
     try:
         manifest = read_manifest(run, step)
@@ -80,8 +85,10 @@ def load(run: str, step: int) -> Checkpoint:
     numbers: dict[str, Any] = {}
     for name in manifest["files"]:
         data = read_verified(url, manifest, name)
+        if is_encrypted(data):
+            data = _decrypted(data, step, name, storage.join(url, name))
         if name.endswith(".json"):
-            numbers = json.loads(data)
+            numbers = _numbers(data, storage.join(url, name))
         else:
             prefix = next(key for key, file in FILES.items() if file == name)
             tensors |= {f"{prefix}/{key}": tensor for key, tensor in _tensors(data, storage.join(url, name)).items()}
@@ -131,8 +138,13 @@ def contents(tensors: Mapping[str, Tensor], numbers: str) -> Iterator[tuple[str,
 
 
 def as_bytes(content: Content) -> bytes:
-    """Return a file's bytes: those that a commit writes to a disk."""
+    """Return a file's bytes: those that a commit writes to a disk if they are not to be encrypted."""
     return content.encode() if isinstance(content, str) else save_bytes(content)
+
+
+def context_of(step: int, name: str) -> str:
+    """Return what an encrypted file is bound to: the file of another step, or of another name, does not open as it."""
+    return f"checkpoint {step} {name}"
 
 
 def check_finite(tensors: Mapping[str, Tensor], step: int, buffers: frozenset[str]) -> None:
@@ -215,7 +227,7 @@ class Writer:
         url = folder(self._run, step)
         clear(self._run, step)  # what a writer that was killed left there
         try:
-            files = self._put_files(tensors, numbers, url)
+            files = self._put_files(tensors, numbers, step)
             write_manifest(self._run, step, files, info, self._settle)
         except ConflictError:
             raise  # by now the folder may be another worker's
@@ -225,12 +237,24 @@ class Writer:
             raise
         return sum(file["bytes"] for file in files.values())
 
-    def _put_files(self, tensors: dict[str, Tensor], numbers: str, url: str) -> dict[str, dict[str, Any]]:
+    def _put_files(self, tensors: dict[str, Tensor], numbers: str, step: int) -> dict[str, dict[str, Any]]:
         files = {}
+        encryptor = None if self._spec.encrypt is None else Encryptor(self._spec.encrypt)
         for name, content in contents(tensors, numbers):
-            target = storage.join(url, name)
-            files[name] = _placed(target, partial(_write_content, content, target))
+            target = storage.join(folder(self._run, step), name)
+            write = partial(_write_content, content, target)
+            if encryptor is not None:  # from memory: nothing that is not encrypted may touch the disk
+                pieces = encryptor.pieces(as_bytes(content), context=context_of(step, name))
+                write = partial(_write_pieces, pieces)
+            files[name] = _placed(target, write)
         return files
+
+
+def _decrypted(data: bytes, step: int, name: str, where: str) -> bytes:
+    try:
+        return decrypt(data, context=context_of(step, name), where=where)
+    except ValueError as error:
+        raise StorageError(f"{where}: {error}") from error
 
 
 def _is_broken(tensor: Tensor, *, infinite: bool) -> bool:
@@ -262,8 +286,13 @@ def _write_content(content: Content, target: str, path: Path) -> None:
 
 
 def _text(path: Path, text: str) -> None:
+    _write_pieces([text.encode()], path)
+
+
+def _write_pieces(pieces: Iterable[bytes], path: Path) -> None:
     try:
-        path.write_text(text)
+        with path.open("wb") as file:
+            file.writelines(pieces)
     except OSError as error:
         raise StorageError(f"cannot write {path.parent}: {os.strerror(error.errno or 0)}") from error
 
@@ -275,6 +304,14 @@ def _save(tensors: dict[str, Tensor], path: Path, target: str) -> None:
         full = "os error 28" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
         reason = "the disk is full" if full else str(error)
         raise StorageError(f"cannot write {target}: {reason}; free space or choose another storage") from error
+
+
+def _numbers(data: bytes, path: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(data)
+    except ValueError as error:
+        raise StorageError(f"{path}: not a readable JSON document ({error})") from error
+    return found
 
 
 def _tensors(data: bytes, path: str) -> dict[str, Tensor]:

@@ -127,7 +127,7 @@ class Loop:
         """
         writer = Writer(self.run_url, self.spec.checkpoint, settle=self.recorder.settled)
         batches = Batches(self.feed, self.plan, self.state.device)
-        lead = Lead(Snapshots(self.vault, settle=self.recorder.settled))
+        lead = Lead(Snapshots(self.vault, settle=self.recorder.settled, encrypt=self.spec.checkpoint.encrypt))
         self.state.model.train()
         try:
             while True:

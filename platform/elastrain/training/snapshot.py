@@ -2,7 +2,8 @@
 
 The training stands still for a copy of its state and for nothing else. A snapshot has the files and the manifest of a
 checkpoint, and like one it counts only once the manifest is there, which comes last: after the audit and the metrics of
-its steps are in storage.
+its steps are in storage. With `checkpoint.encrypt` its files are encrypted before they leave the worker: memory where
+they lie may be spilled to a disk, and they may become a checkpoint.
 """
 
 import json
@@ -13,7 +14,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from elastrain.training.checkpoint import Copies, as_bytes, check_finite, contents
+from elastrain.encryption import Encryptor
+from elastrain.training.checkpoint import Copies, as_bytes, check_finite, contents, context_of
 from elastrain.training.manifests import described, seal
 
 SNAPSHOT_S = 5.0
@@ -36,12 +38,12 @@ class Vault(Protocol):
 class Snapshots:
     """The snapshots that one worker makes; one is under way at a time, and none is due meanwhile.
 
-    `settle` is called before the manifest is made: what else belongs to the steps before must be safe. `events` is for
-    the ledger: (kind, fields) of what has happened, for the thread that trains to take.
+    `settle` is called before the manifest is made: what else belongs to the steps before must be safe. `encrypt` is the
+    name of a key. `events` is for the ledger: (kind, fields) of what has happened, for the thread that trains to take.
     """
 
-    def __init__(self, vault: Vault | None, *, settle: Callable[[], None]) -> None:
-        self._vault, self._settle = vault, settle
+    def __init__(self, vault: Vault | None, *, settle: Callable[[], None], encrypt: str | None = None) -> None:
+        self._vault, self._settle, self._encrypt = vault, settle, encrypt
         self._copies = Copies()
         self._thread: threading.Thread | None = None
         self._next = time.monotonic() + SNAPSHOT_S
@@ -89,8 +91,11 @@ class Snapshots:
         files: dict[str, dict[str, Any]] = {}
 
         def made() -> Iterator[tuple[str, bytes]]:
+            encryptor = None if self._encrypt is None else Encryptor(self._encrypt)
             for name, content in contents(tensors, numbers):
                 data = as_bytes(content)
+                if encryptor is not None:
+                    data = encryptor.encrypt(data, context=context_of(step, name))
                 files[name] = described(data)
                 yield name, data
 
