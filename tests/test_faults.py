@@ -16,7 +16,7 @@ from tests.s3_server import SECRET_KEY
 
 from elastrain import s3, storage
 from elastrain.data.dataset import Dataset
-from elastrain.data.reader import _opened, read_group, sources_of
+from elastrain.data.reader import _open_local, read_group, sources_of
 from elastrain.errors import DataError, StorageError
 
 pytestmark = pytest.mark.slow
@@ -196,7 +196,7 @@ def group(dataset: Dataset, number: int) -> Any:
 def test_data_that_are_removed_or_rewritten_while_they_are_read_are_an_error_that_names_them(
     dataset: Dataset, opened: str
 ) -> None:
-    _opened.cache_clear()
+    _open_local.cache_clear()
     url = storage.join(dataset.url, "part.parquet")
     if opened == "opened before":
         assert group(dataset, 0)[-1] == 4999
@@ -207,7 +207,7 @@ def test_data_that_are_removed_or_rewritten_while_they_are_read_are_an_error_tha
     write_numbers(url, np.zeros(50_000, np.int64))
     with pytest.raises((DataError, StorageError), match=url):
         group(dataset, 9)
-    _opened.cache_clear()
+    _open_local.cache_clear()
     write_numbers(url, np.arange(50_000))
     if opened == "opened before":
         assert group(dataset, 0)[-1] == 4999

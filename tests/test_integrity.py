@@ -19,7 +19,7 @@ from elastrain import storage
 from elastrain.data.columns import Array, Column
 from elastrain.data.dataset import MANIFEST as DATASET
 from elastrain.data.dataset import Dataset
-from elastrain.data.reader import _opened, read_group, sources_of
+from elastrain.data.reader import _open_local, read_group, sources_of
 from elastrain.data.shards import ShardWriter
 from elastrain.data.sources import PackOptions
 from elastrain.errors import DataError, StorageError
@@ -70,7 +70,7 @@ def flipped(data: bytes, place: int) -> bytes:
 
 def rows_of(url: str) -> dict[str, Array]:
     """All rows of a dataset, read as a run reads them."""
-    _opened.cache_clear()
+    _open_local.cache_clear()
     dataset = Dataset.open(url)
     groups = [read_group(dataset.columns, source) for source in sources_of(dataset, np.arange(len(dataset.group_rows)))]
     return {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}

@@ -18,7 +18,7 @@ from elastrain.data import outcome, parquet_encryption
 from elastrain.data.chunks import PackOptions, Split
 from elastrain.data.columns import Array, Column
 from elastrain.data.dataset import MANIFEST, Dataset, fingerprint
-from elastrain.data.reader import read_rows, sources_of
+from elastrain.data.reader import _open_local, read_rows, sources_of
 from elastrain.data.shards import ShardWriter
 from elastrain.encryption import decrypt
 from elastrain.errors import DataError, StorageError
