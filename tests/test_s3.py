@@ -201,7 +201,7 @@ def test_a_range_that_cannot_be_read_is_our_sentence_through_parquet_too(
             raise OSError("AWS Error ACCESS_DENIED during GetObject operation")
 
     with monkeypatch.context() as patch:
-        patch.setattr(s3._Ranges, "read", lambda self, _: s3._tried("read", self._url, Denied().read_at))
+        patch.setattr(s3._Ranges, "read", lambda self, _: s3.tried("read", self._url, Denied().read_at))
         with pytest.raises(StorageError, match=rf"cannot read {root}/table.parquet: access denied"):
             file.read_row_group(0)
 
@@ -275,7 +275,7 @@ def test_what_may_pass_is_tried_again_until_it_does(root: str, monkeypatch: pyte
             raise OSError(left.pop())
         return 7
 
-    assert s3._tried("read", f"{root}/x", shaky) == 7
+    assert s3.tried("read", f"{root}/x", shaky) == 7
 
 
 def test_a_server_that_is_started_again_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +307,7 @@ def test_an_outage_ends_at_the_deadline(root: str, monkeypatch: pytest.MonkeyPat
         raise OSError(f"AWS Error UNKNOWN (HTTP status 503) during HeadObject operation: {SECRET_KEY}")
 
     with pytest.raises(StorageError, match=r"no proper answer from http\S+ in \d s \(HTTP status 503\)") as caught:
-        s3._tried("read", f"{root}/x", down)
+        s3.tried("read", f"{root}/x", down)
     refused(caught)
     assert 2 < len(calls) < 10
 
@@ -329,7 +329,7 @@ def test_what_cannot_pass_is_said_at_once_with_what_to_do(root: str, said: str, 
         raise OSError(said)
 
     with pytest.raises(StorageError, match=remedy) as caught:
-        s3._tried("write", f"{root}/x", call)
+        s3.tried("write", f"{root}/x", call)
     refused(caught)
     assert len(calls) == 1
 

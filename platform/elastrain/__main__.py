@@ -61,6 +61,8 @@ def pack(
     checks: dict[str, Any] = {"expect": expect, "classes": classes, "nulls": nulls, "non_finite": non_finite}
     rows: dict[str, Any] = {"duplicates": duplicates, "key": key, "split": split, "by": by}
     notes: dict[str, Any] = {"license": license_name, "origin": origin}
+    given: dict[str, Any] = {"context": context, "tokenizer": tokenizer, "test_fraction": test_fraction, "codec": codec}
+    given |= {"image_size": image_size, "label": label, "encrypt": encrypt, "overwrite": overwrite}
 
     def run() -> tuple[dict[str, Any], str]:
         from elastrain.data.card import as_text
@@ -71,18 +73,11 @@ def pack(
         from elastrain.observe.progress import pack_progress
 
         options = PackOptions(
-            context=context,
-            tokenizer=tokenizer,
-            test_fraction=test_fraction,
-            codec=codec,
+            **given,
             row_group_bytes=_bytes("--row-group-mib", row_group_mib),
             shard_bytes=_bytes("--shard-mib", shard_mib),
-            image_size=image_size,
-            label=label,
             columns=tuple(columns.split(",")) if columns else None,
             prepare=Preparation(**checks, **rows, **notes),
-            encrypt=encrypt,
-            overwrite=overwrite,
         )
         with ray_session(address, cpus=machine_cpus()), pack_progress() as progress:
             result = pack_dataset(source, out, options, progress=progress)

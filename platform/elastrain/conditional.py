@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from elastrain.errors import StorageError
-from elastrain.s3 import CREDENTIALS, _tried, endpoint, place
+from elastrain.s3 import CREDENTIALS, endpoint, place, tried
 
 T = TypeVar("T")
 CONNECT_S, ANSWER_S = 3.0, 15.0
@@ -77,7 +77,7 @@ def delete(url: str) -> None:
             _store(url).delete(_key(url))
 
     with contextlib.suppress(FileNotFoundError):
-        _tried("remove", url, once)
+        tried("remove", url, once)
 
 
 def probe(folder: str) -> float:
@@ -131,7 +131,7 @@ def _put(url: str, data: bytes, mode: Any, patient: bool) -> str | None:  # noqa
 
 def _asked(operation: str, url: str, once: Callable[[], T], patient: bool) -> T:  # noqa: FBT001 -- given on
     if patient:
-        return _tried(operation, url, once)
+        return tried(operation, url, once)
     try:
         return once()
     except FileNotFoundError:

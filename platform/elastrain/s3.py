@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from elastrain import s3_errors
 from elastrain.errors import StorageError
 from elastrain.urls import REMEDY, holds_credentials, redacted
 
@@ -26,40 +27,7 @@ CREDENTIALS = (
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_CONFIG_FILE"),
     *("AWS_SHARED_CREDENTIALS_FILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE"),
 )
-SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 VERSIONS = 100  # of a file that is replaced while it is read
-# What is final, in the words of Arrow's errors, and what to do about it.
-FINAL = (
-    (
-        r"configured region is|PERMANENT_REDIRECT|HTTP status 30\d|AuthorizationHeaderMalformed|ILLEGAL_LOCATION",
-        "the bucket is in another region: set AWS_REGION to the bucket's",
-    ),
-    (
-        r"SIGNATURE_DOES_NOT_MATCH|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|UNRECOGNIZED_CLIENT|INVALID_SIGNATURE"
-        r"|MISSING_AUTHENTICATION|(?i:expired_?token)|InvalidToken|HTTP status 401"
-        r"|HTTP status 400\) during Head",  # which has no body to say more
-        "the credentials are wrong or have expired: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the profile or "
-        "the role",
-    ),
-    (
-        r"REQUEST_TIME_TOO_SKEWED|RequestTimeTooSkewed|REQUEST_EXPIRED",
-        "this machine's clock and the server's are too far apart: set the clock",
-    ),
-    (
-        r"ACCESS_DENIED|FORBIDDEN|HTTP status 403",
-        "access denied: check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, profile or role), what "
-        "they are permitted, and this machine's clock",
-    ),
-    (r"NO_SUCH_BUCKET", "there is no such bucket: create it, or check its name and AWS_ENDPOINT_URL"),
-    (
-        r"HTTP status 411",
-        "the server wants to know lengths beforehand: set AWS_REQUEST_CHECKSUM_CALCULATION=when_required",
-    ),
-    (r"curlCode: (?:51|58|60|77)\b", "the server's certificate is not trusted: check AWS_ENDPOINT_URL"),
-)
-GONE = re.compile(r"NO_SUCH_KEY|RESOURCE_NOT_FOUND|HTTP status 404")
-REFUSED = re.compile(r"HTTP status 4(?!08|16|29)\d\d")  # not a timeout, an object replaced meanwhile, too many requests
-NO_ANSWER = re.compile(r"NETWORK_CONNECTION|curlCode")
 
 _answered: set[str] = set()
 _failing: dict[int, float] = {}  # by thread: since when what it does fails
@@ -118,7 +86,7 @@ def read(url: str) -> bytes:
             file = newest
         raise OSError("the object was replaced again and again while it was read")
 
-    return _tried("read", url, once)
+    return tried("read", url, once)
 
 
 def write(url: str, data: Any) -> None:
@@ -133,7 +101,7 @@ def write(url: str, data: Any) -> None:
         stream.write(data)
         stream.close()
 
-    _tried("write", url, once)
+    tried("write", url, once)
 
 
 def write_file(url: str, source: Path) -> None:
@@ -161,9 +129,9 @@ def files(url: str) -> Iterator[tuple[str, int]]:
 
     root = place(url)
     try:
-        found = _tried("list", url, lambda: client().get_file_info(fs.FileSelector(root, recursive=True)))
+        found = tried("list", url, lambda: client().get_file_info(fs.FileSelector(root, recursive=True)))
     except FileNotFoundError:
-        info = _tried("list", url, lambda: client().get_file_info(root))
+        info = tried("list", url, lambda: client().get_file_info(root))
         if info.type != fs.FileType.File:
             raise
         yield "", info.size
@@ -177,7 +145,7 @@ def folders(url: str) -> list[str]:
 
     root = place(url)
     try:
-        found = _tried("list", url, lambda: client().get_file_info(fs.FileSelector(root)))
+        found = tried("list", url, lambda: client().get_file_info(fs.FileSelector(root)))
     except FileNotFoundError:
         return []
     return [info.base_name for info in found if info.type == fs.FileType.Directory]
@@ -188,15 +156,15 @@ def remove(url: str) -> None:
     path = place(url)
     with contextlib.suppress(FileNotFoundError):
         if _kind(url) == "file":
-            _tried("remove", url, lambda: client().delete_file(path))
+            tried("remove", url, lambda: client().delete_file(path))
         else:
-            _tried("remove", url, lambda: client().delete_dir(path))
+            tried("remove", url, lambda: client().delete_dir(path))
 
 
 def move(url: str, target: str) -> None:
     """Copy a file over what is at `target`, then remove it; raises FileNotFoundError, or StorageError."""
     source, destination = place(url), place(target)
-    _tried("write", target, lambda: client().copy_file(source, destination))
+    tried("write", target, lambda: client().copy_file(source, destination))
     remove(url)
 
 
@@ -213,7 +181,7 @@ def open_ranges(url: str) -> Any:
 def ranges(url: str) -> Any:
     """Return a file whose ranges threads may read side by side; raises FileNotFoundError, or StorageError."""
     path = place(url)
-    return _Ranges(url, _tried("open", url, lambda: client().open_input_file(path)))
+    return _Ranges(url, tried("open", url, lambda: client().open_input_file(path)))
 
 
 class _Ranges:
@@ -228,7 +196,7 @@ class _Ranges:
 
     def read_at(self, length: int, start: int) -> bytes:
         """Return a range, with one request; raises FileNotFoundError, or StorageError."""
-        return _tried("read", self._url, lambda: self._fetch(length, start))
+        return tried("read", self._url, lambda: self._fetch(length, start))
 
     def read(self, size: int = -1) -> bytes:
         most = self._size - self._at
@@ -289,12 +257,12 @@ def _kind(url: str) -> str | None:
         return info
 
     try:
-        return "file" if _tried("look up", url, once).type == fs.FileType.File else "folder"
+        return "file" if tried("look up", url, once).type == fs.FileType.File else "folder"
     except FileNotFoundError:
         return None
 
 
-def _tried(operation: str, url: str, action: Callable[[], T]) -> T:
+def tried(operation: str, url: str, action: Callable[[], T]) -> T:
     """Run `action`, again and again while what went wrong may pass and there is time.
 
     Raises FileNotFoundError where there is no such file in its bucket, StorageError for all else.
@@ -306,10 +274,10 @@ def _tried(operation: str, url: str, action: Callable[[], T]) -> T:
                 result = action()
             except (OSError, ValueError) as error:  # Arrow's errors are one of the two
                 _consider(error, operation, url)
-                text = _said(error)
+                text = s3_errors.said(error)
                 failing_s = time.monotonic() - _failing.setdefault(me, time.monotonic())
                 if failing_s + pause >= _patience_s(text, where):
-                    final = _outage(text, where, failing_s)
+                    final = s3_errors.outage(text, where, failing_s)
                     raise StorageError(f"cannot {operation} {url}: {final}") from None
                 time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 -- workers must not come back all at once
                 pause = min(2 * pause, 10.0)
@@ -322,23 +290,19 @@ def _tried(operation: str, url: str, action: Callable[[], T]) -> T:
 
 def _consider(error: OSError | ValueError, operation: str, url: str) -> None:
     """Raise FileNotFoundError or StorageError where trying again cannot help."""
-    text, where = _said(error), endpoint()
-    if isinstance(error, FileNotFoundError) or GONE.search(text):
+    text, where = s3_errors.said(error), endpoint()
+    if isinstance(error, FileNotFoundError) or s3_errors.GONE.search(text):
         _answered.add(where)
         _refuse_unknown_bucket(operation, url, where)
         raise FileNotFoundError(url) from error
-    final = _final(text, url)
-    if final or not isinstance(error, OSError):
-        raise StorageError(f"cannot {operation} {url}: {final or _plain(text, url)}") from None
-
-
-def _said(error: BaseException) -> str:
-    return str(error).rpartition("AWS Error ")[2]  # before it stand names, which may say anything
+    why = s3_errors.final(text, url)
+    if why or not isinstance(error, OSError):
+        raise StorageError(f"cannot {operation} {url}: {why or s3_errors.plain(text, url)}") from None
 
 
 def _patience_s(text: str, where: str) -> float:
     is_new = where not in _answered and RAY_WORKER not in os.environ
-    return FIRST_S if is_new and NO_ANSWER.search(text) else OUTAGE_S
+    return FIRST_S if is_new and s3_errors.NO_ANSWER.search(text) else OUTAGE_S
 
 
 def _unstalled(file: Any, size: int, offset: int) -> bytes:
@@ -370,33 +334,5 @@ def _refuse_unknown_bucket(operation: str, url: str, where: str) -> None:
         return
     with contextlib.suppress(OSError):  # who may not look at the bucket is told of the file
         if client().get_file_info(bucket).type == fs.FileType.NotFound:
-            raise StorageError(f"cannot {operation} {url}: {_final('NO_SUCH_BUCKET', url)}")
+            raise StorageError(f"cannot {operation} {url}: {s3_errors.final('NO_SUCH_BUCKET', url)}")
     _buckets.add((where, bucket))
-
-
-def _final(text: str, url: str) -> str | None:
-    """Return what is wrong and what to do if trying again cannot help, else None."""
-    for pattern, remedy in FINAL:
-        if re.search(pattern, text):
-            return remedy
-    return _plain(text, url) if REFUSED.search(text) else None
-
-
-def _outage(text: str, where: str, seconds: float) -> str:
-    server = where or "AWS"
-    reason = re.search(r"curlCode: \d+, ([^;]*)|HTTP status \d+", text)
-    said = (reason[1] or reason[0]) if reason else _first_sentence(text)
-    return (
-        f"no proper answer from {server} in {seconds:.0f} s ({said}); check AWS_ENDPOINT_URL and that the server runs"
-    )
-
-
-def _plain(text: str, url: str) -> str:
-    return f"{_first_sentence(text)}; check the path and what the server of {place(url).split('/', 1)[0]} says"
-
-
-def _first_sentence(text: str) -> str:
-    """Return what a library says, short and without any secret of the environment."""
-    for secret in filter(None, map(os.environ.get, SECRETS)):
-        text = text.replace(secret, "***")
-    return re.sub(r" \(Request ID: .*?\)", "", (text.splitlines() or ["no reason given"])[0])[:300]
