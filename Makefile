@@ -86,11 +86,14 @@ format: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
-# Runs on processes that are killed, stopped and joined; the protocol alone, far more often; then all, again and again.
+# Runs on processes that are killed, stopped and joined; the protocol alone, far more often; flipped bits and killed
+# writers, with a seed that is told; then all, again and again.
 soak: setup
 	HISTORIES=180 $(TEST) -x tests/elastic/test_processes.py -k random
 	CELL_HISTORIES=20 $(TEST) -x tests/elastic/test_verify.py -k disturbed_run
 	HISTORIES=100000 $(TEST) -x tests/elastic/test_protocol.py
+	@seed=$$RANDOM; echo "soak: SEED=$$seed for flipped bits and killed writers"; \
+	FLIPS=400 KILLS=50 SEED=$$seed $(TEST) -x tests/test_integrity.py
 	@for round in $$(seq $(ROUNDS)); do \
 	  echo "soak: round $$round of $(ROUNDS)"; \
 	  $(TEST) -x -m 'ray or slow'; \

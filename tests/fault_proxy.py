@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
-FAULTS = ("503", "500", "403", "reset", "truncate", "lost", "hang", "trickle")
+FAULTS = ("503", "500", "403", "301", "400", "reset", "truncate", "lost", "hang", "trickle")
 PIECE = 256 << 10  # bytes that are passed on at once
 TRICKLE_BYTES_PER_S = 2000.0
-SAID = {"503": "SlowDown", "500": "InternalError", "403": "AccessDenied"}
+CODES = {"503": "SlowDown", "500": "InternalError", "403": "AccessDenied"}
 
 
 class Proxy:
@@ -35,12 +35,13 @@ class Proxy:
     ) -> None:
         """From now on do `kind` to requests, instead of what was done before.
 
-        Answer "503", "500" or "403"; "reset" the connection on the request; "truncate": end the connection in the midst
-        of a body, the client's if it sends one; "lost": the request is carried out and its answer never comes; "hang":
-        say nothing more; "trickle": answer 2 kB/s. Of the requests whose method begins with `method` and whose path
-        holds `key`, a `share` is hit, drawn from `seed`, and no more than `times` of them.
+        Answer "503", "500" or "403", or "400 ExpiredToken" and the like; "reset" the connection on the request;
+        "truncate": end the connection in the midst of a body, the client's if it sends one; "lost": the request is
+        carried out and its answer never comes; "hang": say nothing more; "trickle": answer 2 kB/s. Of the requests
+        whose method begins with `method` and whose path and query hold `key`, a `share` is hit, drawn from `seed`, and
+        no more than `times` of them.
         """
-        assert kind in FAULTS, kind
+        assert kind.split(" ")[0] in FAULTS, kind
         self._tell(fault={"kind": kind, "share": share, "times": times, "method": method, "key": key, "seed": seed})
 
     def throttle(self, *, first_byte_ms: float = 0.0, bytes_per_s: float | None = None) -> None:
@@ -170,7 +171,7 @@ class _Server:
         await self._unless_cut_off(kind)
         if head.fields.get("expect", "").lower() == "100-continue":
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if kind.isdigit():
+        if kind[:1].isdigit():
             async for _ in _body(reader, head):
                 pass
             writer.write(_refusal(kind, head))
@@ -283,9 +284,11 @@ async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
         yield line
 
 
-def _refusal(status: str, head: _Head) -> bytes:
-    text = f"<?xml version='1.0'?><Error><Code>{SAID[status]}</Code><Message>by the proxy</Message></Error>".encode()
-    start = f"HTTP/1.1 {status} {SAID[status]}\r\nContent-Length: {len(text)}\r\n\r\n"
+def _refusal(kind: str, head: _Head) -> bytes:
+    status, _, code = kind.partition(" ")
+    code = code or CODES[status]
+    text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>by the proxy</Message></Error>".encode()
+    start = f"HTTP/1.1 {status} {code}\r\nContent-Length: {len(text)}\r\n\r\n"
     return start.encode() + (b"" if head.line.startswith("HEAD ") else text)
 
 

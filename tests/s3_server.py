@@ -23,8 +23,8 @@ START_S = 60.0
 def serving(folder: Path, ports: list[int] | None = None, bucket: str | None = None) -> Iterator[dict[str, str]]:
     """Run a server that keeps its files in `folder`; yield the environment by which it is reached.
 
-    `BUCKET` in it names a bucket that is there. The same folder, ports and bucket again are the same server, started
-    again. Raises RuntimeError if no server comes up.
+    `BUCKET` in it names a bucket that is there, `SERVER_PID` the process, for who wants to kill it. The same folder,
+    ports and bucket again are the same server, started again. Raises RuntimeError if no server comes up.
     """
     bucket = (
         bucket or f"bucket-{secrets.token_hex(4)}"
@@ -42,6 +42,7 @@ def serving(folder: Path, ports: list[int] | None = None, bucket: str | None = N
             "AWS_REGION": "us-east-1",
             "AWS_ALLOW_HTTP": "true",
             "BUCKET": bucket,
+            "SERVER_PID": str(process.pid),
         }
         _await(process, environment, folder / "log")
         yield environment

@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -18,7 +19,9 @@ from elastrain.urls import REMEDY, holds_credentials, redacted
 
 T = TypeVar("T")
 FIRST_S = 5.0  # for an endpoint that this process has never heard of: more likely a wrong address than an outage
-OUTAGE_S = 120.0  # for one that has answered before
+OUTAGE_S = 120.0  # for one that has answered before, from the first failure on
+RAY_WORKER = "RAY_RAYLET_PID"  # in the environment of what Ray has started: there the command has had its answer
+STALL_S, STALL_BYTES_PER_S = 30.0, 100_000.0  # a read that takes longer than both is given up and tried again
 CREDENTIALS = (
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_CONFIG_FILE"),
     *("AWS_SHARED_CREDENTIALS_FILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE"),
@@ -33,14 +36,19 @@ FINAL = (
     ),
     (
         r"SIGNATURE_DOES_NOT_MATCH|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|UNRECOGNIZED_CLIENT|INVALID_SIGNATURE"
-        r"|MISSING_AUTHENTICATION|(?i:expired_?token)|InvalidToken|HTTP status 401",
+        r"|MISSING_AUTHENTICATION|(?i:expired_?token)|InvalidToken|HTTP status 401"
+        r"|HTTP status 400\) during Head",  # which has no body to say more
         "the credentials are wrong or have expired: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the profile or "
         "the role",
     ),
     (
+        r"REQUEST_TIME_TOO_SKEWED|RequestTimeTooSkewed|REQUEST_EXPIRED",
+        "this machine's clock and the server's are too far apart: set the clock",
+    ),
+    (
         r"ACCESS_DENIED|FORBIDDEN|HTTP status 403",
-        "access denied: check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, profile or role) and what "
-        "they are permitted",
+        "access denied: check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, profile or role), what "
+        "they are permitted, and this machine's clock",
     ),
     (r"NO_SUCH_BUCKET", "there is no such bucket: create it, or check its name and AWS_ENDPOINT_URL"),
     (
@@ -54,7 +62,13 @@ REFUSED = re.compile(r"HTTP status 4(?!08|16|29)\d\d")  # not a timeout, an obje
 NO_ANSWER = re.compile(r"NETWORK_CONNECTION|curlCode")
 
 _answered: set[str] = set()
+_failing: dict[int, float] = {}  # by thread: since when what it does fails
 _buckets: set[tuple[str, str]] = set()
+
+
+def waiting_s() -> float:
+    """Return for how long this process has been trying again what failed, 0 where nothing fails; for any thread."""
+    return max((time.monotonic() - since for since in list(_failing.values())), default=0.0)
 
 
 def is_s3(url: str) -> bool:
@@ -94,14 +108,14 @@ def read(url: str) -> bytes:
     path = place(url)
 
     def once() -> bytes:
-        stream = client().open_input_stream(path)
+        file = client().open_input_file(path)
         for _ in range(VERSIONS):
-            data = bytes(stream.read())
+            data = _unstalled(file, file.size(), 0)
             # Arrow asks for the size first and for so many bytes second; in between a writer may have put another one.
-            newest = client().open_input_stream(path)
-            if newest.metadata().get("ETag") == stream.metadata().get("ETag"):
+            newest = client().open_input_file(path)
+            if newest.metadata().get("ETag") == file.metadata().get("ETag"):
                 return data
-            stream = newest
+            file = newest
         raise OSError("the object was replaced again and again while it was read")
 
     return _tried("read", url, once)
@@ -187,17 +201,17 @@ def move(url: str, target: str) -> None:
 
 
 def open_ranges(url: str) -> Any:
-    """Return a file of Arrow for random reads, each of which is tried again where that may help.
-
-    Raises FileNotFoundError, or StorageError, also while it is read.
-    """
+    """Return a file of Arrow for random reads; raises FileNotFoundError, or StorageError, also while it is read."""
     import pyarrow as pa  # noqa: PLC0415 -- 0.3 s that local runs need not pay
 
     return pa.PythonFile(ranges(url), mode="r")
 
 
 def ranges(url: str) -> Any:
-    """Return a file whose ranges threads may read side by side; raises FileNotFoundError, or StorageError."""
+    """Return a file with `size()` and `read_at(length, start)`, one request each, which threads may call side by side.
+
+    Raises FileNotFoundError, or StorageError, also while it is read.
+    """
     path = place(url)
     return _Ranges(url, _tried("open", url, lambda: client().open_input_file(path)))
 
@@ -209,12 +223,10 @@ class _Ranges:
         self._url, self._file, self._at, self._size = url, file, 0, int(file.size())
 
     def size(self) -> int:
-        """Return the bytes of the file when it was opened."""
         return self._size
 
     def read_at(self, length: int, start: int) -> bytes:
-        """Return a range, with one request; raises FileNotFoundError, or StorageError."""
-        return bytes(_tried("read", self._url, lambda: self._file.read_at(length, start)))
+        return _tried("read", self._url, lambda: self._fetch(length, start))
 
     def read(self, size: int = -1) -> bytes:
         most = self._size - self._at
@@ -222,6 +234,14 @@ class _Ranges:
         data = self.read_at(wanted, self._at) if wanted > 0 else b""
         self._at += len(data)
         return data
+
+    def _fetch(self, length: int, start: int) -> bytes:
+        try:
+            return _unstalled(self._file, length, start)
+        except OSError as error:
+            if "HTTP status 416" in str(error) or "INVALID_RANGE" in str(error):
+                raise ValueError("the file was replaced by a shorter one while it was read") from error
+            raise
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
@@ -277,28 +297,66 @@ def _tried(operation: str, url: str, action: Callable[[], T]) -> T:
 
     Raises FileNotFoundError where there is no such file in its bucket, StorageError for all else.
     """
-    start, pause = time.monotonic(), 0.2
-    where = endpoint()
-    while True:
-        try:
-            result = action()
-        except (OSError, ValueError) as error:  # Arrow's errors are one of the two
-            text = str(error).rpartition("AWS Error ")[2]  # before it stand names, which may say anything
-            if isinstance(error, FileNotFoundError) or GONE.search(text):
-                _answered.add(where)
-                _refuse_unknown_bucket(operation, url, where)
-                raise FileNotFoundError(url) from error
-            final = _final(text, url)
-            if final is None and isinstance(error, OSError):
-                patience = FIRST_S if NO_ANSWER.search(text) and where not in _answered else OUTAGE_S
-                if time.monotonic() - start + pause < patience:
-                    time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 -- workers must not come back all at once
-                    pause = min(2 * pause, 10.0)
-                    continue
-                final = _outage(text, where, time.monotonic() - start)
-            raise StorageError(f"cannot {operation} {url}: {final or _plain(text, url)}") from None
+    pause, where, me = 0.2, endpoint(), threading.get_ident()
+    try:
+        while True:
+            try:
+                result = action()
+            except (OSError, ValueError) as error:  # Arrow's errors are one of the two
+                _consider(error, operation, url)
+                text = _said(error)
+                failing_s = time.monotonic() - _failing.setdefault(me, time.monotonic())
+                if failing_s + pause >= _patience_s(text, where):
+                    final = _outage(text, where, failing_s)
+                    raise StorageError(f"cannot {operation} {url}: {final}") from None
+                time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 -- workers must not come back all at once
+                pause = min(2 * pause, 10.0)
+                continue
+            _answered.add(where)
+            return result
+    finally:
+        _failing.pop(me, None)
+
+
+def _consider(error: OSError | ValueError, operation: str, url: str) -> None:
+    """Raise FileNotFoundError or StorageError where trying again cannot help."""
+    text, where = _said(error), endpoint()
+    if isinstance(error, FileNotFoundError) or GONE.search(text):
         _answered.add(where)
-        return result
+        _refuse_unknown_bucket(operation, url, where)
+        raise FileNotFoundError(url) from error
+    final = _final(text, url)
+    if final or not isinstance(error, OSError):
+        raise StorageError(f"cannot {operation} {url}: {final or _plain(text, url)}") from None
+
+
+def _said(error: BaseException) -> str:
+    return str(error).rpartition("AWS Error ")[2]  # before it stand names, which may say anything
+
+
+def _patience_s(text: str, where: str) -> float:
+    is_new = where not in _answered and RAY_WORKER not in os.environ
+    return FIRST_S if is_new and NO_ANSWER.search(text) else OUTAGE_S
+
+
+def _unstalled(file: Any, size: int, offset: int) -> bytes:
+    """Return bytes of a file; raises OSError if they trickle, which Arrow would wait for without end."""
+    found: list[bytes | BaseException] = []
+
+    def fetch() -> None:
+        try:
+            found.append(bytes(file.read_at(size, offset)))
+        except BaseException as error:  # noqa: BLE001 -- it is raised below
+            found.append(error)
+
+    thread = threading.Thread(target=fetch, daemon=True)  # who is given up ends with its connection
+    thread.start()
+    thread.join(STALL_S + size / STALL_BYTES_PER_S)
+    if not found:
+        raise OSError(f"{size} bytes did not come in {STALL_S + size / STALL_BYTES_PER_S:.0f} s")
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return found[0]
 
 
 def _refuse_unknown_bucket(operation: str, url: str, where: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from elastrain import storage
+from elastrain import s3, storage
 from elastrain.data.columns import Array
 from elastrain.elastic.membership import Membership
 from elastrain.elastic.protocol import Roster
@@ -55,6 +55,8 @@ class Host:
         self._handles: dict[str, Any] = {}
         self._tripped = set(tripped)  # steps in which a worker raised an exception
         self._lock = threading.Lock()
+        self._writing = threading.Lock()  # while storage is written to, which nobody who reports or asks waits for
+        self._arrived: list[tuple[str, int, int, Mapping[str, Array]]] = []  # lines for a log: its name, step, slot
         self._closing = threading.Event()
         self._logs: dict[str, StepLog] = {}
         self._writer = threading.Thread(target=self._write, daemon=True)
@@ -123,8 +125,7 @@ class Host:
     def audit(self, lines: Sequence[tuple[int, int, Mapping[str, Array]]]) -> None:
         """Take over (step, slot, columns) lines; when this returns they are out of the worker's hands."""
         with self._lock:
-            for step, slot, columns in lines:
-                self._logs["audit"].add(step, slot, columns)
+            self._arrived += [("audit", step, slot, columns) for step, slot, columns in lines]
 
     @ray.method(concurrency_group=RECORDS)
     def report(self, worker: str, status: Mapping[str, Any]) -> None:
@@ -143,12 +144,14 @@ class Host:
                 self._ended = ended
                 counts, values = (step, epoch, samples), (loss, lr, grad_norm, taken, ended)
                 numbers = [np.array([v], np.int64) for v in counts] + [np.array([v], np.float64) for v in values]
-                self._logs["metrics"].add(int(step), 0, dict(zip(METRICS.names, numbers, strict=True)))
+                self._arrived.append(("metrics", int(step), 0, dict(zip(METRICS.names, numbers, strict=True))))
                 self._last = {"step": step, "loss": loss}
 
-    @ray.method(concurrency_group=RECORDS)
     def sync(self, worker: str) -> bool:
-        """Write what has arrived. Say whether this worker's checkpoint may exist: not if it has been given up."""
+        """Write what has arrived. Say whether this worker's checkpoint may exist: not if it has been given up.
+
+        Not in the group of what is reported, which would wait for storage behind it.
+        """
         self._flush()
         return self.membership.trusts(worker)
 
@@ -189,6 +192,7 @@ class Host:
             "tripped": frozenset(self._tripped),
             "checkpoint": self._last_checkpoint,
             "resume_step": self._resume_step,
+            "storage_s": s3.waiting_s(),
         }
 
     def _kill_dropped(self) -> None:
@@ -215,12 +219,16 @@ class Host:
             except ElastrainError as error:
                 self.membership.fail(type(error).__name__, str(error))
                 return
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 self.membership.fail(StorageError.__name__, f"cannot write the run's records: {error}")
                 return
 
     def _flush(self) -> None:
-        with self._lock:
+        with self._writing:
+            with self._lock:
+                step, arrived, self._arrived = self._step, self._arrived, []
+            for name, number, key, columns in arrived:
+                self._logs[name].add(number, key, columns)
             for log in self._logs.values():
-                log.flush(self._step)
+                log.flush(step)
             self._ledger.flush()

@@ -16,6 +16,7 @@ from elastrain.observe.progress import LiveLine, Status
 from elastrain.spec.train import WorkersSpec
 
 POLL_S = 0.1
+OUTAGE_S = 2.0  # storage that fails for longer is waited for, and the line says so
 ENOUGH_S = 2.0  # steps of so long tell how fast the run is
 COMPLETE_S = 60.0  # after this a run begins without those who have not come, if there are enough
 
@@ -98,9 +99,10 @@ class Watch:
         running = list(now["spent"].values())
         waited = sum(s["data"] for s in running)
         worked = sum(sum(s.values()) - s["start"] for s in running)
+        waits = ", waiting for storage" if now["storage_s"] > OUTAGE_S else ""
         short = now["missing"] if now["generation"] else 0
         return Status(
-            phase="training" if last else "starting workers",
+            phase=("training" if last else "starting workers") + waits,
             epoch=step / plan.steps_per_epoch,
             epochs=self.num_steps / plan.steps_per_epoch,
             step=step,

@@ -1,0 +1,193 @@
+"""Flipped bits and killed writers, by chance, on a local folder and on a real S3 server: nothing wrong is ever silent.
+
+FLIPS (40) are bits in shards, half as many in checkpoints; KILLS (5) are moments. `make soak` asks for ten times that.
+"""
+
+import os
+import random
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from elastrain import storage
+from elastrain.data.columns import Array, Column
+from elastrain.data.dataset import MANIFEST as DATASET
+from elastrain.data.dataset import Dataset
+from elastrain.data.reader import _opened, read_group, sources_of
+from elastrain.data.shards import ShardWriter
+from elastrain.data.sources import PackOptions
+from elastrain.errors import DataError, StorageError
+from elastrain.spec.train import CheckpointSpec
+from elastrain.training.checkpoint import Writer, load
+from elastrain.training.manifests import MANIFEST, folder, newest_whole, read_manifests
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+FLIPS, KILLS, SEED = (int(os.environ.get(name, value)) for name, value in (("FLIPS", 40), ("KILLS", 5), ("SEED", 0)))
+PACK = """
+import sys
+import ray
+from elastrain.data.pack import pack_dataset
+from elastrain.data.sources import PackOptions
+options = PackOptions(row_group_bytes=20_000, shard_bytes=100_000, test_fraction=0.2)
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+print("begun", flush=True)
+pack_dataset(sys.argv[1], sys.argv[2], options)
+print("packed", flush=True)
+"""
+COMMIT = """
+import sys, torch
+from elastrain.spec.train import CheckpointSpec
+from elastrain.training.checkpoint import Writer
+writer = Writer(sys.argv[1], CheckpointSpec(keep=3))
+for step in range(int(sys.argv[2]), 10_000):
+    tensors = {f"{part}/weight": torch.full((int(sys.argv[3]),), float(step)) for part in ("model", "optim")}
+    writer.commit(tensors, {"step": step}, {})
+    writer.wait()
+    print(step, flush=True)
+"""
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder or an empty place in a bucket."""
+    if request.param == "local":
+        return str(tmp_path)
+    return f"{request.getfixturevalue('s3_bucket')}/{secrets.token_hex(4)}"
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    changed = bytearray(data)
+    changed[place // 8] ^= 1 << place % 8
+    return bytes(changed)
+
+
+def rows_of(url: str) -> dict[str, Array]:
+    """All rows of a dataset, read as a run reads them."""
+    _opened.cache_clear()
+    dataset = Dataset.open(url)
+    groups = [read_group(dataset.columns, source) for source in sources_of(dataset, np.arange(len(dataset.group_rows)))]
+    return {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
+
+
+def pack_small(url: str) -> None:
+    """Put a dataset of one shard with a few row groups."""
+    rng = np.random.default_rng(0)
+    columns = [Column(name="x", dtype="uint8", shape=(8, 8)), Column(name="y", dtype="uint8", shape=())]
+    with ShardWriter(url, columns, PackOptions(row_group_bytes=16 << 10)) as writer:
+        writer.write({"x": rng.integers(0, 17, (1000, 8, 8), dtype=np.uint8), "y": rng.integers(0, 9, 1000, np.uint8)})
+        shards, _ = writer.finish()
+    made = Dataset(url=url, columns=tuple(columns), shards=tuple(shards), fingerprint="", packed=True)
+    storage.put_json(storage.join(url, DATASET), made.manifest())
+
+
+def test_no_bit_that_flips_in_a_shard_is_silent(place: str) -> None:
+    pack_small(place)
+    good, rng = rows_of(place), random.Random(SEED)  # noqa: S311 -- repeatable
+    (shard,) = Dataset.open(place).shards
+    url = storage.join(place, shard.path)
+    data = storage.read_bytes(url)
+    told = 0
+    for _ in range(FLIPS):
+        storage.put(url, flipped(data, rng.randrange(8 * len(data))))
+        try:
+            found = rows_of(place)
+        except DataError as error:
+            assert str(error).startswith(url)  # noqa: PT017 -- some flips are harmless
+            told += 1
+        else:
+            assert all(np.array_equal(found[name], good[name]) for name in good)
+    assert told > FLIPS // 2
+
+
+def test_no_bit_that_flips_in_a_checkpoint_is_silent(place: str) -> None:
+    for step in (1, 2):
+        commit(place, step)
+    rng = random.Random(SEED)  # noqa: S311 -- repeatable
+    files = storage.list_files(folder(place, 2))
+    for number in range(FLIPS // 2):
+        url = storage.join(folder(place, 2), files[number % len(files)].path)
+        data = storage.read_bytes(url)
+        storage.put(url, flipped(data, rng.randrange(8 * len(data))))
+        warnings: list[str] = []
+        assert newest_whole(place, warn=warnings.append) == 1
+        assert url in warnings[0]
+        with pytest.raises(StorageError, match=url):
+            load(place, 2)
+        storage.put(url, data)
+    assert newest_whole(place, warn=pytest.fail) == 2
+
+
+def commit(run: str, step: int) -> None:
+    writer = Writer(run, CheckpointSpec(keep=3))
+    writer.commit({f"{p}/weight": torch.full((999,), float(step)) for p in ("model", "optim")}, {"step": step}, {})
+    writer.wait()
+
+
+def killed_after(code: str, *arguments: str, first: str, after_s: float | None) -> list[str]:
+    """Run Python, kill it -9 so long after it has said `first`, None: not at all; return the lines that it said."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(storage.__file__).parents[1])}
+    command = [sys.executable, "-c", code, *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
+        assert process.stdout
+        said = [process.stdout.readline().strip()]
+        assert said[0] == first
+        if after_s is not None:
+            time.sleep(after_s)
+            process.kill()
+        return said + process.stdout.read().split()
+
+
+@pytest.mark.parametrize("size", [1_000, 2_000_000])
+def test_a_checkpoint_that_was_acknowledged_outlives_every_kill_of_its_writer(place: str, size: int) -> None:
+    """The larger ones go to S3 in parts."""
+    rng, step = random.Random(SEED), 1  # noqa: S311 -- repeatable
+    for _ in range(-(-KILLS // 2)):
+        said = killed_after(COMMIT, place, str(step), str(size), first=str(step), after_s=rng.uniform(0.0, 1.0))
+        newest = newest_whole(place, warn=pytest.fail)
+        assert newest is not None
+        assert newest in (int(said[-1]), int(said[-1]) + 1), "the last may have been killed before it could say so"
+        for number in read_manifests(place):
+            assert (load(place, number).tensors["model/weight"] == number).all()
+        step = newest + 1
+    for last in range(step, step + 4):
+        commit(place, last)
+    names = storage.list_folders(storage.join(place, "checkpoints"))
+    assert names == [f"step-{number:08d}" for number in range(step + 1, step + 4)], "what killed writers left is gone"
+    left = [file for file in storage.list_files(storage.join(place, "checkpoints")) if file.path.endswith(".tmp")]
+    assert not left
+    assert all(storage.exists(storage.join(folder(place, number), MANIFEST)) for number in read_manifests(place))
+
+
+@pytest.mark.ray
+def test_a_pack_that_is_killed_leaves_nothing_that_opens_and_is_not_whole(place: str, tmp_path: Path) -> None:
+    rng = random.Random(SEED)  # noqa: S311 -- repeatable
+    table = tmp_path / "source.csv"
+    table.write_text("x,n\n" + "".join(f"{number * 0.5},{number % 50}\n" for number in range(60_000)))
+    good = storage.join(str(tmp_path), "good")
+    assert killed_after(PACK, f"csv:{table}", good, first="begun", after_s=None)[-1] == "packed"
+    for number in range(KILLS):
+        out = storage.join(place, f"out-{number}")
+        said = killed_after(PACK, f"csv:{table}", out, first="begun", after_s=rng.uniform(0.0, 8.0))
+        for split in ("train", "test"):
+            try:
+                found = rows_of(storage.join(out, split))
+            except DataError:
+                assert said[-1] == "begun", "what was acknowledged is there"
+                continue
+            whole = rows_of(storage.join(good, split))
+            assert all(np.array_equal(found[name], whole[name]) for name in whole)
+    killed_after(PACK, f"csv:{table}", out, first="begun", after_s=None)
+    assert contents(out) == contents(good), "the same command finishes it, and collects what was left"
+
+
+def contents(url: str) -> dict[str, bytes]:
+    return {file.path: storage.read_bytes(storage.join(url, file.path)) for file in storage.list_files(url)}
