@@ -5,7 +5,7 @@ from pathlib import Path
 from benchmarks.harness import Case, Comparison, Series, Side
 from benchmarks.ingest.data import BATCH, prepare
 
-ROWS, EPOCHS = 960 * BATCH, 4
+ROWS, EPOCHS = 960 * BATCH, 3
 SMALL_ROWS, SMALL_EPOCHS = 40 * BATCH, 1
 
 

@@ -169,17 +169,17 @@ def move(url: str, target: str) -> None:
 
 
 def open_ranges(url: str) -> Any:
-    """Return a file of Arrow for random reads, each of which is tried again where that may help.
-
-    Raises FileNotFoundError, or StorageError, also while it is read.
-    """
+    """Return a file of Arrow for random reads; raises FileNotFoundError, or StorageError, also while it is read."""
     import pyarrow as pa  # noqa: PLC0415 -- 0.3 s that local runs need not pay
 
     return pa.PythonFile(ranges(url), mode="r")
 
 
 def ranges(url: str) -> Any:
-    """Return a file whose ranges threads may read side by side; raises FileNotFoundError, or StorageError."""
+    """Return a file with `size()` and `read_at(length, start)`, one request each, which threads may call side by side.
+
+    Raises FileNotFoundError, or StorageError, also while it is read.
+    """
     path = place(url)
     return _Ranges(url, tried("open", url, lambda: client().open_input_file(path)))
 
@@ -191,7 +191,6 @@ class _Ranges:
         self._url, self._file, self._at, self._size = url, file, 0, int(file.size())
 
     def size(self) -> int:
-        """Return the bytes of the file when it was opened."""
         return self._size
 
     def read_at(self, length: int, start: int) -> bytes:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.fault_proxy import Proxy, proxying
+from tests.fault_proxy import Proxy
 
 from elastrain import storage
 from elastrain.data import cache as cache_module
@@ -406,12 +406,9 @@ def test_local_data_are_not_cached_and_plain_remote_files_are_refused(tmp_path: 
 
 
 @pytest.fixture
-def proxied(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Proxy]]:
+def proxied(fault_proxy: Proxy) -> tuple[str, Proxy]:
     """An empty folder on the server, reached through a proxy that counts."""
-    with proxying(s3_server) as proxy:
-        for name, value in proxy.environment.items():
-            monkeypatch.setenv(name, value)
-        yield f"s3://{s3_server['BUCKET']}/{secrets.token_hex(4)}", proxy
+    return f"s3://{fault_proxy.environment['BUCKET']}/{secrets.token_hex(4)}", fault_proxy
 
 
 def requests(proxy: Proxy, action: Callable[[], Any]) -> dict[str, int]:
