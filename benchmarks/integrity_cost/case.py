@@ -31,7 +31,12 @@ def _series(name: str, module: str, urls: dict[str, str], given: dict[str, Any])
     sides = (
         Side(name="ours", module=module, options={**given, "url": urls["ours"]}, note="page checksums verified"),
         Side(name="no checksums", module=module, options={**given, "url": urls["unchecked"]}, note="none in the files"),
-        Side(name="encrypted", module=module, options={**given, "url": urls["encrypted"]}, note="and checksums"),
+        Side(
+            name="encrypted",
+            module=module,
+            options={**given, "url": urls["encrypted"]},
+            note="AES-GCM tags instead of checksums",
+        ),
     )
     return Series(
         name=name,
