@@ -98,4 +98,4 @@ def test_what_ray_starts_can_tell_that_it_is_not_where_the_command_began() -> No
     import ray
 
     assert s3.RAY_WORKER not in os.environ
-    assert ray.get(ray.remote(lambda name: name in os.environ).remote(s3.RAY_WORKER))
+    assert ray.get(ray.remote(lambda: s3.RAY_WORKER in os.environ).remote())
