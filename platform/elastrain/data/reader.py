@@ -107,6 +107,11 @@ def read_group(columns: Sequence[Column], source: Source, *, most: int | None = 
     return {column.name: decode(table.column(column.name), column, where=where) for column in columns}
 
 
+def forget_files() -> None:
+    """Close the files that are kept open, so that they are looked at anew."""
+    _opened.cache_clear()
+
+
 def _check_kind(schema: pa.Schema, column: Column, where: str) -> None:
     """Raise DataError if a file's column is missing or another than the dataset's."""
     if column.name not in schema.names:

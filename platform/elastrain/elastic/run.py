@@ -20,6 +20,7 @@ from elastrain.data.blocks import FeedSpec
 from elastrain.data.dataset import Dataset
 from elastrain.data.feed import FeederLogic
 from elastrain.data.plan import Plan
+from elastrain.data.quarantine import Note, events, find_bad, fits, noted, without
 from elastrain.data.transforms import check_transforms
 from elastrain.elastic.config import LEASE_S, WorkerConfig
 from elastrain.elastic.fleet import Fleet
@@ -85,6 +86,7 @@ class Job:
     num_steps: int
     line: LiveLine
     script: Script | None = None
+    left_out: list[dict[str, Any]] = field(default_factory=list)  # shards that cannot be read
     stop: threading.Event = field(default_factory=threading.Event)
     losses: list[tuple[float, int]] = field(default_factory=list)  # not recovered from: when, and the step reached
     tripped: frozenset[int] = frozenset()
@@ -108,8 +110,18 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
     run_url = storage.absolute(storage.join(spec.storage, spec.name))
     train_data = Dataset.open(spec.data.train).select(spec.data.columns)
     evaluation = Dataset.open(spec.data.eval).select(spec.data.columns) if spec.data.eval else None
-    check_transforms(spec.data.transforms, train_data, evaluation)
+    if spec.data.on_bad_shard == "error":
+        check_transforms(spec.data.transforms, train_data, evaluation)
     with locked(run_url, remedy="give this run another name"), LiveLine() as line:
+        left_out: dict[str, Note] = {}
+        told: list[dict[str, Any]] = []
+        if spec.data.on_bad_shard == "quarantine":
+            data = {"train": train_data} | ({"eval": evaluation} if evaluation else {})
+            left_out = _left_out(data, run_url, line, fresh=fresh)
+            told = events(data, left_out)
+            data = {name: without(data[name], note) for name, note in left_out.items()}
+            train_data, evaluation = data["train"], data.get("eval")
+            check_transforms(spec.data.transforms, train_data, evaluation)
         asked = spec.workers.max
         spec, plan = prepare(spec, train_data, run_url, fresh=fresh)
         steps = spec.budget.steps or (spec.budget.epochs or 0) * plan.steps_per_epoch
@@ -122,6 +134,7 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
             num_steps=steps,
             line=line,
             script=script,
+            left_out=told,
         )
         if asked > plan.slots:
             job.warn(f"the run was begun with {plan.slots} slots, so no more than that many workers can be used")
@@ -135,8 +148,15 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
                 end_holder(run_url)
             else:
                 recall(run_url, plan.identity(), warn=job.warn)
-            begin(run_url, spec, plan, fresh=fresh)
+            begin(run_url, spec, plan, left_out, fresh=fresh)
             return _attempts(job)
+
+
+def _left_out(data: Mapping[str, Dataset], run: str, line: LiveLine, *, fresh: bool) -> dict[str, Note]:
+    """Return what the run leaves out of its data: what it began without, or what cannot be read now."""
+    before = {} if fresh else noted(run)
+    line.show(Status(phase="checking the data"))
+    return {name: before[name] if fits(before.get(name), found) else find_bad(found) for name, found in data.items()}
 
 
 def _attempts(job: Job) -> Run:
@@ -204,7 +224,9 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
         started = fleet.start(sizes)
         start = {"step": first, "workers": size, "host": socket.gethostname(), "versions": versions()}
         start["id"] = actor_id(host)
-        for kind, fields in (("start", start), *((event.kind, event.fields) for event in started)):
+        begun = [("start", start), *((event.kind, event.fields) for event in started)]
+        left_out = job.left_out if resume is None else []
+        for kind, fields in (*begun, *(("quarantine", {"step": 0, **entry}) for entry in left_out)):
             host.event.remote(kind, fields)
         _ready(host)
         result = _watched(job, host, fleet)
