@@ -214,3 +214,13 @@ def test_data_that_are_removed_or_rewritten_while_they_are_read_are_an_error_tha
     storage.remove(url)
     with pytest.raises(DataError, match=rf"^{url}: "):
         group(dataset, 5)
+
+
+def test_only_where_a_command_begins_is_an_address_that_never_answered_given_up_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process that Ray starts while storage is away waits as long as the others."""
+    nobody = "curlCode: 7, Could not connect to server"
+    assert s3._patience_s(nobody, "http://never.heard.of") == s3.FIRST_S
+    monkeypatch.setenv(s3.RAY_WORKER, "1")
+    assert s3._patience_s(nobody, "http://never.heard.of") == s3.OUTAGE_S

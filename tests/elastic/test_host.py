@@ -57,17 +57,17 @@ def test_a_report_and_an_event_of_the_membership_do_not_wait_for_each_other(host
 
 def test_nobody_who_reports_or_asks_waits_for_storage(host: Any) -> None:
     with host._writing:  # as while records are written
+        writing = threading.Thread(target=host.sync, args=("a",), daemon=True)
+        writing.start()
+        writing.join(0.3)
+        assert writing.is_alive(), "who wants it written waits"
         assert not told(host).is_alive()
         asking = threading.Thread(
             target=lambda: (host.report("a", status(0)), host.audit([]), host.poll()), daemon=True
         )
         asking.start()
-        asking.join(10)
+        asking.join(5)
         assert not asking.is_alive()
-        writing = threading.Thread(target=host.sync, args=("a",), daemon=True)
-        writing.start()
-        writing.join(0.3)
-        assert writing.is_alive(), "who wants it written waits"
     writing.join(10)
     assert not writing.is_alive()
 

@@ -15,7 +15,7 @@ from tests.elastic.test_run import BITWISE, SPEC, result, wait_for
 from tests.fault_proxy import Proxy
 from tests.s3_server import free_ports, serving
 
-from elastrain import storage
+from elastrain import s3, storage
 from elastrain.observe.ledger import read_ledger
 from elastrain.training.manifests import is_whole, read_manifest
 
@@ -91,3 +91,11 @@ def test_a_run_survives_a_server_that_is_killed_and_started_again(
         time.sleep(OUTAGE_S)
         second.enter_context(serving(tmp_path, ports, environment["BUCKET"]))
         assert "waiting for storage" in check(run, process, undisturbed)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_ray_starts_can_tell_that_it_is_not_where_the_command_began() -> None:
+    import ray
+
+    assert s3.RAY_WORKER not in os.environ
+    assert ray.get(ray.remote(lambda: s3.RAY_WORKER in os.environ).remote())

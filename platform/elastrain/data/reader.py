@@ -176,6 +176,12 @@ def _forget(source: Source, names: Sequence[str]) -> bool:
     return cached
 
 
+def forget_files() -> None:
+    """Close the files that are kept open, so that they are looked at anew."""
+    _open_local.cache_clear()
+    _open_remote.cache_clear()
+
+
 def _check_kind(schema: pa.Schema, column: Column, where: str) -> None:
     """Raise DataError if a file's column is missing or another than the dataset's."""
     if column.name not in schema.names:

@@ -7,13 +7,14 @@ from typing import Any
 from elastrain import storage
 from elastrain.data.dataset import Dataset
 from elastrain.data.plan import Plan
+from elastrain.data.quarantine import QUARANTINE, Note
 from elastrain.errors import ConflictError, ElastrainError, StorageError
 from elastrain.spec.document import changed, dump, parse_train
 from elastrain.spec.train import TrainSpec
 from elastrain.training.manifests import newest_whole, read_manifests
 
 SPEC, PLAN = "spec.yaml", "plan.json"
-PARTS = ("checkpoints", "metrics", "audit", "ledger", "report.html", PLAN, SPEC)
+PARTS = ("checkpoints", "metrics", "audit", "ledger", "report.html", QUARANTINE, PLAN, SPEC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +57,12 @@ def is_same(run: str, spec: TrainSpec, plan: Plan) -> bool:
     return found is not None and not changed(found[0], spec) and found[1] == plan.identity()
 
 
-def begin(run: str, spec: TrainSpec, plan: Plan, *, fresh: bool) -> None:
-    """Store what the run is; `fresh` removes what it was before."""
+def begin(run: str, spec: TrainSpec, plan: Plan, left_out: Mapping[str, Note], *, fresh: bool) -> None:
+    """Store what the run is, and what of its data is left out; `fresh` removes what it was before."""
     for part in PARTS if fresh else ():
         storage.remove(storage.join(run, part))
+    if left_out:
+        storage.put_json(storage.join(run, QUARANTINE), left_out)
     storage.put(storage.join(run, SPEC), dump(spec).encode())
     storage.put_json(storage.join(run, PLAN), plan.identity())
 

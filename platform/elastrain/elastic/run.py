@@ -21,6 +21,7 @@ from elastrain.data.cache import cache_of
 from elastrain.data.dataset import Dataset
 from elastrain.data.feed import FeederLogic
 from elastrain.data.plan import Plan
+from elastrain.data.quarantine import Note, events, find_bad, fits, noted, without
 from elastrain.data.transforms import check_transforms
 from elastrain.elastic.config import LEASE_S, WorkerConfig
 from elastrain.elastic.fleet import Fleet
@@ -90,6 +91,7 @@ class Job:
     num_steps: int
     line: LiveLine
     script: Script | None = None
+    left_out: list[dict[str, Any]] = field(default_factory=list)  # shards that cannot be read
     stop: threading.Event = field(default_factory=threading.Event)
     losses: list[tuple[float, int]] = field(default_factory=list)  # not recovered from: when, and the step reached
     tripped: frozenset[int] = frozenset()
@@ -116,9 +118,15 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
     train_data = Dataset.open(spec.data.train).select(spec.data.columns)
     evaluation = Dataset.open(spec.data.eval).select(spec.data.columns) if spec.data.eval else None
     cache = cache_of(spec.data.cache, train_data, evaluation)
-    check_transforms(spec.data.transforms, train_data, evaluation)
+    if spec.data.on_bad_shard == "error":
+        check_transforms(spec.data.transforms, train_data, evaluation)
     with locked(run_url, remedy="give this run another name") as hold, LiveLine() as line:
         revoke(run_url)
+        data = {"train": train_data} | ({"eval": evaluation} if evaluation else {})
+        left_out: dict[str, Note] = {}
+        if spec.data.on_bad_shard == "quarantine":
+            left_out = _left_out(data, run_url, line, fresh=fresh)
+            train_data, evaluation = _sound(spec, data, left_out)
         asked = spec.workers.max
         spec, plan = prepare(spec, train_data, run_url, fresh=fresh)
         steps = spec.budget.steps or (spec.budget.epochs or 0) * plan.steps_per_epoch
@@ -132,6 +140,7 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
             num_steps=steps,
             line=line,
             script=script,
+            left_out=events(data, left_out),
         )
         if cache is not None and (doubt := cache.doubt()):
             job.warn(doubt)
@@ -148,8 +157,24 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
                 end_holder(run_url)
             else:
                 recall(run_url, plan.identity(), warn=job.warn, settle=hold.check)
-            begin(run_url, spec, plan, fresh=fresh)
+            begin(run_url, spec, plan, left_out, fresh=fresh)
             return _attempts(job)
+
+
+def _left_out(data: Mapping[str, Dataset], run: str, line: LiveLine, *, fresh: bool) -> dict[str, Note]:
+    """Return what the run leaves out of its data: what it began without, or what cannot be read now."""
+    before = {} if fresh else noted(run)
+    line.show(Status(phase="checking the data"))
+    return {name: before[name] if fits(before.get(name), found) else find_bad(found) for name, found in data.items()}
+
+
+def _sound(
+    spec: TrainSpec, data: Mapping[str, Dataset], left_out: Mapping[str, Note]
+) -> tuple[Dataset, Dataset | None]:
+    """Return the data to train and to evaluate on without what is left out; raises as `check_transforms` does."""
+    kept = {name: without(data[name], note) for name, note in left_out.items()}
+    check_transforms(spec.data.transforms, kept["train"], kept.get("eval"))
+    return kept["train"], kept.get("eval")
 
 
 def _attempts(job: Job) -> Run:
@@ -220,7 +245,9 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
         started = fleet.start(sizes)
         start = {"step": first, "workers": size, "host": socket.gethostname(), "versions": versions()}
         start["id"] = actor_id(host)
-        for kind, fields in (("start", start), *((event.kind, event.fields) for event in started)):
+        begun = [("start", start), *((event.kind, event.fields) for event in started)]
+        left_out = job.left_out if resume is None else []
+        for kind, fields in (*begun, *(("quarantine", {"step": 0, **entry}) for entry in left_out)):
             host.event.remote(kind, fields)
         _ready(host)
         result = _watched(job, host, fleet)

@@ -122,6 +122,9 @@ class DataSpec(Model):
     slots: PositiveInt | None = Field(default=None, description="logical workers; workers.max where unset")
     seed: NonNegativeInt = Field(default=0, description="decides the order of the data and all randomness")
     columns: tuple[str, ...] | None = Field(default=None, description="columns to read; all where unset")
+    on_bad_shard: Literal["error", "quarantine"] = Field(
+        default="error", description="a shard that cannot be read ends the run, or is left out after all are read once"
+    )
     transforms: tuple[Transform, ...] = Field(default=(), description="what is done to a batch's columns, in order")
     cache: CacheSpec | None = Field(default=None, description="keep remote data on each node's disk; not where unset")
 

@@ -1,0 +1,85 @@
+"""Shards that cannot be read: found, left out with all that follows, and never those that only storage lacks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from elastrain.data.columns import Column
+from elastrain.data.dataset import MANIFEST, Dataset, fingerprint
+from elastrain.data.quarantine import events, find_bad, fits, without
+from elastrain.data.shards import ShardWriter
+from elastrain.data.sources import PackOptions
+from elastrain.errors import DataError, StorageError
+from elastrain.storage import put_json
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """Four shards of two row groups of 100 rows."""
+    columns = [Column(name="x", dtype="int32", shape=())]
+    with ShardWriter(str(tmp_path), columns, PackOptions(row_group_bytes=400, shard_bytes=800, codec="none")) as writer:
+        writer.write({"x": np.arange(800, dtype=np.int32)})
+        shards, _ = writer.finish()
+    made = Dataset(
+        url=str(tmp_path),
+        columns=tuple(columns),
+        shards=tuple(shards),
+        fingerprint=fingerprint(columns, shards),
+        packed=True,
+    )
+    put_json(str(tmp_path / MANIFEST), made.manifest())
+    return Dataset.open(str(tmp_path))
+
+
+def damage(dataset: Dataset, index: int, place: int) -> str:
+    path = Path(dataset.url, dataset.shards[index].path)
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    return str(path)
+
+
+def test_whole_data_are_left_as_they_are(dataset: Dataset) -> None:
+    note = find_bad(dataset)
+    assert note == {"fingerprint": dataset.fingerprint, "shards": []}
+    assert without(dataset, note) is dataset
+    assert fits(note, dataset)
+    assert not fits(None, dataset)
+
+
+@pytest.mark.parametrize("place", [200, -20], ids=["a page", "the footer"])
+def test_a_shard_with_a_flipped_bit_is_left_out_with_a_fingerprint_that_says_so(dataset: Dataset, place: int) -> None:
+    path = damage(dataset, 2, place)
+    note = find_bad(dataset)
+    assert [(shard["file"], shard["rows"]) for shard in note["shards"]] == [(dataset.shards[2].path, 200)]
+    rest = without(dataset, note)
+    assert (rest.num_rows, len(rest.shards)) == (600, 3)
+    assert rest.fingerprint != dataset.fingerprint
+    assert rest.fingerprint == without(dataset, find_bad(dataset)).fingerprint
+    (told,) = events({"train": dataset}, {"train": note})
+    assert (told["file"], told["rows"]) == (path, 200)
+    assert "corrupted" in told["why"]
+    assert not find_bad(rest)["shards"]
+
+
+def test_a_shard_that_is_missing_is_an_error(dataset: Dataset) -> None:
+    Path(dataset.url, dataset.shards[1].path).unlink()
+    with pytest.raises(DataError, match=rf"{dataset.shards[1].path}: the file is gone"):
+        find_bad(dataset)
+
+
+def test_data_of_which_nothing_can_be_read_are_an_error(dataset: Dataset) -> None:
+    for index in range(4):
+        damage(dataset, index, 200)
+    with pytest.raises(DataError, match="no shard can be read"):
+        find_bad(dataset)
+
+
+def test_storage_that_does_not_answer_makes_no_shard_bad(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def down(*_: object) -> None:
+        raise StorageError("no proper answer")
+
+    monkeypatch.setattr("elastrain.storage.open_arrow", down)
+    with pytest.raises(StorageError, match="no proper answer"):
+        find_bad(dataset)
