@@ -6,12 +6,12 @@ from typing import Any
 from benchmarks.harness import Case, Comparison, Series, Side
 from benchmarks.pack.data import prepare
 
-FILES, SMALL_FILES = 48, 3
+FILES, SMALL_FILES = 32, 2
 CHECKED = {"nulls": "drop", "non_finite": "drop", "duplicates": "drop"}
 
 
 def make(work: Path, *, small: bool) -> Case:
-    """Return the case over Parquet files of 16 MiB, packed as they are and with every step that removes rows."""
+    """Return the case over Parquet files of 20 MiB, packed as they are and with every step that removes rows."""
     source = prepare(work, files=SMALL_FILES if small else FILES)
     given: dict[str, Any] = {"source": source, "work": str(work)}
     module = "benchmarks.pack"

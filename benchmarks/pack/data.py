@@ -8,29 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from benchmarks.script import descendants
 
-WIDTH = 61  # float32 values a row; with the two integers 256 bytes or so
-FILE_ROWS, GROUP_ROWS = 1 << 16, 1 << 14
+NAMES = [f"x{place:02}" for place in range(16)]  # scalars, so that both sides write the same layout: 80 bytes a row
+FILE_ROWS, GROUP_ROWS = 1 << 18, 1 << 16
 EVERY_S = 0.1
 
 
 def prepare(folder: Path, *, files: int) -> str:
     """Write tables of numbers, no two rows alike, that a codec makes little smaller; return their folder."""
-    source = folder / f"pack-{files}"
+    source = folder / f"pack-scalars-{files}"
     done = source / "_done"
     if not done.exists():
         source.mkdir(parents=True, exist_ok=True)
         for place in range(files):
             rng = np.random.default_rng(place)
-            flat = pa.array(rng.random(FILE_ROWS * WIDTH, dtype=np.float32))
-            columns = {
-                "x": pa.FixedSizeListArray.from_arrays(flat, WIDTH),
-                "id": np.arange(place * FILE_ROWS, (place + 1) * FILE_ROWS),
-                "label": rng.integers(0, 10, FILE_ROWS),
-            }
+            columns: dict[str, npt.NDArray[Any]] = {name: rng.random(FILE_ROWS, dtype=np.float32) for name in NAMES}
+            columns["id"] = np.arange(place * FILE_ROWS, (place + 1) * FILE_ROWS)
+            columns["label"] = rng.integers(0, 10, FILE_ROWS)
             pq.write_table(pa.table(columns), source / f"{place:04}.parquet", row_group_size=GROUP_ROWS)
         done.touch()
     return str(source)
@@ -82,12 +80,7 @@ def digest(folder: str) -> tuple[int, str]:
 
 
 def _sum(table: Any) -> int:
-    """Return the sum over rows of id × (1 + label + the sum of x's bits), all as unsigned integers of 64 bits."""
-    values = table.column("x").combine_chunks()
-    if pa.types.is_fixed_size_binary(values.type):
-        raw = np.frombuffer(values.buffers()[1], np.uint32, len(values) * WIDTH, values.offset * WIDTH * 4)
-    else:
-        raw = values.flatten().to_numpy().view(np.uint32)
-    bits = raw.reshape(-1, WIDTH).astype(np.uint64).sum(axis=1)
+    """Return the sum over rows of id × (1 + label + the sum of the floats' bits), as unsigned integers of 64 bits."""
+    bits = sum(table.column(name).to_numpy().view(np.uint32).astype(np.uint64) for name in NAMES)
     label, place = (table.column(name).to_numpy().astype(np.uint64) for name in ("label", "id"))
     return int((place * (bits + label + np.uint64(1))).sum())
