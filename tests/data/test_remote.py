@@ -147,14 +147,14 @@ def test_a_remote_row_group_is_the_local_one(tmp_path: Path, codec: str) -> None
     table = pa.table({"x": np.arange(9000) % 100, "y": np.random.default_rng(0).random(9000), "z": np.arange(9000)})
     pq.write_table(table, tmp_path / "0.parquet", row_group_size=2000, compression=codec, write_page_checksum=True)
     filesystem = fsspec.filesystem("memory")
-    filesystem.pipe_file("/held/0.parquet", (tmp_path / "0.parquet").read_bytes())
+    filesystem.pipe_file("/row-groups/0.parquet", (tmp_path / "0.parquet").read_bytes())
     try:
         for names in (["x", "y", "z"], ["z"], ["x", "z"]):
-            near, far = (Dataset.open(place).select(names) for place in (str(tmp_path), "memory://held"))
+            near, far = (Dataset.open(place).select(names) for place in (str(tmp_path), "memory://row-groups"))
             for one, other in zip(*(sources_of(data, np.arange(5)) for data in (near, far)), strict=True):
                 for most in (None, 7):
                     there = read_group(far.columns, other, most=most)
                     for name, values in read_group(near.columns, one, most=most).items():
                         np.testing.assert_array_equal(there[name], values)
     finally:
-        filesystem.rm("/held", recursive=True)
+        filesystem.rm("/row-groups", recursive=True)
