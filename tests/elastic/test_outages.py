@@ -31,7 +31,7 @@ LONG = ("--set", "budget={epochs: 12}", "--set", "checkpoint={every_steps: 50, k
 @pytest.fixture(scope="module")
 def undisturbed(cli: Callable[..., Any]) -> str:
     """The digest of the run, on local folders, that nothing happens to."""
-    return str(result(cli("train", SPEC, *TWO, *LONG, "--set", "name=undisturbed"))["weights_sha256"])
+    return str(result(cli("train", SPEC, *TWO, *LONG, "--set", "name=without-outage"))["weights_sha256"])
 
 
 @pytest.fixture

@@ -249,7 +249,7 @@ def _tail(file: Any, size_bytes: int, url: str, *, encrypted: bool) -> bytes:
             f"{url}: {file.size()} bytes where {size_bytes} are expected: truncated or replaced; restore it"
         )
     guess = min(size_bytes, 65536)
-    data: bytes = file.read_at(guess, size_bytes - guess)
+    data = bytes(file.read_at(guess, size_bytes - guess))
     if not encrypted and data[-4:] == ENCRYPTED:
         raise DataError(
             f"{url}: an encrypted Parquet file, and no {MANIFEST} that says with which key; restore it, or give files "
