@@ -17,8 +17,10 @@ What this guarantees, where the store honours conditional writes (`conditional.p
 
 What it cannot: S3 has no write that depends on another object. Between a check and the write that follows, however
 short, a hold can be lost. Records (metrics, audit, ledger), the manifests of packs and what a start removes are checked
-just before; what an owner writes that stood still in between still arrives. It may overwrite a file of a checkpoint
-that its successor is writing at the same step: hashes tell, and the run goes on from the checkpoint before.
+just before; what an owner writes that stood still in between still arrives. Before it writes a checkpoint it removes
+what lies in that folder, and does not look at its hold for that: an owner that stood still there may remove or
+overwrite its successor's checkpoint of the same step. Hashes tell, and the run goes on from the one before. A manifest
+that is about to be replaced by its own run is real, so `revoke` leaves it alone, and the replacement may still come.
 """
 
 import getpass
