@@ -1,0 +1,1 @@
+"""Sweeps: many runs of one kind, and which of them is best."""
