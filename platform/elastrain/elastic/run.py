@@ -31,7 +31,7 @@ from elastrain.elastic.host import RECORDS, Host
 from elastrain.elastic.protocol import Roster
 from elastrain.elastic.ray_inner import actor_id
 from elastrain.elastic.script import Script
-from elastrain.elastic.session import embedded_cpus, find_room, fitting, ray_session, reading_resources
+from elastrain.elastic.session import embedded_cpus, find_room, fitting, ray_session, reading_resources, stopping
 from elastrain.elastic.watch import POLL_S, Watch, WorkerLost
 from elastrain.errors import Interrupted, ResourceError, ours
 from elastrain.keys import check_key
@@ -150,7 +150,7 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
         if resume is not None and resume.step >= steps and _is_end(resume, evaluation):
             return _finished(job, resume)
         # Ray takes SIGTERM for itself when it starts, so ours comes after it
-        with ray_session(address, cpus=embedded_cpus(spec.workers)), _stopping(job):
+        with ray_session(address, cpus=embedded_cpus(spec.workers)), stopping(job.stop):
             _placed(job)  # what cannot be placed removes nothing
             hold.check()
             if fresh or not is_same(run_url, spec, plan):
@@ -364,28 +364,6 @@ def _finished(job: Job, resume: Resume | None) -> Run:
     result["resumed_from"] = resume.step if resume else 0
     write_html(job.run_url, report)
     return Run(job.run_url, result)
-
-
-@contextlib.contextmanager
-def _stopping(job: Job) -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into a wish to stop; the second one ends the process as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: Any) -> None:
-        del frame
-        job.stop.set()
-        signal.signal(number, previous[signal.Signals(number)])
-
-    for number in previous:
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def versions() -> dict[str, str]:

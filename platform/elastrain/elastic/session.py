@@ -5,8 +5,10 @@ import logging
 import math
 import os
 import shlex
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -55,6 +57,31 @@ def ray_session(address: str | None, *, cpus: float) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def stopping(stop: threading.Event) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into a wish to stop; the second one ends the process as usual.
+
+    Ray takes SIGTERM for itself when it starts: this comes after it. Outside the main thread it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: Any) -> None:
+        del frame
+        stop.set()
+        signal.signal(number, previous[signal.Signals(number)])
+
+    for number in previous:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _reachable(address: str) -> None:
@@ -127,6 +154,11 @@ def fitting(workers: WorkersSpec, kind: str) -> int:
     if kind == "free":
         return sum(room(workers).values())
     return sum(_fits(workers, node["Resources"]) for node in ray.nodes() if node["Alive"])
+
+
+def largest(workers: WorkersSpec) -> int:
+    """Return how many workers the largest node holds when nothing else is on it."""
+    return max((_fits(workers, node["Resources"]) for node in ray.nodes() if node["Alive"]), default=0)
 
 
 def room(workers: WorkersSpec) -> dict[str, int]:

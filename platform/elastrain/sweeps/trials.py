@@ -75,3 +75,23 @@ def trials_of(events: Iterable[Mapping[str, Any]]) -> list[Trial]:
                 ended = {key: event[key] for key in ("outcome", "step", "device_s", "error")}
                 found[event["trial"]] = replace(found[event["trial"]], **ended)
     return list(found.values())
+
+
+def best_of(trials: Iterable[Trial], goal: str) -> Trial | None:
+    """Return the tuned trial that is best: at its point's mean over seeds where points were confirmed; None if none is.
+
+    Only trials that ran to their end count: who was pruned has had less time.
+    """
+    sign = 1.0 if goal == "min" else -1.0
+    finished = [trial for trial in trials if trial.outcome == "finished" and trial.value is not None]
+    confirmed: dict[tuple[str, int], list[float]] = {}
+    for trial in finished:
+        if trial.phase == "confirm":
+            confirmed.setdefault((trial.arm, trial.number), []).append(sign * (trial.value or 0.0))
+
+    def rank(trial: Trial) -> tuple[bool, float, str]:
+        values = confirmed.get((trial.arm, trial.number))
+        mean = sum(values) / len(values) if values else sign * (trial.value or 0.0)
+        return (bool(confirmed) and not values, mean, trial.id)
+
+    return min((trial for trial in finished if trial.phase == "tune"), key=rank, default=None)

@@ -18,10 +18,13 @@ def forward_context(precision: str, device: torch.device) -> AbstractContextMana
 
 
 def fix_arithmetic(consistency: str) -> None:
-    """Under `bitwise`, have torch choose kernels that give the same bits each time, or refuse; call it before CUDA."""
+    """Under `bitwise`, have torch choose kernels that give the same bits each time, or refuse; call it before CUDA.
+
+    Else torch may choose, also where this process has done another run before.
+    """
+    torch.use_deterministic_algorithms(mode=consistency == "bitwise")
     if consistency == "bitwise":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it only
-        torch.use_deterministic_algorithms(mode=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a costly debugging aid
 
 

@@ -1,0 +1,174 @@
+"""The cells of a sweep: as many as the cluster has room for and trials are there for, each for one trial at a time.
+
+The driver's main thread belongs to Ray Tune; this runs beside it, in a thread. A cell stays up from trial to trial.
+Nodes that come bring cells, and with them trials in flight; nodes that go take theirs, whose trials go on elsewhere.
+"""
+
+import contextlib
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+
+from elastrain.elastic.cells import KILLED_S, end_cell, free_cell, start_cell
+from elastrain.elastic.ray_inner import draining_nodes
+from elastrain.elastic.session import addable, largest, largest_addable, room
+from elastrain.errors import ResourceError
+from elastrain.spec.train import WorkersSpec
+from elastrain.sweeps.orders import CellConfig
+
+POLL_S = 0.25
+LOOK_S = 1.0
+FRUITLESS = 3  # cells in a row that end before their workers have come
+
+
+def work_of_trials(config: dict[str, Any]) -> None:
+    """What each worker of a cell does."""
+    from elastrain.sweeps.worker import work  # noqa: PLC0415 -- torch, in workers only
+
+    work(config["config"])
+
+
+@dataclass(slots=True, eq=False)
+class _Cell:
+    actor: Any
+    ended: Any  # what its `run` will return
+    node: str | None  # None: on whichever node an autoscaler adds
+    came: bool = False
+    drains: bool = False
+
+
+class Pool:
+    """Starts and ends cells; `error` says what made that impossible. Whatever happens, `close` it."""
+
+    def __init__(self, config: CellConfig, workers: WorkersSpec, *, most: int, left: Callable[[], float]) -> None:
+        """Make a pool of cells of `workers.max` workers, `most` at once; `left()` counts the trials still to be run."""
+        self._config, self._workers, self._most, self._left = config, workers, most, left
+        self._cells: dict[str, _Cell] = {}
+        self._fruitless, self._next_look = 0, 0.0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="sweep-pool")
+        self._capacity = 1
+        self.error: Exception | None = None
+        self.view: Mapping[str, Any] = {"cells": {}, "queued": 0, "failure": None}
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    @property
+    def capacity(self) -> int:
+        """How many trials can be in flight now."""
+        return self._capacity
+
+    def close(self, *, grace_s: float) -> None:
+        """Wait a moment for cells that end by themselves, then end all and free everything that they held."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        cells, self._cells = list(self._cells.values()), {}
+        running = [cell.ended for cell in cells]
+        with contextlib.suppress(ray.exceptions.RayError):
+            if running and grace_s > 0:
+                ray.wait(running, num_returns=len(running), timeout=grace_s)
+        for cell in cells:
+            ray.kill(cell.actor)
+        with contextlib.suppress(ray.exceptions.RayError):
+            if running:
+                ray.wait(running, num_returns=len(running), timeout=KILLED_S)
+        for cell in cells:
+            free_cell(cell.actor)
+
+    def _run(self) -> None:
+        try:
+            while not self._closing.wait(POLL_S):
+                self._tend()
+        except Exception as error:  # noqa: BLE001 -- the main thread has to hear of it
+            self.error = error
+
+    def _tend(self) -> None:
+        self.view = ray.get(self._config.desk.view.remote())
+        for name, seen in self.view["cells"].items():
+            if cell := self._cells.get(name):
+                cell.came = cell.came or seen["joined"] == self._config.size
+                cell.node = cell.node or seen["node"]
+        self._take_ended()
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + LOOK_S
+            self._leave_nodes()
+            self._grow()
+
+    def _take_ended(self) -> None:
+        """Forget cells that have ended by themselves. Raises ResourceError if none gets as far as a trial."""
+        for name, cell in list(self._cells.items()):
+            if not ray.wait([cell.ended], timeout=0)[0]:
+                continue
+            try:
+                why = ray.get(cell.ended)
+            except ray.exceptions.RayError as error:
+                why = str(error)
+            del self._cells[name]
+            free_cell(cell.actor)
+            self._config.desk.drop.remote(name, why or "its cell ended")
+            self._fruitless = 0 if cell.came else self._fruitless + 1
+            if self._fruitless >= FRUITLESS:
+                raise ResourceError(f"{FRUITLESS} cells in a row broke before their workers had come: {why}")
+
+    def _leave_nodes(self) -> None:
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        draining = draining_nodes()
+        for name, cell in list(self._cells.items()):
+            if cell.node is not None and cell.node not in alive:
+                del self._cells[name]
+                ray.get(self._config.desk.drop.remote(name, "its node is gone"))
+                threading.Thread(target=end_cell, args=(cell.actor, cell.ended), daemon=True).start()
+            elif cell.node in draining and not cell.drains:
+                cell.drains = True
+                self._config.desk.drain.remote(name)
+
+    def _grow(self) -> None:
+        """Start cells where there is room, as long as there are trials for them."""
+        size = self._config.size
+        working = [cell for cell in self._cells.values() if not cell.drains and cell.node is not None]
+        # What a starting cell holds is not known to be taken until its placement group is.
+        starting = any(not cell.came for cell in working)
+        free = {} if starting else {node: workers // size for node, workers in room(self._workers).items()}
+        self._capacity = max(1, min(self._most, len(working) + sum(free.values())))
+        wanted = min(self._most, self._left())
+        for node, cells in free.items():
+            for _ in range(cells):
+                if len(working) < wanted:
+                    working.append(self._launch(node))
+        asked = any(cell.node is None for cell in self._cells.values())
+        if not starting and not asked and len(working) < wanted and addable(self._workers) >= size:
+            self._launch(None)
+
+    def _launch(self, node: str | None) -> _Cell:
+        name = uuid.uuid4().hex[:8]
+        config, workers = self._config, self._workers
+        actor = start_cell()
+        ended = actor.run.remote(
+            replace(config, cell=name),
+            name=f"sweep-{name}",
+            size=config.size,
+            cpus=workers.cpus,
+            gpus=workers.gpus,
+            node=node,
+            work=work_of_trials,
+        )
+        self._cells[name] = cell = _Cell(actor, ended, node)
+        return cell
+
+
+def check_room(workers: WorkersSpec, size: int) -> None:
+    """Raise ResourceError if no node can ever hold a trial, whose workers are all on one."""
+    if largest(workers) < size and largest_addable(workers) < size:
+        need = f"{workers.cpus:g} CPUs" + (f" and {workers.gpus:g} GPUs" if workers.gpus else "")
+        raise ResourceError(
+            f"a trial of {size} workers of {need} each fits on no node (the largest holds {largest(workers)}); lower "
+            f"workers.max, workers.cpus or workers.gpus under `set:`, or add nodes"
+        )

@@ -1,0 +1,303 @@
+"""A sweep from its spec to its result: lock, desk, cells, Tune's controller beside them, and what it all came to."""
+
+import contextlib
+import os
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from elastrain import storage
+from elastrain.data.dataset import Dataset
+from elastrain.elastic.run import versions
+from elastrain.elastic.session import ray_session, stopping
+from elastrain.errors import ConflictError, DivergedError, Interrupted, SpecError, error_named
+from elastrain.lease import Hold
+from elastrain.lock import locked
+from elastrain.observe.ledger import Ledger, read_ledger
+from elastrain.observe.progress import LiveLine, Status
+from elastrain.spec.document import dump
+from elastrain.spec.sweep import SweepSpec
+from elastrain.spec.train import WorkersSpec
+from elastrain.sweeps.agenda import Agenda, Proposal
+from elastrain.sweeps.desk import Desk
+from elastrain.sweeps.document import base_of, parse_sweep, resolve_sweep
+from elastrain.sweeps.orders import Blueprint, CellConfig, Objective
+from elastrain.sweeps.pool import Pool, check_room
+from elastrain.sweeps.space import Arm, arms_of, explore, trial_spec
+from elastrain.sweeps.trials import Trial, best_of, trials_of
+from elastrain.sweeps.tuning import WORST, PerArm, decisions, scheduler_of, tune_trials
+from elastrain.training.manifests import newest_whole
+
+SPEC, TRIALS = "spec.yaml", "trials"
+END_S = 15.0
+SHOW_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """A finished sweep: `result` holds what `elastrain sweep --json` prints."""
+
+    url: str
+    result: Mapping[str, Any]
+
+    def trials(self) -> list[Trial]:
+        """Return all trials, in the order in which they began."""
+        return trials_of(read_ledger(self.url))
+
+
+@dataclass(kw_only=True)
+class _Job:
+    """What the parts of a sweep that runs share."""
+
+    spec: SweepSpec
+    url: str
+    hold: Hold
+    arms: Mapping[str, Arm]
+    agenda: Agenda
+    workers: WorkersSpec
+    size: int
+    line: LiveLine
+    decisions: frozenset[int]
+    pauses: bool
+    stop: threading.Event
+    shown: float = 0.0
+
+    @property
+    def folder(self) -> str:
+        """Where the trials' runs are."""
+        return storage.join(self.url, TRIALS)
+
+
+def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False) -> Sweep:
+    """Run a sweep, or go on with it where it was, unless `fresh`.
+
+    `address` is a Ray to use; without it `RAY_ADDRESS` is honoured, and without either a local Ray starts and ends with
+    the call. Raises SpecError, ConflictError, DataError, StorageError, ResourceError; DivergedError if no trial came to
+    an end; Interrupted if the user stopped it (SIGINT or SIGTERM): the same call goes on.
+    """
+    spec = resolve_sweep(spec, base=Path.cwd())
+    arms = arms_of(spec, base_of(spec))
+    workers = _workers(arms)
+    for arm in arms:
+        for url in (arm.base.data.train, arm.base.data.eval):
+            Dataset.open(str(url))
+    url = storage.absolute(storage.join(spec.storage, spec.name))
+    start = time.monotonic()
+    with locked(url, remedy="give this sweep another name") as hold, LiveLine() as line:
+        known = _begin(url, spec, fresh=fresh)
+        steps, saves = decisions(spec)
+        job = _Job(
+            spec=spec,
+            url=url,
+            hold=hold,
+            arms={arm.name: arm for arm in arms},
+            agenda=Agenda(spec, arms, known),
+            workers=workers,
+            size=workers.min,
+            line=line,
+            decisions=steps,
+            pauses=saves,
+            stop=threading.Event(),
+        )
+        if any(trial.outcome == "running" for trial in known) or not _is_over(url):
+            with ray_session(address, cpus=max(os.cpu_count() or 1, job.size * workers.cpus)), stopping(job.stop):
+                check_room(workers, job.size)
+                _run(
+                    job, Objective(metric=spec.objective.metric, goal=spec.objective.goal, decisions=steps, saves=saves)
+                )
+        return _finished(job, time.monotonic() - start)
+
+
+def _workers(arms: Sequence[Arm]) -> WorkersSpec:
+    """Return what a trial runs on: `min` workers, so that as many trials as can be run at once."""
+    first, *others = (arm.base.workers for arm in arms)
+    if any(other != first for other in others):
+        raise SpecError("arms differ in workers, and all are to run on the same; set workers under `set:`")
+    return first.model_copy(update={"max": first.min})
+
+
+def _begin(url: str, spec: SweepSpec, *, fresh: bool) -> list[Trial]:
+    """Store what the sweep is and return its trials so far. Raises ConflictError if another one is there."""
+    if fresh:
+        for part in (TRIALS, "ledger", SPEC):
+            storage.remove(storage.join(url, part))
+    place = storage.join(url, SPEC)
+    try:
+        stored = parse_sweep(storage.read_bytes(place).decode(), name=place)
+    except FileNotFoundError:
+        stored = None
+    if stored is not None and (differs := _changed(stored, spec)):
+        raise ConflictError(
+            f"{url} holds a sweep that was begun with other settings ({', '.join(differs)}); undo that, give this "
+            f"sweep another name, or start over with --fresh"
+        )
+    if stored is None:
+        storage.put(place, dump(spec).encode())
+    return trials_of(read_ledger(url))
+
+
+def _changed(old: SweepSpec, new: SweepSpec) -> list[str]:
+    """Return the fields that differ and decide what comes out; a larger budget goes on with what there is."""
+    one, other = old.model_dump(), new.model_dump()
+    free = ("storage", "budget", "max_concurrent", "base")
+    return [key for key in one if key not in free and one[key] != other[key]]
+
+
+def _is_over(url: str) -> bool:
+    ends = [event for event in read_ledger(url) if event["kind"] in ("start", "end")]
+    return bool(ends) and ends[-1]["kind"] == "end" and ends[-1]["outcome"] == "done"
+
+
+def _run(job: _Job, objective: Objective) -> None:
+    """Start desk and cells, let Tune run the agenda, and end it all whatever happens."""
+    blueprint = Blueprint(arms=job.arms, objective=objective, folder=job.folder)
+    name = f"elastrain-desk-{uuid.uuid4().hex[:8]}"
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote: Any = ray.remote
+    kind = remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=here, name=name)(Desk)
+    desk = kind.remote(job.hold, Ledger.next_attempt(job.url), blueprint, _newest)
+    config = CellConfig(
+        desk=desk,
+        cell="",
+        size=job.size,
+        cpus=job.workers.cpus,
+        gpus=job.workers.gpus,
+        timeout_s=job.workers.timeout_s,
+        info={"versions": versions(), "threads": max(1, int(job.workers.cpus))},
+    )
+    pool = Pool(config, job.workers, most=job.spec.max_concurrent or 1 << 20, left=job.agenda.left)
+    outcome: dict[str, Any] = {"outcome": "failed", "error": "the driver broke off"}
+    try:
+        ray.get(desk.open.remote())
+        desk.event.remote("start", {"versions": versions()})
+        pool.start()
+        scheduler = PerArm(lambda: scheduler_of(job.spec, _explorer(job)), desk.leave.remote)
+        tune_trials(
+            job.agenda,
+            scheduler,
+            lambda proposal: _given(job, proposal, name, desk),
+            capacity=lambda: pool.capacity,
+            pauses=job.pauses,
+            look=lambda: _look(job, pool, desk),
+        )
+        outcome = {"outcome": "interrupted" if job.stop.is_set() else "done"}
+    except BaseException as error:
+        outcome = {"outcome": "failed", "error": str(error)}
+        raise
+    finally:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(desk.finish.remote(), timeout=END_S)
+        pool.close(grace_s=END_S if outcome["outcome"] != "failed" else 0.0)
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(desk.close.remote(outcome.pop("outcome"), outcome), timeout=END_S)
+        ray.kill(desk)
+    if job.stop.is_set():
+        raise Interrupted("stopped; what has ended is kept, and the same command goes on from there")
+
+
+def _newest(run: str) -> int | None:
+    return newest_whole(run, warn=lambda _: None)
+
+
+def _explorer(job: _Job) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return PBT's way from the settings of a trial that did well to those of the one that takes over its weights."""
+    chance = random.Random(job.spec.search.seed)  # noqa: S311 -- no secret
+
+    def found(config: dict[str, Any]) -> dict[str, Any]:
+        return {**config, "point": explore(job.arms[config["arm"]], config["point"], chance)}
+
+    return found
+
+
+def _given(job: _Job, proposal: Proposal, desk_name: str, desk: Any) -> dict[str, Any]:
+    """Return what a trial's actor is given; what an earlier attempt has recorded comes from there."""
+    goal, known = job.spec.objective.goal, proposal.known
+    told = {"arm": proposal.arm, "phase": proposal.phase, "point": dict(proposal.point), "seed": proposal.seed}
+    given: dict[str, Any] = {
+        **told,
+        "desk": desk_name,
+        "every": job.spec.objective.every,
+        "worst": WORST if goal == "min" else -WORST,
+    }
+    begin: dict[str, Any] = {"resume": None, "spent_s": 0.0, "recorded": []}
+    if known is None:
+        desk.event.remote("trial", {"trial": proposal.trial, "number": proposal.number, **told})
+        return {**given, **begin}
+    run, decides = storage.join(job.folder, proposal.trial), proposal.phase == "tune" and not job.pauses
+    step = None if known.outcome != "running" else _newest(run)
+    upto = known.step if known.outcome != "running" else step or 0
+    before = [entry for entry in known.evaluations if entry.step <= upto]
+    messages: list[dict[str, Any]] = [
+        {"run": run, "step": e.step, "device_s": e.device_s, "value": e.value, "outcome": ""}
+        for e in before
+        if decides and e.step in job.decisions
+    ]
+    if known.outcome != "running":
+        end: dict[str, Any] = {"run": run, "step": known.step, "device_s": known.device_s, "value": known.value}
+        messages.append({**end, "outcome": known.outcome})
+    elif step is not None:
+        begin |= {"resume": (run, step), "spent_s": before[-1].device_s if before else 0.0}
+    return {**given, **begin, "recorded": messages}
+
+
+def _look(job: _Job, pool: Pool, desk: Any) -> bool:
+    """Show how far it is and say whether to break off; raises what went wrong beside Tune."""
+    if pool.error is not None:
+        raise pool.error
+    if pool.view["failure"] is not None:
+        raise error_named(*pool.view["failure"])
+    now = time.monotonic()
+    if now - job.shown > SHOW_S:
+        job.shown = now
+        job.line.show(_status(job, pool))
+    if job.stop.is_set():
+        ray.get(desk.finish.remote())
+    return job.stop.is_set()
+
+
+def _status(job: _Job, pool: Pool) -> Status:
+    cells = pool.view["cells"].values()
+    busy = sum(bool(cell["trial"]) for cell in cells)
+    phase = "sweeping" if busy else "starting workers"
+    ended, best = job.agenda.counts()
+    words = ", ".join(f"{count} {outcome}" for outcome, count in ended.items())
+    best_words = f" · best {job.spec.objective.metric} {best:.4g}" if best is not None else ""
+    return Status(phase=f"{phase} · {busy} trials at once · {words or 'none has ended yet'}{best_words}")
+
+
+def _finished(job: _Job, wall_s: float) -> Sweep:
+    """Write what the sweep came to. Raises if no trial came to an end."""
+    trials = trials_of(read_ledger(job.url))
+    ends = {
+        name: sum(trial.outcome == name for trial in trials) for name in ("finished", "pruned", "diverged", "failed")
+    }
+    best = best_of(trials, job.spec.objective.goal)
+    if best is None:
+        first = next((trial.error for trial in trials if trial.error), "")
+        raise DivergedError(f"{job.url}: no trial came to its end ({ends}); the first one: {first.strip()[-500:]}")
+    arm = job.arms[best.arm]
+    run = trial_spec(arm, best.point, name=f"{job.spec.name}-best", storage=job.spec.storage, seed=best.seed)
+    data = run.data.model_copy(update={"slots": run.num_slots})
+    run = run.model_copy(
+        update={"data": data, "workers": run.workers.model_copy(update={"min": job.size, "max": job.size})}
+    )
+    place = storage.join(job.url, "best.yaml")
+    storage.put(place, dump(run).encode())
+    result = {
+        "sweep": job.url,
+        "trials": ends,
+        "best": place,
+        "best_value": best.value,
+        "best_trial": best.id,
+        "point": dict(best.point),
+        "wall_s": wall_s,
+    }
+    return Sweep(job.url, result)

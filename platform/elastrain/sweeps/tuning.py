@@ -1,0 +1,282 @@
+"""Ray Tune as the control plane: its controller runs the trials, its schedulers decide which go on.
+
+A trial of Tune is an actor that holds nothing but a place in the line: it speaks with the desk, and the cells compute.
+Which trials there are is said by an `Agenda`; Tune's own state is not stored, since the sweep's ledger has it all.
+
+This module alone stands on Tune's developer interfaces; `tests/sweeps/test_tuning.py` uses them all.
+"""
+
+import math
+import os
+import random
+import tempfile
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from ray import tune
+from ray.train._internal.storage import StorageContext
+from ray.tune import PlacementGroupFactory
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.registry import register_trainable
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search.search_algorithm import SearchAlgorithm
+
+from elastrain.spec.sweep import SweepSpec
+from elastrain.sweeps.agenda import Agenda, Proposal
+from elastrain.sweeps.trials import Outcome
+
+NAME = "elastrain-trial"
+BEGIN = ("arm", "phase", "point", "seed", "resume", "spent_s")  # what the desk is told of a trial
+WORST = 1e30  # what counts for a trial that diverged or failed: infinity would spoil Tune's percentiles
+QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_THRESHOLD_S": "10",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+class TrialActor(tune.Trainable):
+    """A trial as Tune sees it: each `step` begins it, or lets it go on, and returns what is to be decided next."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Begin with a trial."""
+        self._desk = ray.get_actor(config["desk"])
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Begin with another trial."""
+        self._given, self._begun = dict(new_config), False
+        self._recorded: deque[dict[str, Any]] = deque(new_config["recorded"])
+        self._saved: dict[str, Any] = {}
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Return the next result: `step`, `round` (evaluations), `objective`, and `outcome` once it has ended."""
+        if self._recorded:
+            return self._result(self._recorded.popleft())
+        begin = None if self._begun else {key: self._given[key] for key in BEGIN}
+        self._begun = True
+        message = ray.get(self._desk.next.remote(self.trial_id, begin))
+        self._saved = {"run": message["run"], "step": message["step"], "spent_s": message["device_s"]}
+        return self._result(message)
+
+    def _result(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        outcome, value, worst = message["outcome"], message["value"], self._given["worst"]
+        counts = value is not None and outcome in ("", "finished", "pruned")
+        rounds = message["step"] // self._given["every"]
+        told = {"step": message["step"], "round": rounds, "objective": value if counts else worst}
+        return {**told, "outcome": outcome, "device_s": message["device_s"], "done": bool(outcome)}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Return where the trial's own checkpoint is: it was whole before its step was reported."""
+        del checkpoint_dir
+        return dict(self._saved)
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint of a trial: this one, after a pause, or another one that did better."""
+        assert checkpoint is not None
+        self._given["resume"] = (checkpoint["run"], checkpoint["step"])
+        self._given["spent_s"] = checkpoint["spent_s"]
+        self._begun = False
+
+
+class Controller(TuneController):
+    """Tune's controller without its snapshots."""
+
+    def checkpoint(self, force: bool = False, wait: bool = False) -> None:  # noqa: FBT001, FBT002 -- Tune's signature
+        """Store nothing: the ledger tells all, and whoever goes on reads it."""
+
+
+Begin = Callable[[Proposal], dict[str, Any]]
+"""From a proposal to what its `TrialActor` is given; called once for each."""
+
+
+class Proposals(SearchAlgorithm):
+    """Gives Tune the agenda's trials, as many at a time as there are cells to run them."""
+
+    def __init__(
+        self, agenda: Agenda, storage: StorageContext, begin: Begin, *, capacity: Callable[[], int], pauses: bool
+    ) -> None:
+        self._agenda, self._storage, self._begin, self._capacity = agenda, storage, begin, capacity
+        # Trials that pause wait for others to come: all begin, and as many as there are cells get an actor at a time.
+        self._pauses = pauses
+        share = max(0.001, math.floor(1e4 / capacity()) / 1e4) if pauses else 0.001
+        self._resources = PlacementGroupFactory([{f"node:{ray.util.get_node_ip_address()}": share}])
+
+    def next_trial(self) -> TuneTrial | None:
+        """Return a trial to begin with, None for now or for ever (`is_finished`)."""
+        if not self._pauses and self._agenda.in_flight >= self._capacity():
+            return None
+        proposal = self._agenda.next()
+        if proposal is None:
+            return None
+        return TuneTrial(
+            NAME,
+            config=self._begin(proposal),
+            trial_id=proposal.trial,
+            experiment_tag=proposal.trial,
+            storage=self._storage,
+            placement_group_factory=self._resources,
+        )
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002 -- Tune's signature
+        """Take note of a trial's end."""
+        found = result or {}
+        outcome: Outcome = "failed" if error else found.get("outcome") or "pruned"
+        value = found.get("objective") if outcome in ("finished", "pruned") else None
+        self._agenda.ended(trial_id, outcome, value, step=found.get("step", 0), device_s=found.get("device_s", 0.0))
+
+    def is_finished(self) -> bool:
+        """Say whether there will be no more trials."""
+        return bool(self._finished) or self._agenda.is_finished()
+
+
+class PerArm(TrialScheduler):
+    """A scheduler for each arm, so that only trials of one arm are compared; what is confirmed is never stopped.
+
+    `leave(trial, outcome)` is called as soon as a trial is to stop ("pruned") or to pause (""): its workers wait.
+    """
+
+    _supports_buffered_results = False
+
+    def __init__(self, make: Callable[[], TrialScheduler], leave: Callable[[str, str], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # Tune's
+        self._make, self._leave = make, leave
+        self._schedulers: dict[str, TrialScheduler] = {}
+        self._plain = FIFOScheduler()
+        self._metric = "objective"
+
+    def _of(self, trial: TuneTrial) -> TrialScheduler:
+        if trial.config["phase"] != "tune":
+            return self._plain
+        arm: str = trial.config["arm"]
+        if arm not in self._schedulers:
+            self._schedulers[arm] = self._make()
+        return self._schedulers[arm]
+
+    def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Hand on."""
+        self._of(trial).on_trial_add(tune_controller, trial)
+
+    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Hand on."""
+        self._of(trial).on_trial_error(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        """Decide, and have the desk tell the workers at once."""
+        decision = self._of(trial).on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.STOP:
+            self._leave(trial.trial_id, "pruned")
+        elif decision == TrialScheduler.PAUSE or trial.status == TuneTrial.PAUSED:
+            self._leave(trial.trial_id, "")
+        return decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
+        """Hand on."""
+        self._of(trial).on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Hand on; a paused trial that is not taken up again has been pruned."""
+        self._of(trial).on_trial_remove(tune_controller, trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
+        """Return a paused trial that an arm wants to go on with, if any; Tune starts pending ones by itself."""
+        chosen = (scheduler.choose_trial_to_run(tune_controller) for scheduler in self._schedulers.values())
+        return next((trial for trial in chosen if trial is not None), None)
+
+    def debug_string(self) -> str:
+        """Return what Tune would print."""
+        return "per arm"
+
+
+def scheduler_of(spec: SweepSpec, explore: Callable[[dict[str, Any]], dict[str, Any]]) -> TrialScheduler:
+    """Return the scheduler of one arm. `explore(config)` is what a trial of PBT becomes that takes over another one."""
+    objective, early = spec.objective, spec.early_stop
+    compared: dict[str, Any] = {"metric": "objective", "mode": objective.goal}
+    if spec.search.method == "pbt":
+        return PopulationBasedTraining(
+            time_attr="step",
+            perturbation_interval=objective.every,
+            custom_explore_fn=explore,
+            synch=True,
+            log_config=False,
+            **compared,
+        )
+    if early is None:
+        return FIFOScheduler()
+    match early.method:
+        case "asha":
+            return AsyncHyperBandScheduler(
+                time_attr="step",
+                grace_period=early.grace,
+                max_t=objective.max_steps,
+                reduction_factor=early.factor,
+                **compared,
+            )
+        case "median":
+            return MedianStoppingRule(time_attr="step", grace_period=early.grace, **compared)
+        case "hyperband":
+            rounds = -(-objective.max_steps // objective.every)
+            return HyperBandScheduler(time_attr="round", max_t=rounds, reduction_factor=early.factor, **compared)
+
+
+def tune_trials(
+    agenda: Agenda,
+    scheduler: TrialScheduler,
+    begin: Begin,
+    *,
+    capacity: Callable[[], int],
+    pauses: bool,
+    look: Callable[[], bool],
+) -> None:
+    """Run the agenda's trials to their end; `look()` is called many times a second and says whether to break off."""
+    os.environ.update(QUIET)
+    random.seed(agenda.seed)
+    np.random.seed(agenda.seed)  # noqa: NPY002 -- what Tune's schedulers draw from
+    register_trainable(NAME, TrialActor)
+    with tempfile.TemporaryDirectory(prefix="elastrain-tune-") as folder:
+        storage = StorageContext(folder, "trials")
+        proposals = Proposals(agenda, storage, begin, capacity=capacity, pauses=pauses)
+        controller = Controller(
+            search_alg=proposals,
+            scheduler=scheduler,
+            storage=storage,
+            reuse_actors=True,
+            callbacks=[],
+            metric="objective",
+        )
+        try:
+            while not controller.is_finished() and not look():  # type: ignore[no-untyped-call] # Tune's
+                controller.step()  # type: ignore[no-untyped-call] # Tune's
+        finally:
+            controller.cleanup()  # type: ignore[no-untyped-call] # Tune's
+
+
+def decisions(spec: SweepSpec) -> tuple[frozenset[int], bool]:
+    """Return the steps after which trials are decided on, and whether a checkpoint of them is needed."""
+    objective, early = spec.objective, spec.early_stop
+    every, most = objective.every, objective.max_steps
+    evaluations: Sequence[int] = range(every, most, every)
+    if spec.search.method == "pbt":
+        return frozenset(evaluations), True
+    if early is None:
+        return frozenset(), False
+    if early.method == "asha":
+        rungs, rung = set(), early.grace
+        while rung < most:
+            rungs.add(-(-rung // every) * every)
+            rung *= early.factor
+        return frozenset(step for step in rungs if step < most), False
+    return frozenset(step for step in evaluations if step >= early.grace), early.method == "hyperband"

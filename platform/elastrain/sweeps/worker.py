@@ -1,0 +1,305 @@
+"""What the workers of a sweep's cell do: one trial after the other, in the same processes and the same process group.
+
+Model, optimizer, seeds and position are new for each trial; imports, connections and blocks that were read stay. A
+trial comes out as in fresh processes, to the bit.
+"""
+
+import faulthandler
+import math
+import os
+import secrets
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import ray.train
+import torch
+
+from elastrain.data.blocks import FeedSpec, eval_block_rows
+from elastrain.data.columns import Array
+from elastrain.data.dataset import Dataset
+from elastrain.data.direct import DirectFeed, KeptBlocks
+from elastrain.data.plan import Plan
+from elastrain.elastic.group import Door
+from elastrain.elastic.protocol import Generation, Member, Worker
+from elastrain.errors import DivergedError, ElastrainError, SpecError, StorageError, ours
+from elastrain.observe.ledger import Clock
+from elastrain.spec.train import TrainSpec
+from elastrain.sweeps.desk import STOP
+from elastrain.sweeps.orders import CellConfig, Order, Task
+from elastrain.training import checkpoint
+from elastrain.training.loop import Decision, Loop, choose_device, fix_threads
+from elastrain.training.manifests import read_manifest
+from elastrain.training.precision import arithmetic, fix_arithmetic
+from elastrain.training.reduce import Group, GroupLost
+from elastrain.training.state import Position, TrainState, broadcast_object
+from elastrain.training.task import make_task
+
+TRAINING = ("data", "compute", "reduce")  # what device-seconds are made of
+LIMITS = {"compute": 1.0, "evaluate": 1.0, "start": 10.0}  # how long a worker may be at it, in workers.timeout_s
+LOOK_S = 0.002
+COMMIT_S = 600.0
+
+
+class Stopped(Exception):  # noqa: N818 -- an event: the trial was told to stop here
+    """The trial ends here, for now or for good."""
+
+
+class Broken(Exception):  # noqa: N818 -- an event: the desk decides what follows
+    """Another worker of the cell is gone, or has given the trial up."""
+
+
+def work(config: CellConfig) -> None:
+    """Run trials until there are none."""
+    CellWorker(config).run()
+
+
+class CellWorker:
+    """One worker of a cell, from its start to its end."""
+
+    def __init__(self, config: CellConfig) -> None:
+        self._config, self._desk, self._cell = config, config.desk, config.cell
+        fix_threads(config.cpus)
+        self._device = choose_device(config.gpus)
+        if 0.0 < config.gpus < 1.0:
+            torch.cuda.set_per_process_memory_fraction(config.gpus)
+        self._rank = ray.train.get_context().get_world_rank()
+        self._door = Door(ray.util.get_node_ip_address())
+        self._me = Worker(
+            name=f"{socket.gethostname()}-{secrets.token_hex(3)}-{os.getpid()}",
+            node=ray.get_runtime_context().get_node_id(),
+            place=self._rank,
+            store=self._door.address,
+            cell=self._cell,
+        )
+        self._kept = KeptBlocks()
+        self._data: dict[tuple[str, Any], Dataset] = {}
+        self._group: Group | None = None
+        self._lost = threading.Event()
+        self._running: Running | None = None
+
+    def run(self) -> None:
+        """Take orders until there are none."""
+        ray.get(self._desk.join.remote(self._cell, self._rank, self._config.size, self._me))
+        threading.Thread(target=self._watch, daemon=True, name="watch").start()
+        while (task := ray.get(self._desk.take.remote(self._cell, self._rank))) is not None:
+            outcome, fields = self._outcome(task)
+            if outcome == "lost":
+                self._leave_group()
+                ray.get(self._desk.lost.remote(self._cell, task.order.trial, fields["error"]))
+            elif self._rank == 0 or outcome == "failed":
+                ray.get(self._desk.over.remote(self._cell, task.order.trial, outcome, fields))
+        self._leave_group()
+
+    def _outcome(self, task: Task) -> tuple[str, dict[str, Any]]:
+        """Run a trial and return how it ended: finished, diverged, failed, "" (told to stop) or lost."""
+        try:
+            self._enter(task)
+            return "finished", self._run(task.order)
+        except Stopped:
+            return "", {}
+        except DivergedError as error:
+            return "diverged", {"error": str(error)}
+        except (Broken, GroupLost) as error:
+            return "lost", {"error": str(error)}
+        except Exception as error:  # noqa: BLE001 -- a trial that fails costs itself, not the sweep
+            self._leave_group()  # so that the others need not wait
+            known = ours(error)
+            kind = type(known or ElastrainError()).__name__
+            return "failed", {"error": str(known) if known else traceback.format_exc(), "error_kind": kind}
+        finally:
+            self._running = None
+
+    def _enter(self, task: Task) -> None:
+        """Form the process group, unless it is there from the trial before."""
+        if self._group is not None and self._group.generation == task.generation:
+            return
+        self._leave_group()
+        members = tuple(Member(worker=worker, position=None) for worker in task.members)
+        generation = Generation(number=task.generation, members=members, source=None)
+        self._lost = threading.Event()
+        self._group = self._door.join(generation, self._me.name, self._device, self._lost)
+
+    def _leave_group(self) -> None:
+        group, self._group = self._group, None
+        self._lost.set()
+        if group is not None and hasattr(group, "abandon"):
+            group.abandon()
+
+    def _run(self, order: Order) -> dict[str, Any]:
+        spec = order.spec
+        assert self._group is not None
+        fix_arithmetic(spec.consistency)
+        if spec.compile:
+            torch._dynamo.reset()  # noqa: SLF001 -- its public name warns; what another model left slows this one
+        train, evaluation = self._dataset(spec, spec.data.train), self._dataset(spec, spec.data.eval or "")
+        plan = Plan.of(train, seed=spec.data.seed, global_batch=spec.data.global_batch, slots=spec.num_slots)
+        steps = spec.budget.steps or (spec.budget.epochs or 0) * plan.steps_per_epoch
+        state = TrainState(spec, make_task(spec, train), self._device)
+        if order.resume is not None:
+            saved = checkpoint.load(*order.resume)
+            state.load(saved.tensors, saved.numbers)
+        feed = DirectFeed(_feed_spec(spec, plan, (train, evaluation), (state.step, steps)), self._kept)
+        self._running = running = Running(self._desk, self._cell, order, self._group)
+        versions = {"plan": plan.identity(), "arithmetic": arithmetic(self._device), **self._config.info}
+        loop = Loop(
+            spec=spec,
+            plan=plan,
+            evaluation=evaluation,
+            eval_block_rows=eval_block_rows(evaluation),
+            num_steps=steps,
+            run_url=order.run_url,
+            state=state,
+            feed=feed,
+            seat=running,
+            recorder=running,
+            clock=running.clock,
+            info={**versions, "evaluation": evaluation.fingerprint},
+        )
+        try:
+            result = loop.run()
+        finally:
+            feed.close()
+        if result["stopped"]:
+            raise Broken("it was told to stop, and committed")  # it goes on elsewhere, from there
+        return {"step": result["step"], "device_s": running.device_s(), "weights_sha256": result["weights_sha256"]}
+
+    def _dataset(self, spec: TrainSpec, url: str) -> Dataset:
+        key = (url, spec.data.columns)
+        if key not in self._data:
+            self._data[key] = Dataset.open(url).select(spec.data.columns)
+        return self._data[key]
+
+    def _watch(self) -> None:
+        """Hear whether a trial is to stop, and end this process if it stands still."""
+        while True:
+            running = self._running
+            if running is None:
+                time.sleep(0.05)
+                continue
+            category, since = running.clock.running()
+            limit_s = LIMITS.get(category, math.inf) * self._config.timeout_s
+            if time.perf_counter() - since > limit_s:
+                faulthandler.dump_traceback()
+                os._exit(1)
+            if self._rank == 0 and ray.get(self._desk.is_stopping.remote(self._cell, running.order.trial)):
+                running.stop = True
+            time.sleep(0.2)
+
+
+class Running:
+    """A trial under way, as its loop sees it: a seat whose group never changes, and a recorder."""
+
+    def __init__(self, desk: Any, cell: str, order: Order, group: Group) -> None:
+        self.order, self.clock, self.stop = order, Clock(), False
+        self._desk, self._cell, self._group = desk, cell, group
+        self._told = order.resume[1] if order.resume else 0
+
+    def device_s(self) -> float:
+        """Return what the trial has cost up to now, in seconds of all its workers."""
+        spent = self.clock.spent()
+        return self.order.spent_s + self._group.size * sum(spent[kind] for kind in TRAINING)
+
+    # --- a seat
+
+    def group(self, state: TrainState) -> Group:
+        """Return the group, after what an evaluation calls for. Raises Stopped, DivergedError, SpecError, GroupLost."""
+        if state.metrics and state.evaluated == state.step > self._told and not state.due:
+            self._told = state.step
+            self._judge(state)
+        return self._group
+
+    def _judge(self, state: TrainState) -> None:
+        """Report an evaluation; where one is due, wait for the decision, which all workers then follow."""
+        objective, step = self.order.objective, state.step
+        if objective.metric not in state.metrics:
+            there = ", ".join(sorted(state.metrics))
+            raise SpecError(f"objective.metric {objective.metric!r}: the task reports {there}; name one of these")
+        value = state.metrics[objective.metric]
+        decides = step in objective.decisions and step > self.order.decided
+        stops = False
+        if self._group.rank == 0:
+            told = {"step": step, "samples": state.samples, "value": value if math.isfinite(value) else None}
+            fields = {**told, "metrics": dict(state.metrics), "device_s": self.device_s()}
+            if decides and math.isfinite(value):
+                if objective.saves:
+                    self._wait_for_checkpoint(step)
+                stops = ray.get(self._desk.decide.remote(self.order.trial, fields)) == STOP
+            else:
+                self._desk.evaluated.remote(self.order.trial, fields)
+        if not math.isfinite(value):
+            raise DivergedError(f"step {step}: {objective.metric} is {value}; lower optimizer.lr or warm up longer")
+        if decides and broadcast_object(self._group, stops, 0, state.device):
+            raise Stopped
+
+    def _wait_for_checkpoint(self, step: int) -> None:
+        """Wait until the commit of this boundary, which goes on beside, is whole."""
+        self.clock.switch("checkpoint")
+        deadline = time.monotonic() + COMMIT_S
+        while not _is_committed(self.order.run_url, step):
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"{self.order.run_url}: the checkpoint of step {step} was not written in {COMMIT_S:g} s"
+                )
+            time.sleep(LOOK_S)
+
+    def decision(self) -> Decision:
+        """Return whether to commit and stop."""
+        return Decision(stop=self.stop)
+
+    def change(self) -> None:
+        """Never called: the group of a trial stays."""
+
+    def lost(self) -> None:
+        """Give the trial up: the desk gives it to whoever is whole."""
+        raise Broken("a worker of its cell was lost")
+
+    def noted(self, position: Position) -> None:
+        """Nobody asks."""
+
+    # --- a recorder
+
+    def audit(self, step: int, slot: int, columns: Mapping[str, Array]) -> None:
+        """Keep nothing: a sweep has no audit."""
+
+    def audited(self) -> None:
+        """Wait for nothing."""
+
+    def settled(self) -> None:
+        """Wait until what the desk has noted is in storage."""
+        ray.get(self._desk.settled.remote())
+
+    def report(self, status: Mapping[str, Any]) -> None:
+        """Give a sign of life."""
+        if self._group.rank == 0:
+            self._desk.beat.remote(self._cell, int(status["step"]))
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Keep nothing: evaluations are reported in `group`, where all workers have them."""
+
+    def result(self, found: Mapping[str, Any]) -> None:
+        """Nothing: whoever runs the loop returns it."""
+
+
+def _is_committed(run: str, step: int) -> bool:
+    try:
+        read_manifest(run, step)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _feed_spec(spec: TrainSpec, plan: Plan, data: tuple[Dataset, Dataset], steps: tuple[int, int]) -> FeedSpec:
+    return FeedSpec(
+        plan=plan,
+        train=data[0],
+        evaluation=data[1],
+        transforms=spec.data.transforms,
+        begin=steps[0],
+        end=steps[1],
+        reading=(0.0, 0),
+    )
