@@ -388,10 +388,10 @@ def test_an_error_beside_an_override_keeps_its_line(problems: Problems) -> None:
         ("{hidden: 128}", "{a: !!set {x}}", "4:16: task_args.a: the tag !!set cannot stand in a spec; write a plain"),
         ("{hidden: 128}", "{<<: 3}", "4:17: task_args: '<<' takes a mapping, such as *name"),
         ("{hidden: 128}", "&a {a: *a}", "4:12: task_args.a.a: nested too deep or too large for a spec; an alias"),
-        ("kind: train", "kind: sweep", "1:1: kind: this is a sweep spec, and a train spec is wanted; this "
-         "version runs no other kind"),
+        ("kind: train", "kind: sweep", "1:1: kind: this is a sweep spec, and a train spec is wanted; run "
+         "it with `elastrain sweep`"),
         ("kind: train", "kind: job", "1:1: kind: this is a job spec, and a train spec is wanted; this version "
-         "runs no other kind"),
+         "runs no such kind"),
         ("kind: train", "kind: trian", "1:1: kind: expected 'train', got 'trian'; did you mean 'train'?"),
         ("kind: train", "kind: [x]", "1:1: kind: expected 'train', got a list of 1"),
     ],

@@ -1,7 +1,7 @@
 """One dimension of a space: from a number between 0 and 1 to a value of the field, and back, on its own scale."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -112,9 +112,22 @@ def as_text(dimension: Dimension) -> str:
     'log 0.0001 to 0.1'
     """
     if dimension.kind in LISTS:
-        return f"{dimension.kind} {', '.join('null' if value is None else str(value) for value in dimension.values)}"
+        return f"{dimension.kind} {', '.join(map(shown, dimension.values))}"
     low, high = dimension.values
     return f"{dimension.kind} {low:g} {'±' if dimension.kind == 'normal' else 'to'} {high:g}"
+
+
+def shown(value: Any) -> str:
+    """Return a value as YAML has it on one line.
+
+    >>> shown({"name": "wsd", "on": [None, True, 0.1]})
+    '{name: wsd, on: [null, true, 0.1]}'
+    """
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {shown(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(shown, value)) + "]"
+    return {None: "null", True: "true", False: "false"}[value] if value is None or value is bool(value) else str(value)
 
 
 def _position(dimension: Dimension, value: float) -> float:

@@ -5,13 +5,12 @@ number. Fields are given to Optuna on their own scale, 0 to 1, and lists as cate
 means; fields that are not active are not there. Needs the extra `optuna`.
 """
 
+import random
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from elastrain.errors import SpecError
 from elastrain.spec.sweep import LISTS, Dimension, SearchSpec
@@ -66,7 +65,7 @@ def suggest(arm: Arm, spec: SearchSpec, told: Iterable[Told], number: int, *, go
     with warnings.catch_warnings():
         # Optuna warns of its own experimental arguments, which are pinned with it.
         warnings.simplefilter("ignore")
-        seed = int(np.random.SeedSequence([spec.seed, number]).generate_state(1)[0])
+        seed = random.Random(f"{spec.seed}/{number}").getrandbits(32)  # noqa: S311 -- no secret
         study = optuna.create_study(
             direction="maximize" if goal == "max" else "minimize", sampler=_sampler(spec.method, seed)
         )

@@ -5,13 +5,12 @@ was killed goes on with the same points once the trials of its ledger are told a
 """
 
 import itertools
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from elastrain.errors import SpecError
-from elastrain.spec.sweep import SearchSpec, SweepBudget
+from elastrain.spec.sweep import SearchSpec, SweepSpec
 from elastrain.sweeps.models import MODELS, Told, check_installed, suggest
 from elastrain.sweeps.sobol import MOST_DIMENSIONS, Sobol
 from elastrain.sweeps.space import Arm, Point, decode, draw, mutable
@@ -28,11 +27,6 @@ class Budget:
     used: float = 0.0
     running: int = 0
     ended: int = 0
-
-    @classmethod
-    def of(cls, spec: SweepBudget, *, max_steps: int) -> "Budget":
-        """Return the budget of one arm, whose trials take `max_steps` at most."""
-        return cls(unit=spec.unit, per_arm=spec.per_arm, most_steps=max_steps)
 
     def begin(self) -> None:
         """Note that a trial begins."""
@@ -56,6 +50,11 @@ class Budget:
     def exhausted(self) -> bool:
         """Whether nothing is left even if the running trials took nothing more."""
         return self.used >= self.per_arm or (self.unit == "trials" and self.left() <= 0)
+
+
+def budget_of(spec: SweepSpec) -> Budget:
+    """Return the budget of one arm of a sweep."""
+    return Budget(unit=spec.budget.unit, per_arm=spec.budget.per_arm, most_steps=spec.objective.max_steps)
 
 
 @dataclass(kw_only=True)
@@ -131,8 +130,8 @@ class Search:
             case "grid":
                 return self._grid[number]
             case "random":
-                chance = np.random.default_rng([self.spec.seed, number])
-                return decode(self.arm, chance.random(len(self.arm.dimensions)).tolist())
+                chance = random.Random(f"{self.spec.seed}/{number}")  # noqa: S311 -- points, no secrets
+                return decode(self.arm, [chance.random() for _ in self.arm.dimensions])
             case "quasirandom" | "pbt":
                 return decode(self.arm, self._sobol.point(number))
         return suggest(self.arm, self.spec, self.told.values(), number, goal=self.goal)

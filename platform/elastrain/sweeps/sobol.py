@@ -5,8 +5,9 @@ Sci. Comput. 30, 2008), the scrambling Matoušek's: a random lower triangular ma
 torch has the same sequence, and takes seconds to be imported; a plan has to answer in less than one.
 """
 
-import numpy as np
-from numpy.typing import NDArray
+import random
+from functools import reduce
+from operator import xor
 
 BITS = 30
 # Of the dimensions from the second on: degree and coefficients of the primitive polynomial, and the first directions.
@@ -39,26 +40,25 @@ class Sobol:
     """The sequence of `seed` in `dimensions` (at most `MOST_DIMENSIONS`); not scrambled where seed is None."""
 
     def __init__(self, dimensions: int, *, seed: int | None) -> None:
-        directions = np.stack([_directions(each) for each in range(dimensions)])
-        shift = np.zeros(dimensions, dtype=np.int64)
+        self._directions = [_directions(each) for each in range(dimensions)]
+        self._shift = [0] * dimensions
         if seed is not None:
-            chance = np.random.default_rng(seed)
-            directions = np.stack([_scrambled(row, chance) for row in directions])
-            shift = chance.integers(0, 1 << BITS, size=dimensions, dtype=np.int64)
-        self._directions, self._shift = directions, shift
+            chance = random.Random(seed)  # noqa: S311 -- points, no secrets
+            self._directions = [_scrambled(row, chance) for row in self._directions]
+            self._shift = [chance.getrandbits(BITS) for _ in range(dimensions)]
 
     def point(self, number: int) -> list[float]:
         """Return point `number`, from 0 and below 2^30, each coordinate from 0 to below 1."""
         gray = number ^ (number >> 1)
-        chosen = self._directions[:, [bit for bit in range(BITS) if gray >> bit & 1]]
-        found = np.bitwise_xor.reduce(chosen, axis=1, initial=0) ^ self._shift
-        return [float(each) / (1 << BITS) for each in found]
+        chosen = [bit for bit in range(BITS) if gray >> bit & 1]
+        rows = zip(self._directions, self._shift, strict=True)
+        return [reduce(xor, (row[bit] for bit in chosen), shift) / (1 << BITS) for row, shift in rows]
 
 
-def _directions(dimension: int) -> NDArray[np.int64]:
-    """Return the directions of a dimension, shape (BITS,), the first the highest bit."""
+def _directions(dimension: int) -> list[int]:
+    """Return the directions of a dimension, `BITS` of them, the first the highest bit."""
     if dimension == 0:
-        return np.array([1 << (BITS - 1 - bit) for bit in range(BITS)], dtype=np.int64)
+        return [1 << (BITS - 1 - bit) for bit in range(BITS)]
     degree, polynomial, first = _DIRECTIONS[dimension - 1]
     found = [each << (BITS - 1 - bit) for bit, each in enumerate(first)]
     for bit in range(degree, BITS):
@@ -67,16 +67,13 @@ def _directions(dimension: int) -> NDArray[np.int64]:
             if polynomial >> (degree - 1 - back) & 1:
                 new ^= found[bit - back]
         found.append(new)
-    return np.array(found, dtype=np.int64)
+    return found
 
 
-def _scrambled(directions: NDArray[np.int64], chance: np.random.Generator) -> NDArray[np.int64]:
+def _scrambled(directions: list[int], chance: random.Random) -> list[int]:
     """Return directions times a random lower triangular matrix of bits with ones on its diagonal."""
-    low = chance.integers(0, 1 << BITS, size=BITS, dtype=np.int64)
-    found = np.zeros_like(directions)
-    for row in range(BITS):  # from the highest bit: it depends on itself and on those above it
-        place = BITS - 1 - row
-        mask = (low[row] >> (place + 1) << (place + 1)) | (1 << place)
-        odd = np.array([int(each).bit_count() & 1 for each in directions & mask], dtype=np.int64)
-        found |= odd << place
+    found = [0] * BITS
+    for place in reversed(range(BITS)):  # a bit depends on itself and on those above it
+        mask = (chance.getrandbits(BITS) >> (place + 1) << (place + 1)) | (1 << place)
+        found = [each | ((row & mask).bit_count() & 1) << place for each, row in zip(found, directions, strict=True)]
     return found

@@ -8,7 +8,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from elastrain.errors import SpecError
@@ -43,12 +43,16 @@ _MUTABLE_TOP = ("clip_norm", "l1")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
-    """One optimizer, or the arm of a search: `base` is its run at the defaults, `dimensions` what varies, by field."""
+    """One optimizer, or the arm of a search: `dimensions` are what varies, by field, and `base` the run around them.
+
+    `untuned` has a value for each of the fields where nobody tunes them, and `base` has these values.
+    """
 
     name: str
     baseline: bool
     base: TrainSpec
     dimensions: Mapping[str, Dimension]
+    untuned: Mapping[str, Any]
 
 
 def arms_of(spec: SweepSpec, base: TrainSpec, where: Where = nowhere) -> list[Arm]:
@@ -74,7 +78,7 @@ def arms_of(spec: SweepSpec, base: TrainSpec, where: Where = nowhere) -> list[Ar
     entries: list[tuple[int, ArmSpec | None]] = list(enumerate(spec.arms)) or [(0, None)]
     arms = [_arm(spec, start, shared, entry, where) for entry in entries]
     if not any(arm.baseline for arm in arms):
-        arms[0] = Arm(name=arms[0].name, baseline=True, base=arms[0].base, dimensions=arms[0].dimensions)
+        arms[0] = replace(arms[0], baseline=True)
     return arms
 
 
@@ -105,10 +109,9 @@ def edges(arm: Arm, point: Mapping[str, Any]) -> list[str]:
 def defaults(arm: Arm) -> Point:
     """Return the point that nobody tuned: the optimizer's published settings, and the base's values of all else.
 
-    A value may lie outside its range; the middle stands where there is none.
+    A value may lie outside its range. Where there is none, the middle of a range stands, or the first of a list.
     """
-    data = plain(arm.base.model_dump(), nowhere)
-    return draw(arm, lambda path, _: at(data, keys_of(path)))
+    return draw(arm, lambda path, _: arm.untuned[path])
 
 
 def trial_spec(arm: Arm, point: Mapping[str, Any], *, name: str, storage: str, seed: int | None = None) -> TrainSpec:
@@ -186,9 +189,10 @@ def _arm(
         here: Keys = ("arms", index) if arm else ("space",)
         problems.append(Problem(keys=here, text="nothing varies: give a field a range or a list, or space: default"))
     refuse(problems, where)
+    untuned: dict[str, Any] = {}
     for path, each in varying.items():
         problems += _when_problems(path, each, dimensions, data)
-        _put_default(data, each, problems)
+        untuned[path] = _put_default(data, each, problems)
     refuse(problems, where)
     _refuse_method(spec, varying, where)
     told = places([*varying.values(), *settings], where)
@@ -197,6 +201,7 @@ def _arm(
         baseline=arm.baseline if arm else True,
         base=train_spec(data, told),
         dimensions=dimensions,
+        untuned=untuned,
     )
     _prove(found, varying, where)
     return found
@@ -218,20 +223,19 @@ def _put_all(data: dict[str, Any], settings: Sequence[Setting], problems: list[P
             problems.append(Problem(keys=each.keys, text=str(error)))
 
 
-def _put_default(data: dict[str, Any], setting: Setting, problems: list[Problem]) -> None:
-    """Put a dimension's default where it varies: what stands there, if it may; else the middle, or a list's first."""
+def _put_default(data: dict[str, Any], setting: Setting, problems: list[Problem]) -> Any:
+    """Return a dimension's default, and put it where it varies: what stands there, if it may; see `defaults`."""
     dimension = setting.dimension
     assert dimension is not None
     try:
-        if holds(dimension, at(data, setting.path)):
-            return
+        found = at(data, setting.path)
+        if holds(dimension, found):
+            return found
     except LookupError:
-        pass
+        pass  # a field that nobody gave, such as one of task_args
     middle = dimension.values[0] if dimension.kind in LISTS else value_at(dimension, 0.5)
-    try:
-        put(data, setting.path, plain(middle, nowhere))
-    except ValueError as error:
-        problems.append(Problem(keys=setting.keys, text=str(error)))
+    _put_all(data, [Setting(path=setting.path, keys=setting.keys, value=middle)], problems)
+    return middle
 
 
 def _when_problems(
@@ -286,13 +290,13 @@ def _refuse_method(spec: SweepSpec, varying: Mapping[str, Setting], where: Where
 
 def _prove(arm: Arm, varying: Mapping[str, Setting], where: Where) -> None:
     """Refuse an arm whose run does not take the ends of a range or a value of a list."""
-    data = plain(arm.base.model_dump(), nowhere)
     ends = {path: extremes(each) for path, each in arm.dimensions.items()}
-    middle = {path: at(data, keys_of(path)) for path in arm.dimensions}
     if math.prod(len(values) for values in ends.values()) <= _MANY_CORNERS:
         corners = [dict(zip(ends, values, strict=True)) for values in itertools.product(*ends.values())]
     else:
-        corners = [middle | _conditions(path, arm) | {path: end} for path, values in ends.items() for end in values]
+        corners = [
+            {**arm.untuned} | _conditions(path, arm) | {path: end} for path, values in ends.items() for end in values
+        ]
     for corner in corners:
         tried = plain(arm.base.model_dump(), nowhere)
         active = draw(arm, lambda path, _: corner[path])  # noqa: B023 -- called at once
