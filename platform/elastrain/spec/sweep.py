@@ -170,7 +170,7 @@ class SweepSpec(Model):
     def _told_apart(self) -> Self:
         names = [arm.name for arm in self.arms]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise wrong(f"two arms are called {twice!r}", f"arms.{len(names) - 1 - names[::-1].index(twice)}.name")
+            raise wrong(f"two arms are called {twice!r}", "arms")
         if sum(arm.baseline for arm in self.arms) > 1:
             raise wrong("two arms are the baseline; the others are compared with one", "arms")
         return self

@@ -87,14 +87,15 @@ def _whole(source: Source) -> Source:
 
 
 def _forget_dotted(data: Any, keys: Keys) -> None:
-    """Drop what the file says of a field that an override at `keys` names anew: `space.optimizer.lr` is `optimizer.lr`.
+    """Drop what the file says of a field that an override at `keys` gives anew, and of all in it.
 
-    An override's dots make mappings in mappings, and the file has the field's dotted name as one key.
+    An override's dots make mappings in mappings, and the file may have the field's dotted name as one key.
     """
-    for at, key in enumerate(keys[:-1]):
+    for at, key in enumerate(keys):
         rest = dotted(keys[at:])
         if isinstance(data, dict):
-            data.pop(rest, None)
+            for known in [known for known in data if known != key and f"{known}.".startswith(f"{rest}.")]:
+                del data[known]
         data = data[key]
 
 

@@ -35,15 +35,6 @@ def forecast_sweep(spec: SweepSpec, *, device_s_per_step: float | None = None) -
     arms = arms_of(spec, base_of(spec))
     for arm in arms:
         Search(arm=arm, spec=spec.search, budget=budget_of(spec))
-    told = [_arm(spec, arm) for arm in arms]
-    tuning, confirming = sum(each["trials"] for each in told), _confirming(spec, len(arms))
-    again = len(arms) if spec.mode == "fair" else 0
-    steps_each = spec.objective.max_steps
-    most = spec.budget.per_arm * len(arms) if spec.budget.unit == "steps" else tuning * steps_each
-    most = int(most) + (again + confirming) * steps_each
-    stopped = expected_steps(spec.early_stop, steps_each)
-    batches = [size for arm in arms for size in _batches(arm)]
-    largest = None if "all" in batches else max(batches)
     return {
         "name": spec.name,
         "mode": spec.mode,
@@ -51,16 +42,11 @@ def forecast_sweep(spec: SweepSpec, *, device_s_per_step: float | None = None) -
         "seed": spec.search.seed,
         "objective": spec.objective.model_dump(),
         "budget": spec.budget.model_dump(),
-        "arms": told,
-        "trials": {"tune": tuning, "defaults": again, "confirm": confirming},
+        "arms": [_arm(spec, arm) for arm in arms],
         "rungs": rungs(spec),
         "workers": arms[0].base.workers.model_dump(),
         "slots": _slots(spec, arms[0].base.workers),
-        "steps_each": steps_each,
-        "steps": most,
-        "steps_expected": round(most - tuning * (steps_each - stopped)) if spec.budget.unit == "trials" else most,
-        "samples": most * largest if largest else None,
-        "device_s": most * device_s_per_step if device_s_per_step else None,
+        **_cost(spec, arms, device_s_per_step),
         "warnings": list(_warnings(spec, arms)),
     }
 
@@ -115,8 +101,7 @@ def as_text(found: dict[str, Any]) -> str:
     """Return a forecast as lines for people."""
     aim, trials = found["objective"], found["trials"]
     target = f", target {aim['target']:g}" if aim["target"] is not None else ""
-    beside = "".join(f", {trials[phase]:,} {phase}" for phase in ("defaults", "confirm") if trials[phase])
-    expected = f", about {found['steps_expected']:,} expected" if found["steps_expected"] < found["steps"] else ""
+    beside = "".join(f", {phase} {trials[phase]:,}" for phase in ("defaults", "confirm") if trials[phase])
     at_once = "the cluster decides" if found["slots"] is None else f"{found['slots']:,} on this machine"
     workers = found["workers"]
     gpus = f" and {workers['gpus']:g} GPUs" if workers["gpus"] else ""
@@ -124,11 +109,15 @@ def as_text(found: dict[str, Any]) -> str:
         ("sweep", f"{found['name']}: {found['mode']}, {found['method']}, seed {found['seed']}"),
         ("objective", f"{aim['metric']} ({aim['goal']}) every {aim['every']:,} of {aim['max_steps']:,} steps{target}"),
         ("budget", f"{found['budget']['per_arm']:g} {found['budget']['unit'].replace('_', ' ')} an arm"),
-        ("trials", f"{trials['tune']:,} tune{beside}"),
+        ("trials", f"tune {_count(trials['tune'])}{beside}"),
         ("workers", f"{workers['min']} to {workers['max']} a trial, of {workers['cpus']:g} CPUs{gpus} each"),
         ("at once", at_once),
         *([("compared at", ", ".join(f"{step:,}" for step in found["rungs"][:8]))] if found["rungs"] else []),
-        ("steps", f"{found['steps']:,} at most{expected}"),
+        *(
+            [("steps", f"{found['steps']:,} at most, {_count(found['steps_expected'])} expected")]
+            if found["steps"]
+            else []
+        ),
         *([("samples", f"{found['samples']:,} at most")] if found["samples"] else []),
         *([("device", f"{found['device_s']:,.0f} s at most")] if found["device_s"] else []),
     ]
@@ -143,13 +132,17 @@ def _up(step: int, every: int) -> int:
     return -(-step // every) * every
 
 
+def _count(number: int | None) -> str:
+    return "until it is spent" if number is None else f"{number:,}"
+
+
 def _arm_lines(arm: dict[str, Any]) -> list[str]:
     width = max(map(len, arm["dimensions"]))
     points = [("defaults", arm["defaults"]), *((str(at), point) for at, point in enumerate(arm["first_points"]))]
     baseline = ", baseline" if arm["baseline"] else ""
     return [
         "",
-        f"{arm['name']} ({arm['optimizer']}{baseline}): {arm['trials']:,} points",
+        f"{arm['name']} ({arm['optimizer']}{baseline}): points {_count(arm['trials'])}",
         *(f"  {path:<{width}}  {text}" for path, text in arm["dimensions"].items()),
         *(f"  {name + ':':<9} {_point_text(point)}" for name, point in points),
     ]
@@ -167,20 +160,39 @@ def _arm(spec: SweepSpec, arm: Arm) -> dict[str, Any]:
         "trials": _trials(spec, arm),
         "dimensions": {path: varies(each) for path, each in arm.dimensions.items()},
         "defaults": defaults(arm),
-        "first_points": first_points(arm, spec.search, min(_SHOWN_POINTS, _trials(spec, arm))),
+        "first_points": first_points(arm, spec.search, _SHOWN_POINTS),
     }
 
 
-def _trials(spec: SweepSpec, arm: Arm) -> int:
-    """Return the whole trials that the arm's budget pays for; in device seconds nobody knows yet, and it is one."""
-    budget = spec.budget
-    paid = {"trials": budget.per_arm, "steps": -(-budget.per_arm // spec.objective.max_steps), "device_seconds": 1}
-    count = int(paid[budget.unit])
+def _trials(spec: SweepSpec, arm: Arm) -> int | None:
+    """Return the whole trials that the arm's budget pays for; None in device seconds: nobody knows what one takes."""
+    if spec.budget.unit == "device_seconds":
+        return None
+    each = spec.objective.max_steps if spec.budget.unit == "steps" else 1
+    count = math.ceil(spec.budget.per_arm / each)
     return min(count, len(grid(arm))) if spec.search.method == "grid" else count
 
 
-def _confirming(spec: SweepSpec, num_arms: int) -> int:
-    return spec.confirm.seeds * spec.confirm.top_k * num_arms if spec.confirm else 0
+def _cost(spec: SweepSpec, arms: Sequence[Arm], device_s_per_step: float | None) -> dict[str, Any]:
+    """Return trials, steps, samples and device seconds at most; None where the spec does not tell."""
+    tuning = [_trials(spec, arm) for arm in arms]
+    tune = None if None in tuning else sum(each or 0 for each in tuning)
+    untuned = len(arms) if spec.mode == "fair" else 0
+    confirm = spec.confirm.seeds * spec.confirm.top_k * len(arms) if spec.confirm else 0
+    full = spec.objective.max_steps
+    beside = (untuned + confirm) * full
+    steps = None if tune is None else tune * full + beside
+    expected = None if tune is None else round(tune * expected_steps(spec.early_stop, full)) + beside
+    batches = [size for arm in arms for size in _batches(arm)]
+    largest = None if "all" in batches else max(batches)
+    seconds = spec.budget.per_arm * len(arms) if steps is None else steps * (device_s_per_step or 0.0)
+    return {
+        "trials": {"tune": tune, "defaults": untuned, "confirm": confirm},
+        "steps": steps,
+        "steps_expected": expected if spec.budget.unit == "trials" else steps,
+        "samples": steps * largest if steps and largest else None,
+        "device_s": seconds + (beside * (device_s_per_step or 0.0) if steps is None else 0.0) or None,
+    }
 
 
 def _batches(arm: Arm) -> Sequence[Any]:
@@ -258,7 +270,7 @@ def _coverage(spec: SweepSpec, arm: Arm) -> Iterable[str]:
     """Yield what the arm's points leave out."""
     if spec.search.method == "grid":
         size, paid = len(grid(arm)), _trials(spec, arm)
-        if spec.budget.unit != "device_seconds" and paid < size:
+        if paid is not None and paid < size:
             yield f"{arm.name}: the grid has {size:,} points, and the budget pays for {paid:,}: the rest is not tried"
         return
     if spec.budget.unit == "trials" and spec.budget.per_arm < len(arm.dimensions):

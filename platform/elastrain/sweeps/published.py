@@ -34,14 +34,16 @@ SPACES: Mapping[str, Space] = MappingProxyType(
         "rmsprop": {"lr": _ADAM_LR},
         "adafactor": {"lr": {"log": [1e-3, 1e-1]}},
         "lion": {**_ADAMW, "lr": {"log": [1e-5, 3e-3]}},
-        "muon": {"lr": {"log": [1e-3, 1e-1]}, "momentum": {"one_minus_log": [0.01, 0.2]}, "weight_decay": _ADAM_DECAY},
+        "muon": {"lr": _ADAM_LR, "momentum": {"one_minus_log": [0.01, 0.2]}, "weight_decay": _ADAM_DECAY},
         "shampoo": {"lr": _ADAM_LR, "betas.0": {"one_minus_log": [1e-2, 0.15]}},
         "soap": _ADAMW,
+        "schedule_free_sgd": {"lr": {"log": [0.1, 50.0]}, "momentum": {"one_minus_log": [0.02, 0.5]}},
+        "schedule_free_adamw": {**_ADAMW, "lr": {"log": [5e-4, 5e-2]}},
     }
 )
 
-# Only what differs from the spec's own defaults (momentum 0.9, betas [0.9, 0.999], no decay); `lr` has none there.
-SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+# Momentum, betas and eps are those that the spec puts in for a name; a learning rate it asks for.
+SETTINGS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
         "sgd": {"lr": 0.1},
         "full_batch": {"lr": 0.1},
@@ -54,9 +56,11 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "adagrad": {"lr": 1e-2},
         "rmsprop": {"lr": 1e-2},
         "adafactor": {"lr": 1e-2},
-        "lion": {"lr": 1e-4, "betas": [0.9, 0.99]},
-        "muon": {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.01},
+        "lion": {"lr": 1e-4},
+        "muon": {"lr": 1e-3, "weight_decay": 0.1},
         "shampoo": {"lr": 1e-3},
-        "soap": {"lr": 3e-3, "betas": [0.95, 0.95], "weight_decay": 0.01},
+        "soap": {"lr": 3e-3, "weight_decay": 0.01},
+        "schedule_free_sgd": {"lr": 1.0},
+        "schedule_free_adamw": {"lr": 2.5e-3},
     }
 )

@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import ValidationError
+
 from elastrain.errors import SpecError
 from elastrain.spec.document import plain, train_spec
-from elastrain.spec.problems import Keys, Problem, Where, dotted, nearest, nowhere, refuse, shown
+from elastrain.spec.problems import Keys, Problem, Where, dotted, find, nearest, nowhere, refuse
 from elastrain.spec.sweep import LISTS, ArmSpec, Dimension, SweepSpec
 from elastrain.spec.train import OptimizerSpec, TrainSpec
 from elastrain.sweeps import published
-from elastrain.sweeps.dimensions import extremes, holds, moved, on_edge, unit_of, value_at
+from elastrain.sweeps.dimensions import extremes, holds, moved, on_edge, shown, unit_of, value_at
 from elastrain.sweeps.settings import (
     Setting,
     arm_settings,
@@ -33,6 +35,7 @@ from elastrain.sweeps.settings import (
 Point = dict[str, Any]
 SEARCH_ARM = "search"
 _ABSENT = object()
+_NAME: Keys = ("optimizer", "name")
 _MANY_CORNERS = 512  # beyond, each dimension's ends are tried with the others at their defaults
 _ANEW = 0.25  # the chance that a PBT recipient draws a field anew, as in the paper (arXiv 1711.09846)
 _NUDGE = 0.1  # of the range on its own scale, otherwise
@@ -122,9 +125,7 @@ def trial_spec(arm: Arm, point: Mapping[str, Any], *, name: str, storage: str, s
     """
     if strange := [path for path in point if path not in arm.dimensions]:
         raise SpecError(f"arm {arm.name}: {', '.join(strange)} does not vary{nearest(strange[0], arm.dimensions)}")
-    data = plain(arm.base.model_dump(), nowhere)
-    for path, value in point.items():
-        put(data, keys_of(path), plain(value, nowhere))
+    data = _at(arm, point)
     data |= {"name": name, "storage": storage}
     if seed is not None:
         data["data"]["seed"] = seed
@@ -175,13 +176,14 @@ def _arm(
 ) -> Arm:
     """Return one arm, proven: `entry` is its place in the spec, and None for the arm of a search."""
     index, arm = entry
-    problems: list[Problem] = []
-    name = arm.optimizer.get("name") if arm else None
-    own = arm_settings(arm, index, published.SPACES.get(str(name), {}), problems) if arm else []
+    problems = _name_problems(arm, index) if arm else []
+    refuse(problems, where)
+    name = str(arm.optimizer["name"]) if arm else ""
+    own = arm_settings(arm, index, published.SPACES.get(name, {}), problems) if arm else []
     settings = merged(shared, own, problems)
     data = plain(start.model_dump(), nowhere)
     if arm:
-        data["optimizer"] = _untuned(str(name)) if isinstance(name, str) else {}
+        data["optimizer"] = _untuned(name)
     _put_all(data, [each for each in settings if each.dimension is None], problems)
     varying = {dotted(each.path): each for each in settings if each.dimension is not None}
     dimensions = {path: each.dimension for path, each in varying.items() if each.dimension is not None}
@@ -207,17 +209,44 @@ def _arm(
     return found
 
 
+def _name_problems(arm: ArmSpec, index: int) -> list[Problem]:
+    """Return what is wrong with the name of an arm's optimizer, on which all else depends."""
+    named = {key: value for key, value in arm.optimizer.items() if key == "name" or isinstance(value, str)}
+    try:
+        OptimizerSpec.model_validate({**named, "lr": 1.0})
+    except ValidationError as error:
+        return [each.below(("arms", index, "optimizer")) for each in find(OptimizerSpec, error)]
+    return []
+
+
 def _untuned(name: str) -> dict[str, Any]:
-    """Return an optimizer's published settings over the spec's own defaults; `lr` is missing where none is known."""
-    own = {key: field.default for key, field in OptimizerSpec.model_fields.items() if not field.is_required()}
-    settings: dict[str, Any] = plain({**own, "name": name, **published.SETTINGS.get(name, {})}, nowhere)
-    return settings
+    """Return an optimizer at its published settings; `lr` is missing where none is known."""
+    own = published.SETTINGS.get(name, {})
+    return {**_fresh(name), "name": name, **own} if own else {"name": name}
+
+
+def _fresh(name: str) -> dict[str, Any]:
+    """Return what the spec puts in for an optimizer that is only named, without lr; {} where it knows no such name."""
+    try:
+        found: dict[str, Any] = plain(OptimizerSpec(name=name, lr=1.0).model_dump(exclude={"lr"}), nowhere)
+    except ValueError:
+        return {}
+    return found
+
+
+def _rename(optimizer: dict[str, Any], name: str) -> None:
+    """Give an optimizer another name: what it has because of the name that it had gives way to the new one's."""
+    before, after = _fresh(str(optimizer.get("name"))), _fresh(name)
+    optimizer.update({key: value for key, value in after.items() if optimizer.get(key) == before.get(key)})
+    optimizer["name"] = name
 
 
 def _put_all(data: dict[str, Any], settings: Sequence[Setting], problems: list[Problem]) -> None:
-    # Shorter paths first: what is set inside a mapping must not be lost with it.
-    for each in sorted(settings, key=lambda setting: len(setting.path)):
+    # Shorter paths first: what is set inside a mapping must not be lost with it. A name first: settings come with it.
+    for each in sorted(settings, key=lambda setting: (len(setting.path), setting.path != _NAME)):
         try:
+            if each.path == _NAME and isinstance(each.value, str) and isinstance(data["optimizer"], dict):
+                _rename(data["optimizer"], each.value)
             put(data, each.path, plain(each.value, nowhere))
         except ValueError as error:
             problems.append(Problem(keys=each.keys, text=str(error)))
@@ -256,7 +285,7 @@ def _when_problems(
             text = f"{other} varies as {named.kind}, and a condition needs a value that comes up: a choice or int"
             found.append(Problem(keys=keys, text=text))
         elif named.kind in LISTS and not any(one in _listed(wanted) for one in named.values):
-            text = f"{other} is never {shown(wanted)}: its values are {', '.join(map(str, named.values))}"
+            text = f"{other} is never {shown(wanted)}: its values are {', '.join(map(shown, named.values))}"
             found.append(Problem(keys=keys, text=text))
         if named is not None and path in _depends_on(other, dimensions):
             found.append(Problem(keys=keys, text=f"{path} and {other} wait for each other"))
@@ -298,11 +327,16 @@ def _prove(arm: Arm, varying: Mapping[str, Setting], where: Where) -> None:
             {**arm.untuned} | _conditions(path, arm) | {path: end} for path, values in ends.items() for end in values
         ]
     for corner in corners:
-        tried = plain(arm.base.model_dump(), nowhere)
         active = draw(arm, lambda path, _: corner[path])  # noqa: B023 -- called at once
-        _put_all(tried, [Setting(path=keys_of(path), keys=(), value=value) for path, value in active.items()], [])
         # What is blamed first is what the corner set; the rest stands at its defaults.
-        train_spec(tried, places([varying[path] for path in active], where))
+        train_spec(_at(arm, active), places([varying[path] for path in active], where))
+
+
+def _at(arm: Arm, point: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arm's base with a point's values, as plain data."""
+    data: dict[str, Any] = plain(arm.base.model_dump(), nowhere)
+    _put_all(data, [Setting(path=keys_of(path), keys=(), value=value) for path, value in point.items()], [])
+    return data
 
 
 def _conditions(path: str, arm: Arm) -> Point:
