@@ -141,6 +141,27 @@ def train(
 
 
 @app.command()
+def sweep(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="YAML file of a sweep")],
+    only_plan: Annotated[bool, typer.Option("--plan", help="print arms, points and cost; start nothing")] = False,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Find the best settings of a run, or which optimizer is better; --plan says what it will cost."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.sweeps.document import read_sweep
+        from elastrain.sweeps.forecast import as_text, forecast_sweep
+
+        if not only_plan:
+            raise SpecError("sweep only plans so far: add --plan")
+        found = forecast_sweep(read_sweep(spec, sets or []))
+        return found, as_text(found)
+
+    _print(run, as_json=as_json)
+
+
+@app.command()
 def verify(
     spec: SpecPath,
     history: Annotated[str, typer.Option(help="numbers of workers, and kill@N, stop@N, drain@N, node@N at step N")],

@@ -388,10 +388,10 @@ def test_an_error_beside_an_override_keeps_its_line(problems: Problems) -> None:
         ("{hidden: 128}", "{a: !!set {x}}", "4:16: task_args.a: the tag !!set cannot stand in a spec; write a plain"),
         ("{hidden: 128}", "{<<: 3}", "4:17: task_args: '<<' takes a mapping, such as *name"),
         ("{hidden: 128}", "&a {a: *a}", "4:12: task_args.a.a: nested too deep or too large for a spec; an alias"),
-        ("kind: train", "kind: sweep", "1:1: kind: this is a sweep spec, and a train spec is wanted; this "
-         "version runs no other kind"),
+        ("kind: train", "kind: sweep", "1:1: kind: this is a sweep spec, and a train spec is wanted; run "
+         "it with `elastrain sweep`"),
         ("kind: train", "kind: job", "1:1: kind: this is a job spec, and a train spec is wanted; this version "
-         "runs no other kind"),
+         "runs no such kind"),
         ("kind: train", "kind: trian", "1:1: kind: expected 'train', got 'trian'; did you mean 'train'?"),
         ("kind: train", "kind: [x]", "1:1: kind: expected 'train', got a list of 1"),
     ],
@@ -721,14 +721,15 @@ def test_dump_refuses_objects() -> None:
 def test_every_key_of_the_schema_is_described() -> None:
     root = schema()
     json.dumps(root)
-    described = [root, *root["$defs"].values()]
-    assert len(described) == 14
-    for model in described:
+    assert len(root["$defs"]) == 22
+    for model in root["$defs"].values():
         assert model["additionalProperties"] is False
         for key, value in model["properties"].items():
             assert value["title"], key
             assert value["description"], (model["title"], key)
-    assert {"name", "task", "data", "optimizer", "budget"} == set(root["required"])
+    assert {"name", "task", "data", "optimizer", "budget"} == set(root["$defs"]["TrainSpec"]["required"])
+    assert {"name", "base", "objective", "budget"} == set(root["$defs"]["SweepSpec"]["required"])
+    assert root["anyOf"] == [{"$ref": "#/$defs/TrainSpec"}, {"$ref": "#/$defs/SweepSpec"}]
 
 
 # --- what changed

@@ -9,9 +9,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import models_json_schema
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import SafeRepresenter
 
@@ -29,6 +30,7 @@ from elastrain.spec.problems import (
     validate,
 )
 from elastrain.spec.source import Source, load, override, parse
+from elastrain.spec.sweep import Dimension, SweepSpec
 from elastrain.spec.train import OptimizerSpec, TrainSpec
 from elastrain.urls import holds_credentials, table_kind
 
@@ -71,15 +73,15 @@ def parse_train(text: str, *, name: str = "spec.yaml") -> TrainSpec:
     return _checked(source.data, source.where)
 
 
-def train_spec(data: Mapping[str, Any]) -> TrainSpec:
-    """Return the spec that `data` describes; its paths stay as they are until `resolve`.
+def train_spec(data: Mapping[str, Any], where: Where = nowhere) -> TrainSpec:
+    """Return the spec that `data` describes; its paths stay as they are until `resolve`. `where` tells places.
 
     Raises:
         SpecError: Something is unknown, missing or wrong; a line for each problem.
     """
     if not isinstance(data, Mapping):
         raise SpecError(f"a train spec is a mapping with keys such as name, task and data, got {shown(data)}")
-    return _checked(data, nowhere)
+    return _checked(data, where)
 
 
 def resolve(spec: TrainSpec, *, base: Path, cwd: Path) -> TrainSpec:
@@ -93,11 +95,11 @@ def resolve(spec: TrainSpec, *, base: Path, cwd: Path) -> TrainSpec:
     return _resolved(train_spec(spec.model_dump()), base=base, cwd=cwd, where=nowhere)
 
 
-def dump(spec: TrainSpec) -> str:
+def dump(spec: BaseModel) -> str:
     """Return `spec` as YAML, defaults included, so that a later default does not change the run.
 
     Raises:
-        SpecError: `task_args` or the optimizer's `args` hold what YAML cannot, such as an object.
+        SpecError: `task_args` or other free values hold what YAML cannot, such as an object.
     """
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
@@ -106,17 +108,21 @@ def dump(spec: TrainSpec) -> str:
     # One line a text, for diff and grep; ruamel would fold long ones.
     yaml.width = 1 << 30
     stream = io.StringIO()
-    yaml.dump(_plain(spec.model_dump(), nowhere), stream)
+    yaml.dump(plain(spec.model_dump(), nowhere), stream)
     return stream.getvalue()
 
 
 def schema() -> dict[str, Any]:
-    """Return the JSON Schema of a train spec, for editors; every key has a title and a description."""
-    root = TrainSpec.model_json_schema()
-    for model in (root, *root["$defs"].values()):
+    """Return the JSON Schema of specs, runs' and sweeps', for editors; every key has a title and a description."""
+    kinds: list[tuple[type[BaseModel], Literal["validation"]]] = [
+        (kind, "validation") for kind in (TrainSpec, SweepSpec, Dimension)
+    ]
+    found = models_json_schema(kinds)[1]
+    for model in found["$defs"].values():
         for key, value in model["properties"].items():
             value.setdefault("title", key.replace("_", " ").capitalize())
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root}
+    either = [{"$ref": f"#/$defs/{kind.__name__}"} for kind in (TrainSpec, SweepSpec)]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "anyOf": either, **found}
 
 
 def changed(old: TrainSpec, new: TrainSpec) -> list[str]:
@@ -156,9 +162,10 @@ def _checked(data: Mapping[str, Any], where: Where) -> TrainSpec:
     """Return `data` as a spec, of the right kind and with phases that an optimizer can take."""
     kind = data.get("kind", "train")
     if kind in _OTHER_KINDS:
-        text = f"this is a {kind} spec, and a train spec is wanted; this version runs no other kind"
+        what = "run it with `elastrain sweep`" if kind == "sweep" else "this version runs no such kind"
+        text = f"this is a {kind} spec, and a train spec is wanted; {what}"
         refuse([Problem(keys=("kind",), text=text)], where)
-    spec = validate(TrainSpec, _plain(data, where), where)
+    spec = validate(TrainSpec, plain(data, where), where)
     refuse([problem for phase in spec.optimizer.phases for problem in _phase_problems(spec.optimizer, phase)], where)
     return spec
 
@@ -176,7 +183,7 @@ def _phase_problems(optimizer: OptimizerSpec, phase: str) -> list[Problem]:
     return []
 
 
-def _plain(data: Any, where: Where) -> Any:
+def plain(data: Any, where: Where) -> Any:
     """Return `data` as YAML can hold it: lists for tuples, Python's numbers for others', text for paths."""
     problems: list[Problem] = []
     plain = _made_plain(data, (), problems)
@@ -185,7 +192,7 @@ def _plain(data: Any, where: Where) -> Any:
 
 
 def _made_plain(value: Any, keys: Keys, problems: list[Problem]) -> Any:
-    """Return one value of data that `_plain` makes plain; what cannot be goes to `problems`."""
+    """Return one value of data that `plain` makes plain; what cannot be goes to `problems`."""
     if isinstance(value, BaseModel):
         value = value.model_dump()
     if len(keys) > _MAX_DEPTH:
@@ -218,12 +225,12 @@ def _made_scalar(value: Any, keys: Keys, problems: list[Problem]) -> Any:
 
 
 def _resolved(spec: TrainSpec, *, base: Path, cwd: Path, where: Where) -> TrainSpec:
-    data = _plain(spec.model_dump(), where)
+    data = plain(spec.model_dump(), where)
     problems: list[Problem] = []
     places: dict[Keys, Callable[[str], str]] = {
-        **dict.fromkeys(_references(spec), lambda value: _located(value, base)),
-        **dict.fromkeys((("data", "train"), ("data", "eval"), ("storage",)), lambda value: _placed(value, cwd)),
-        **dict.fromkeys([("data", "cache", "folder")] if spec.data.cache else [], lambda value: _placed(value, cwd)),
+        **dict.fromkeys(_references(spec), lambda value: located(value, base)),
+        **dict.fromkeys((("data", "train"), ("data", "eval"), ("storage",)), lambda value: placed(value, cwd)),
+        **dict.fromkeys([("data", "cache", "folder")] if spec.data.cache else [], lambda value: placed(value, cwd)),
     }
     for keys, change in places.items():
         parent: Any = data
@@ -253,7 +260,7 @@ def _references(spec: TrainSpec) -> list[Keys]:
     return [("task",), *transforms, *optimizers, *phases]
 
 
-def _located(reference: str, base: Path) -> str:
+def located(reference: str, base: Path) -> str:
     """Return `file.py:Name` with an absolute file; raise ValueError where form or file is wrong."""
     left, _, name = reference.rpartition(":")
     is_file = left.endswith(".py")
@@ -261,7 +268,7 @@ def _located(reference: str, base: Path) -> str:
         raise ValueError(f"expected file.py:Name or module:Name, got {shown(reference)}")
     if not is_file:
         return reference
-    file = _absolute(left, base)
+    file = absolute(left, base)
     if not os.path.isfile(file):  # noqa: PTH113 -- pathlib raises on names that are too long
         raise ValueError(f"there is no file {file}; its path is relative to the spec's folder")
     return f"{file}:{name}"
@@ -271,7 +278,7 @@ def _is_dotted(name: str) -> bool:
     return bool(name) and all(part.isidentifier() for part in name.split("."))
 
 
-def _placed(path: str, cwd: Path) -> str:
+def placed(path: str, cwd: Path) -> str:
     """Return a local `path` as absolute; raise ValueError where a URL holds a secret, which a spec must not."""
     if holds_credentials(path):
         raise ValueError("the URL holds credentials, and specs are stored and shown; take them from the environment")
@@ -280,10 +287,10 @@ def _placed(path: str, cwd: Path) -> str:
     if "://" in path:
         return path
     table = table_kind(path)
-    return f"{table}:{_absolute(path.removeprefix(f'{table}:'), cwd)}" if table else _absolute(path, cwd)
+    return f"{table}:{absolute(path.removeprefix(f'{table}:'), cwd)}" if table else absolute(path, cwd)
 
 
-def _absolute(path: str, base: Path) -> str:
+def absolute(path: str, base: Path) -> str:
     """Return `path` from the root, `..` and `~` worked out, and links kept: other machines may link elsewhere."""
     return os.path.normpath(base.absolute() / os.path.expanduser(path))  # noqa: PTH111 -- pathlib raises without a home
 

@@ -23,6 +23,7 @@ def _not_a_bool(value: Any) -> Any:
 
 
 _Number = BeforeValidator(_not_a_bool)
+WholeNumber = Annotated[int, _Number]
 PositiveInt = Annotated[int, Field(gt=0), _Number]
 NonNegativeInt = Annotated[int, Field(ge=0), _Number]
 Float = Annotated[float, _Number]
