@@ -68,7 +68,8 @@ class TrialActor(tune.Trainable):
             return self._result(self._recorded.popleft())
         begin = None if self._begun else {key: self._given[key] for key in BEGIN}
         self._begun = True
-        message = ray.get(self._desk.next.remote(self.trial_id, begin))
+        desk: Any = self._desk
+        message: dict[str, Any] = ray.get(desk.next.remote(self.trial_id, begin))
         self._saved = {"run": message["run"], "step": message["step"], "spent_s": message["device_s"]}
         return self._result(message)
 
