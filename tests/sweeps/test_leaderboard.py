@@ -222,6 +222,7 @@ def strange() -> list[Trial]:
     odd = {"optimizer.lr": math.inf, "layers": [1, 2], "a|b": "<x>\n", "none": None, "flag": True, "big": 2**70}
     return [
         *confirmed("adamw", [1, 0, 0, 0, 2], FIVE),
+        *confirmed("far", [0] * 5, [1e308] * 5),
         Trial("odd", "o|dd", "tune", 0, odd, 0, "diverged", 10, 1.0, "E: <script>\n\n", (told,)),
         Trial("none", "none", "tune", 0, {}, 0),
     ]

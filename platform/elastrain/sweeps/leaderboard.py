@@ -18,6 +18,7 @@ from elastrain.sweeps.stats import (
     Estimate,
     Goal,
     beats,
+    deviation,
     estimate,
     first_reached,
     loss_of,
@@ -156,7 +157,7 @@ def _final(runs: Sequence[Trial], goal: Goal) -> dict[str, Any]:
     values = [run.value for run in runs if run.value is not None and _loss(run, goal) < math.inf]
     return {
         "value": estimate(values, mean),
-        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "sd": deviation(values),
         "runs": len(runs),
     }
 

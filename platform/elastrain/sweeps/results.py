@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -139,7 +140,7 @@ def _flat(row: Row) -> dict[str, Any]:
 
 def columns(board: Leaderboard) -> list[Column]:
     """Return the columns that people see, each a heading and what it shows of a row."""
-    metric = board.scoring.metric
+    metric, fields = board.scoring.metric, _fields(board.rows)
     timed: list[Column] = [
         ("reached", lambda row: "" if row.reached is None else f"{row.reached}/{row.runs}"),
         ("steps to target", lambda row: _interval(row.steps, _count)),
@@ -154,7 +155,7 @@ def columns(board: Leaderboard) -> list[Column]:
             ("how it ended", lambda row: in_words(row.ends) if row.runs > 1 else next(iter(row.ends))),
             *timed,
             ("steps", lambda row: f"{row.cost_steps:,}"),
-            ("point", _point),
+            ("point", lambda row: _point(row, fields)),
             ("note", lambda row: row.note),
         ]
     return [
@@ -240,15 +241,26 @@ def _short(value: float) -> str:
 
 
 def _times(value: float) -> str:
-    return f"{value:.2f}×" if math.isfinite(value) else "∞"
+    return "never" if value == 0 else f"{value:.2f}×" if math.isfinite(value) else "∞"
 
 
 def _maybe(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _point(row: Row) -> str:
-    return ", ".join(f"{name}={_scalar(value)}" for name, value in row.point.items())
+def _fields(rows: Sequence[Row]) -> dict[str, str]:
+    """The fields in which rows differ, each with its last name, or the whole one where two end alike."""
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for name, value in row.point.items():
+            values.setdefault(name, set()).add(_scalar(value))
+    kept = [name for name, of in values.items() if len(of) > 1 or len(rows) == 1]
+    ends = Counter(name.rsplit(".", 1)[-1] for name in kept)
+    return {name: last if ends[last := name.rsplit(".", 1)[-1]] == 1 else name for name in kept}
+
+
+def _point(row: Row, fields: Mapping[str, str]) -> str:
+    return ", ".join(f"{fields[name]}={_scalar(value)}" for name, value in row.point.items() if name in fields)
 
 
 def _scalar(value: Any) -> str:

@@ -97,12 +97,20 @@ def profile_score(ratios: Sequence[float], most: float = 4.0) -> float:
 
 def mean(samples: Floats) -> Floats:
     """Return the means of rows, shape (rows, runs) → (rows,)."""
-    return np.asarray(samples.mean(axis=-1))
+    with np.errstate(over="ignore"):
+        return np.asarray(samples.mean(axis=-1))
 
 
 def median(samples: Floats) -> Floats:
     """Return the medians of rows, shape (rows, runs) → (rows,)."""
-    return np.asarray(np.median(samples, axis=-1))
+    with np.errstate(over="ignore"):
+        return np.asarray(np.median(samples, axis=-1))
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Return the standard deviation of runs (n - 1 in the denominator); None of fewer than two."""
+    with np.errstate(over="ignore"):
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def estimate(values: Sequence[float], statistic: Callable[[Floats], Floats], *, seed: int = 0) -> Estimate | None:
