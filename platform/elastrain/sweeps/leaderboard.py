@@ -105,7 +105,8 @@ def _loss(trial: Trial, goal: Goal) -> float:
     return loss_of(trial.value, goal) if trial.outcome == "finished" else math.inf
 
 
-def _ends(trials: Sequence[Trial]) -> dict[str, int]:
+def tally(trials: Sequence[Trial]) -> dict[str, int]:
+    """Return how many trials ended how, in the order of `ENDS`; what none did is left out."""
     found = Counter(trial.outcome for trial in trials)
     return {end: found[end] for end in ENDS if found[end]}
 
@@ -172,7 +173,7 @@ def _timed(steps: BySeed, device_s: BySeed) -> dict[str, Any]:
 
 def _note(runs: Sequence[Trial], what: str) -> str:
     """How runs ended that did not finish, with the last words of one that failed."""
-    ends = _ends([run for run in runs if run.outcome != "finished"])
+    ends = tally([run for run in runs if run.outcome != "finished"])
     if not ends:
         return ""
     error = next((_last_line(run.error) for run in reversed(runs) if run.error), "")
@@ -206,7 +207,7 @@ def fair(trials: Sequence[Trial], scoring: Scoring, arms: Sequence[str] = ()) ->
     flat = tuple(row for pair in rows for row in pair if row is not None)
     by: Literal["steps to target", "final value"] = "steps to target" if timed else "final value"
     notes = _notes([pair[0] for pair in rows], scoring, timed=timed)
-    return Leaderboard(mode="fair", scoring=scoring, ranked_by=by, rows=flat, ends=_ends(trials), notes=notes)
+    return Leaderboard(mode="fair", scoring=scoring, ranked_by=by, rows=flat, ends=tally(trials), notes=notes)
 
 
 def _ranks(measures: Mapping[str, BySeed]) -> dict[str, int | None]:
@@ -255,7 +256,7 @@ def _tuned_row(
         defaults=float(np.mean([trial.value or 0.0 for trial in defaults])) if defaults else None,
         cost_steps=sum(trial.step for trial in tuning),
         cost_device_s=sum(trial.device_s for trial in tuning),
-        ends=_ends(tuning),
+        ends=tally(tuning),
         edges=tuple(scoring.edges.get(arm, ())),
         point=runs[0].point if runs else {},
         note=note,
@@ -274,7 +275,7 @@ def _defaults_row(arm: str, runs: Sequence[Trial], scoring: Scoring) -> Row | No
         **_timed(*_times(runs, scoring)),
         cost_steps=sum(trial.step for trial in runs),
         cost_device_s=sum(trial.device_s for trial in runs),
-        ends=_ends(runs),
+        ends=tally(runs),
         point=runs[0].point,
         note=_note(runs, ""),
     )
@@ -333,7 +334,7 @@ def search(trials: Sequence[Trial], scoring: Scoring) -> Leaderboard:
     rows = sorted([*firm, *single], key=lambda row: _place(row, scoring.goal))
     placed = (replace(row, rank=place if "finished" in row.ends else None) for place, row in enumerate(rows, start=1))
     notes = tuple(f"The best {name} is on the edge of its range; widen it." for name in scoring.edges.get("", ()))
-    ends = _ends(trials)
+    ends = tally(trials)
     return Leaderboard(
         mode="search", scoring=scoring, ranked_by="final value", rows=tuple(placed), ends=ends, notes=notes
     )
@@ -348,7 +349,7 @@ def _confirmed_row(runs: Sequence[Trial], tried: Sequence[Trial], scoring: Scori
         **_timed(*_times(runs, scoring)),
         cost_steps=sum(trial.step for trial in (*tried, *runs)),
         cost_device_s=sum(trial.device_s for trial in (*tried, *runs)),
-        ends=_ends(runs),
+        ends=tally(runs),
         point=runs[0].point,
         note=_note(runs, "of the runs ") or "confirmed",
     )
@@ -364,7 +365,7 @@ def _trial_row(trial: Trial, scoring: Scoring) -> Row:
         value=None if trial.value is None else Estimate(trial.value),
         cost_steps=trial.step,
         cost_device_s=trial.device_s,
-        ends=_ends([trial]),
+        ends=tally([trial]),
         point=trial.point,
         note=_last_line(trial.error) or ("defaults" if trial.phase == "defaults" else ""),
     )

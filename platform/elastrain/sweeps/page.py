@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from elastrain import storage
 from elastrain.observe.report import PAGE, thin
 from elastrain.observe.report import STYLE as RUN_STYLE
 from elastrain.sweeps import charts
@@ -58,6 +59,19 @@ def as_html(
     ]
     style = RUN_STYLE + charts.STYLE + STYLE
     return PAGE.format(name=escape(name), style=style, body="\n".join(parts))
+
+
+def write_html(
+    folder: str,
+    board: Leaderboard,
+    trials: Sequence[Trial],
+    *,
+    times: Mapping[str, tuple[float, float]] | None = None,
+) -> str:
+    """Write `report.html` into a sweep's folder or URL and return its path; raises StorageError."""
+    name, url = folder.rstrip("/").rsplit("/", 1)[-1], storage.join(folder, "report.html")
+    storage.put(url, as_html(name, board, trials, times=times).encode())
+    return url
 
 
 def _card(title: str, note: str, body: str, *, wide: bool = False) -> str:
