@@ -144,7 +144,7 @@ def test_everything_public_has_a_docstring(module: Path) -> None:
 
 # --- dependencies
 
-IMPORTED_AS = {"pillow": "PIL", "ruamel-yaml": "ruamel", "scikit-learn": "sklearn"}
+IMPORTED_AS = {"pillow": "PIL", "ruamel-yaml": "ruamel", "scikit-learn": "sklearn", "tensorboardx": "tensorboardX"}
 
 
 def requirements() -> list[Requirement]:

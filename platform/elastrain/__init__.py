@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from elastrain.errors import ResourceError as ResourceError
     from elastrain.errors import SpecError as SpecError
     from elastrain.errors import StorageError as StorageError
+    from elastrain.spec.sweep import SweepSpec as SweepSpec
     from elastrain.spec.train import TrainSpec as TrainSpec
+    from elastrain.sweeps.run import Sweep as Sweep
+    from elastrain.sweeps.run import sweep as sweep
     from elastrain.training.task import Batch as Batch
     from elastrain.training.task import Loss as Loss
     from elastrain.training.task import Ratio as Ratio
@@ -33,6 +36,9 @@ _HOME = {
     "Run": "elastic.run",
     "train": "elastic.run",
     "TrainSpec": "spec.train",
+    "SweepSpec": "spec.sweep",
+    "Sweep": "sweeps.run",
+    "sweep": "sweeps.run",
     "Batch": "training.task",
     "Loss": "training.task",
     "Ratio": "training.task",

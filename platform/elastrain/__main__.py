@@ -145,18 +145,24 @@ def sweep(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="YAML file of a sweep")],
     only_plan: Annotated[bool, typer.Option("--plan", help="print arms, points and cost; start nothing")] = False,
     sets: Sets = None,
+    address: Address = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over: remove what the sweep has written")] = False,
     as_json: Json = False,
 ) -> None:
-    """Find the best settings of a run, or which optimizer is better; --plan says what it will cost."""
+    """Find the best settings of a run, or which optimizer is better; the same command again goes on."""
 
     def run() -> tuple[dict[str, Any], str]:
         from elastrain.sweeps.document import read_sweep
         from elastrain.sweeps.forecast import as_text, forecast_sweep
 
-        if not only_plan:
-            raise SpecError("sweep only plans so far: add --plan")
-        found = forecast_sweep(read_sweep(spec, sets or []))
-        return found, as_text(found)
+        asked = read_sweep(spec, sets or [])
+        if only_plan:
+            found = forecast_sweep(asked)
+            return found, as_text(found)
+        from elastrain.sweeps.run import sweep as run_sweep
+
+        done = run_sweep(asked, address=address, fresh=fresh)
+        return dict(done.result), done.as_text()
 
     _print(run, as_json=as_json)
 

@@ -4,13 +4,13 @@ A sweep that goes on says the same trials again, in the same order; those that t
 """
 
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from elastrain.spec.sweep import ConfirmSpec, SweepSpec
-from elastrain.sweeps.search import Budget, Search
+from elastrain.sweeps.search import Search, budget_of
 from elastrain.sweeps.space import Arm, defaults
 from elastrain.sweeps.trials import Outcome, Trial, TrialPhase
 
@@ -80,13 +80,6 @@ class Agenda:
         confirm = 0 if self._confirmed or self._confirm is None else self._confirm.seeds * len(self._searches)
         return len(self._under_way) + len(self._queue) + tuned + confirm
 
-    def counts(self) -> tuple[dict[str, int], float | None]:
-        """Return how many trials ended how, and the best value of those that finished."""
-        ended = Counter(outcome for _, outcome, _ in self._done)
-        values = [value for _, outcome, value in self._done if outcome == "finished" and value is not None]
-        pick = min if self._spec.objective.goal == "min" else max
-        return dict(ended), pick(values) if values else None
-
     @property
     def _confirm(self) -> ConfirmSpec | None:
         return self._spec.confirm or (ConfirmSpec() if self._spec.mode == "fair" else None)
@@ -145,8 +138,7 @@ class Agenda:
 
 
 def _search(arm: Arm, spec: SweepSpec) -> Search:
-    budget = Budget.of(spec.budget, max_steps=spec.objective.max_steps)
-    return Search(arm=arm, spec=spec.search, budget=budget, goal=spec.objective.goal)
+    return Search(arm=arm, spec=spec.search, budget=budget_of(spec), goal=spec.objective.goal)
 
 
 def _trials_left(search: Search) -> float:

@@ -79,6 +79,7 @@ class Desk:
         self._cells: dict[str, Cell] = {}
         self._entries: dict[str, Entry] = {}
         self._queue: deque[str] = deque()  # trials that wait for a cell
+        self._events: list[Mapping[str, Any]] = []
         self._finished = False
         self._failure: tuple[str, str] | None = None
         self._flushing: asyncio.Task[None] | None = None
@@ -93,7 +94,8 @@ class Desk:
                 order = self._blueprint.order(trial, begin)
             except SpecError as error:
                 nothing = {"run": "", "step": 0, "device_s": 0.0, "value": None}
-                self._ledger.event("ended", trial=trial, outcome="failed", step=0, device_s=0.0, error=str(error))
+                ended = {"step": 0, "device_s": 0.0, "error": str(error), "error_kind": SpecError.__name__}
+                self._note("ended", trial=trial, outcome="failed", **ended)
                 return {**nothing, "outcome": "failed", "error": str(error)}
             self._entries[trial] = Entry(order, decided=order.decided, step=order.decided, device_s=order.spent_s)
             self._queue.append(trial)
@@ -146,7 +148,7 @@ class Desk:
 
     async def evaluated(self, trial: str, fields: Mapping[str, Any]) -> None:
         """Note an evaluation."""
-        self._ledger.event("eval", trial=trial, **fields)
+        self._note("eval", trial=trial, **fields)
         if entry := self._entries.get(trial):
             entry.step, entry.value, entry.device_s = fields["step"], fields["value"], fields["device_s"]
             entry.losses = 0
@@ -209,7 +211,11 @@ class Desk:
 
     async def event(self, kind: str, fields: Mapping[str, Any]) -> None:
         """Note something in the ledger."""
-        self._ledger.event(kind, **fields)
+        self._note(kind, **fields)
+
+    async def events(self, since: int) -> list[Mapping[str, Any]]:
+        """Return what was noted, from the event of number `since` on."""
+        return self._events[since:]
 
     async def view(self) -> dict[str, Any]:
         """Return the cells (workers there, node, trial, step, since when silent), what waits, and what failed."""
@@ -255,12 +261,16 @@ class Desk:
 
     async def close(self, outcome: str, fields: Mapping[str, Any]) -> None:
         """Note the end and write everything; raises StorageError."""
-        self._ledger.event("end", outcome=outcome, **fields)
+        self._note("end", outcome=outcome, **fields)
         if self._flushing is not None:
             self._flushing.cancel()
         await self._flush()
 
     # --- what follows
+
+    def _note(self, kind: str, **fields: Any) -> None:
+        self._ledger.event(kind, **fields)
+        self._events.append({"kind": kind, **fields})
 
     def _match(self) -> None:
         """Give waiting trials to cells that have nothing to do."""
@@ -286,7 +296,7 @@ class Desk:
             return
         self._decide(entry, STOP)
         entry.cell, entry.losses = "", entry.losses + (0 if place.stopping else 1)
-        self._ledger.event("lost", trial=trial, cell=place.name, reason=why)
+        self._note("lost", trial=trial, cell=place.name, reason=why)
         if entry.losses >= MAX_LOSSES:
             error = f"{why}, {entry.losses} times since its last evaluation; see to its memory, or mend its task"
             self._note_end(entry, "failed", {"error": error})
@@ -307,8 +317,8 @@ class Desk:
         self._match()
 
     def _note_end(self, entry: Entry, outcome: str, fields: Mapping[str, Any]) -> None:
-        ended = {"step": entry.step, "device_s": entry.device_s, "error": "", **fields}
-        self._ledger.event("ended", trial=entry.order.trial, outcome=outcome, **ended)
+        ended = {"step": entry.step, "device_s": entry.device_s, "error": "", "error_kind": "", **fields}
+        self._note("ended", trial=entry.order.trial, outcome=outcome, **ended)
         self._tell(entry, entry.told(outcome, ended["error"]))
 
     @staticmethod

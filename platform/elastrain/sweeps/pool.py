@@ -65,6 +65,11 @@ class Pool:
         """How many trials can be in flight now."""
         return self._capacity
 
+    @property
+    def busy(self) -> int:
+        """How many cells run a trial."""
+        return sum(bool(cell["trial"]) for cell in self.view["cells"].values())
+
     def close(self, *, grace_s: float) -> None:
         """Wait a moment for cells that end by themselves, then end all and free everything that they held."""
         self._closing.set()

@@ -7,10 +7,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -18,21 +19,24 @@ from elastrain import storage
 from elastrain.data.dataset import Dataset
 from elastrain.elastic.run import versions
 from elastrain.elastic.session import ray_session, stopping
-from elastrain.errors import ConflictError, DivergedError, Interrupted, SpecError, error_named
+from elastrain.errors import ConflictError, Interrupted, SpecError, error_named
 from elastrain.lease import Hold
 from elastrain.lock import locked
 from elastrain.observe.ledger import Ledger, read_ledger
-from elastrain.observe.progress import LiveLine, Status
 from elastrain.spec.document import dump
 from elastrain.spec.sweep import SweepSpec
 from elastrain.spec.train import WorkersSpec
 from elastrain.sweeps.agenda import Agenda, Proposal
 from elastrain.sweeps.desk import Desk
 from elastrain.sweeps.document import base_of, parse_sweep, resolve_sweep
+from elastrain.sweeps.leaderboard import Leaderboard
+from elastrain.sweeps.live import LiveView
 from elastrain.sweeps.orders import Blueprint, CellConfig, Objective
+from elastrain.sweeps.outcome import conclude, scoring_of
 from elastrain.sweeps.pool import Pool, check_room
-from elastrain.sweeps.space import Arm, arms_of, explore, trial_spec
-from elastrain.sweeps.trials import Trial, best_of, trials_of
+from elastrain.sweeps.results import as_table, as_text, curve_rows, trial_rows
+from elastrain.sweeps.space import Arm, arms_of, explore
+from elastrain.sweeps.trials import Trial, trials_of
 from elastrain.sweeps.tuning import WORST, PerArm, decisions, scheduler_of, tune_trials
 from elastrain.training.manifests import newest_whole
 
@@ -47,10 +51,29 @@ class Sweep:
 
     url: str
     result: Mapping[str, Any]
+    board: Leaderboard
+
+    @property
+    def best(self) -> str:
+        """The spec of the best trial as a run: path or URL of a YAML file."""
+        return str(self.result["best"])
 
     def trials(self) -> list[Trial]:
         """Return all trials, in the order in which they began."""
         return trials_of(read_ledger(self.url))
+
+    def table(self) -> pa.Table:
+        """Return a row a trial as an Arrow table; `.to_pandas()` makes it a data frame."""
+        return as_table(trial_rows(self.trials()))
+
+    def curves(self) -> pa.Table:
+        """Return a row an evaluation as an Arrow table."""
+        return as_table(curve_rows(self.trials()))
+
+    def as_text(self) -> str:
+        """Return what `elastrain sweep` prints."""
+        files = f"best: {self.best}\nreport: {self.result['report']}"
+        return f"{as_text(self.board)}\n{files}"
 
 
 @dataclass(kw_only=True)
@@ -64,11 +87,13 @@ class _Job:
     agenda: Agenda
     workers: WorkersSpec
     size: int
-    line: LiveLine
+    view: LiveView
+    before: Sequence[Mapping[str, Any]]  # the events of attempts before this one
     decisions: frozenset[int]
     pauses: bool
     stop: threading.Event
     shown: float = 0.0
+    events: list[Mapping[str, Any]] = field(default_factory=list)
 
     @property
     def folder(self) -> str:
@@ -91,8 +116,10 @@ def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False) -
             Dataset.open(str(url))
     url = storage.absolute(storage.join(spec.storage, spec.name))
     start = time.monotonic()
-    with locked(url, remedy="give this sweep another name") as hold, LiveLine() as line:
-        known = _begin(url, spec, fresh=fresh)
+    scoring = scoring_of(spec, arms)
+    with locked(url, remedy="give this sweep another name") as hold, LiveView(scoring) as view:
+        before = _begin(url, spec, fresh=fresh)
+        known = trials_of(before)
         steps, saves = decisions(spec)
         job = _Job(
             spec=spec,
@@ -102,18 +129,19 @@ def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False) -
             agenda=Agenda(spec, arms, known),
             workers=workers,
             size=workers.min,
-            line=line,
+            view=view,
+            before=before,
             decisions=steps,
             pauses=saves,
             stop=threading.Event(),
         )
-        if any(trial.outcome == "running" for trial in known) or not _is_over(url):
+        if not _is_over(before, spec):
             with ray_session(address, cpus=max(os.cpu_count() or 1, job.size * workers.cpus)), stopping(job.stop):
                 check_room(workers, job.size)
-                _run(
-                    job, Objective(metric=spec.objective.metric, goal=spec.objective.goal, decisions=steps, saves=saves)
-                )
-        return _finished(job, time.monotonic() - start)
+                goal = spec.objective.goal
+                _run(job, Objective(metric=spec.objective.metric, goal=goal, decisions=steps, saves=saves))
+        hold.check()
+        return Sweep(url, *conclude(url, spec, arms, read_ledger(url), wall_s=time.monotonic() - start))
 
 
 def _workers(arms: Sequence[Arm]) -> WorkersSpec:
@@ -124,8 +152,8 @@ def _workers(arms: Sequence[Arm]) -> WorkersSpec:
     return first.model_copy(update={"max": first.min})
 
 
-def _begin(url: str, spec: SweepSpec, *, fresh: bool) -> list[Trial]:
-    """Store what the sweep is and return its trials so far. Raises ConflictError if another one is there."""
+def _begin(url: str, spec: SweepSpec, *, fresh: bool) -> list[dict[str, Any]]:
+    """Store what the sweep is and return the events so far. Raises ConflictError if another one is there."""
     if fresh:
         for part in (TRIALS, "ledger", SPEC):
             storage.remove(storage.join(url, part))
@@ -139,9 +167,8 @@ def _begin(url: str, spec: SweepSpec, *, fresh: bool) -> list[Trial]:
             f"{url} holds a sweep that was begun with other settings ({', '.join(differs)}); undo that, give this "
             f"sweep another name, or start over with --fresh"
         )
-    if stored is None:
-        storage.put(place, dump(spec).encode())
-    return trials_of(read_ledger(url))
+    storage.put(place, dump(spec).encode())
+    return read_ledger(url)
 
 
 def _changed(old: SweepSpec, new: SweepSpec) -> list[str]:
@@ -151,9 +178,10 @@ def _changed(old: SweepSpec, new: SweepSpec) -> list[str]:
     return [key for key in one if key not in free and one[key] != other[key]]
 
 
-def _is_over(url: str) -> bool:
-    ends = [event for event in read_ledger(url) if event["kind"] in ("start", "end")]
-    return bool(ends) and ends[-1]["kind"] == "end" and ends[-1]["outcome"] == "done"
+def _is_over(before: Sequence[Mapping[str, Any]], spec: SweepSpec) -> bool:
+    """Say whether the sweep was brought to its end, with this budget."""
+    ends = [event for event in before if event["kind"] in ("start", "end")]
+    return bool(ends) and ends[-1].get("outcome") == "done" and ends[-1].get("budget") == spec.budget.per_arm
 
 
 def _run(job: _Job, objective: Objective) -> None:
@@ -188,7 +216,7 @@ def _run(job: _Job, objective: Objective) -> None:
             pauses=job.pauses,
             look=lambda: _look(job, pool, desk),
         )
-        outcome = {"outcome": "interrupted" if job.stop.is_set() else "done"}
+        outcome = {"outcome": "interrupted" if job.stop.is_set() else "done", "budget": job.spec.budget.per_arm}
     except BaseException as error:
         outcome = {"outcome": "failed", "error": str(error)}
         raise
@@ -257,47 +285,8 @@ def _look(job: _Job, pool: Pool, desk: Any) -> bool:
     now = time.monotonic()
     if now - job.shown > SHOW_S:
         job.shown = now
-        job.line.show(_status(job, pool))
+        job.events += ray.get(desk.events.remote(len(job.events)))
+        job.view.show(trials_of([*job.before, *job.events]), pool.busy)
     if job.stop.is_set():
         ray.get(desk.finish.remote())
     return job.stop.is_set()
-
-
-def _status(job: _Job, pool: Pool) -> Status:
-    cells = pool.view["cells"].values()
-    busy = sum(bool(cell["trial"]) for cell in cells)
-    phase = "sweeping" if busy else "starting workers"
-    ended, best = job.agenda.counts()
-    words = ", ".join(f"{count} {outcome}" for outcome, count in ended.items())
-    best_words = f" · best {job.spec.objective.metric} {best:.4g}" if best is not None else ""
-    return Status(phase=f"{phase} · {busy} trials at once · {words or 'none has ended yet'}{best_words}")
-
-
-def _finished(job: _Job, wall_s: float) -> Sweep:
-    """Write what the sweep came to. Raises if no trial came to an end."""
-    trials = trials_of(read_ledger(job.url))
-    ends = {
-        name: sum(trial.outcome == name for trial in trials) for name in ("finished", "pruned", "diverged", "failed")
-    }
-    best = best_of(trials, job.spec.objective.goal)
-    if best is None:
-        first = next((trial.error for trial in trials if trial.error), "")
-        raise DivergedError(f"{job.url}: no trial came to its end ({ends}); the first one: {first.strip()[-500:]}")
-    arm = job.arms[best.arm]
-    run = trial_spec(arm, best.point, name=f"{job.spec.name}-best", storage=job.spec.storage, seed=best.seed)
-    data = run.data.model_copy(update={"slots": run.num_slots})
-    run = run.model_copy(
-        update={"data": data, "workers": run.workers.model_copy(update={"min": job.size, "max": job.size})}
-    )
-    place = storage.join(job.url, "best.yaml")
-    storage.put(place, dump(run).encode())
-    result = {
-        "sweep": job.url,
-        "trials": ends,
-        "best": place,
-        "best_value": best.value,
-        "best_trial": best.id,
-        "point": dict(best.point),
-        "wall_s": wall_s,
-    }
-    return Sweep(job.url, result)

@@ -1,10 +1,11 @@
 """Trials as data: what each was given, what it reported and how it ended, as events of the sweep's ledger say.
 
-A sweep's ledger holds, besides `start` and `end` of each attempt, three kinds of events:
+A sweep's ledger holds, besides `start` and `end` of each attempt, these kinds of events:
 
 - `trial`: `trial` (its id), `arm`, `phase`, `number`, `point` (dotted field → value), `seed`
 - `eval`: `trial`, `step`, `samples`, `value` (of the objective; None: not finite), `metrics`, `device_s`
-- `ended`: `trial`, `outcome`, `step`, `device_s`, `error`
+- `exploit`: `trial`, `donor`, `step`, `point`: it goes on with another one's weights, from that step, at this point
+- `ended`: `trial`, `outcome`, `step`, `device_s`, `error`, `error_kind` (the class of an error of ours)
 """
 
 from collections.abc import Iterable, Mapping
@@ -44,6 +45,7 @@ class Trial:
     step: int = 0
     device_s: float = 0.0
     error: str = ""
+    error_kind: str = ""
     evaluations: tuple[Evaluation, ...] = field(default=())
 
     @property
@@ -71,27 +73,9 @@ def trials_of(events: Iterable[Mapping[str, Any]]) -> list[Trial]:
                 found[trial.id] = replace(
                     trial, evaluations=(*before, told), step=max(trial.step, told.step), device_s=told.device_s
                 )
+            case "exploit":
+                found[event["trial"]] = replace(found[event["trial"]], point=event["point"])
             case "ended":
-                ended = {key: event[key] for key in ("outcome", "step", "device_s", "error")}
+                ended = {key: event[key] for key in ("outcome", "step", "device_s", "error", "error_kind")}
                 found[event["trial"]] = replace(found[event["trial"]], **ended)
     return list(found.values())
-
-
-def best_of(trials: Iterable[Trial], goal: str) -> Trial | None:
-    """Return the tuned trial that is best: at its point's mean over seeds where points were confirmed; None if none is.
-
-    Only trials that ran to their end count: who was pruned has had less time.
-    """
-    sign = 1.0 if goal == "min" else -1.0
-    finished = [trial for trial in trials if trial.outcome == "finished" and trial.value is not None]
-    confirmed: dict[tuple[str, int], list[float]] = {}
-    for trial in finished:
-        if trial.phase == "confirm":
-            confirmed.setdefault((trial.arm, trial.number), []).append(sign * (trial.value or 0.0))
-
-    def rank(trial: Trial) -> tuple[bool, float, str]:
-        values = confirmed.get((trial.arm, trial.number))
-        mean = sum(values) / len(values) if values else sign * (trial.value or 0.0)
-        return (bool(confirmed) and not values, mean, trial.id)
-
-    return min((trial for trial in finished if trial.phase == "tune"), key=rank, default=None)
