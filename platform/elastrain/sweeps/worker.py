@@ -36,7 +36,7 @@ from elastrain.training.loop import Decision, Loop, choose_device, fix_threads
 from elastrain.training.manifests import read_manifest
 from elastrain.training.precision import arithmetic, fix_arithmetic
 from elastrain.training.reduce import Group, GroupLost
-from elastrain.training.state import Position, TrainState, broadcast_object
+from elastrain.training.state import Position, TrainState, broadcast_object, digest
 from elastrain.training.task import make_task
 
 TRAINING = ("data", "compute", "reduce")  # what device-seconds are made of
@@ -143,6 +143,10 @@ class CellWorker:
         if order.resume is not None:
             saved = checkpoint.load(*order.resume)
             state.load(saved.tensors, saved.numbers)
+            if order.resume[0] != order.run_url and self._rank == 0:
+                told = {"donor": order.resume[0].rsplit("/", 1)[-1], "step": state.step, "point": dict(order.point)}
+                told["weights_sha256"] = digest(state.model.state_dict())
+                self._desk.event.remote("exploit", {"trial": order.trial, **told})
         feed = DirectFeed(_feed_spec(spec, plan, (train, evaluation), (state.step, steps)), self._kept)
         self._running = running = Running(self._desk, self._cell, order, self._group)
         versions = {"plan": plan.identity(), "arithmetic": arithmetic(self._device), **self._config.info}
