@@ -130,6 +130,11 @@ def test_a_sweep_of_500_trials_stays_below_two_megabytes() -> None:
     assert "460 more rows are in leaderboard.csv" in page
 
 
+def test_long_curves_are_thinned() -> None:
+    trials = [run("", number, 2000) for number in range(40)]
+    assert len(as_html("long", search(trials, SCORING), trials)) < 600_000  # whole, they would be a megabyte
+
+
 strange = st.sampled_from([0.0, -1.0, 1e308, -1e308, 5e-324, math.inf, -math.inf, math.nan, 0.3]) | st.floats()
 anything = strange | st.integers() | st.booleans() | st.none() | st.text(max_size=3) | st.just([1, 2])
 outcomes = st.sampled_from(["running", "finished", "pruned", "diverged", "failed"])
