@@ -198,7 +198,7 @@ def learning_factor(schedule: ScheduleSpec, step: int, num_steps: int) -> float:
         case "cosine":
             factor = _cosine(1.0, final, done)
         case "wsd":
-            factor = _decayed(schedule, max(0.0, (done - (1.0 - schedule.decay)) / schedule.decay))
+            factor = _decayed(schedule, min(1.0, max(0.0, (done - (1.0 - schedule.decay)) / schedule.decay)))
         case "inverse_sqrt":
             factor = math.sqrt(max(warm, 1) / max(step, warm, 1))
         case "one_cycle":
