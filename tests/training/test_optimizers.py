@@ -1,9 +1,12 @@
 """Runs with each named optimizer: they learn, go on to the bit, and do not depend on the number of workers."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.training.harness import (
@@ -17,12 +20,13 @@ from tests.training.harness import (
     train_alone,
     train_together,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastrain.errors import SpecError
-from elastrain.spec.train import OPTIMIZERS
+from elastrain.spec.train import OPTIMIZERS, PUBLISHED, OptimizerSpec
 from elastrain.training.checkpoint import load, read_weights
 from elastrain.training.export import export_weights
+from elastrain.training.optim import make_optimizer, pack
 from elastrain.training.reduce import Group
 from elastrain.training.state import TrainState, digest
 
@@ -107,6 +111,55 @@ def test_a_newcomer_receives_all_that_an_optimizer_keeps(name: str) -> None:
         return bits(train_alone(setup, state)[0].state)
 
     assert lockstep(2, work) == [bits(whole.state)] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@every_optimizer
+def test_a_run_on_a_gpu_goes_on_to_the_bit(name: str) -> None:
+    setups = [replace(make_setup(name, **{"budget.steps": n}), device=torch.device("cuda", 0)) for n in (6, 3)]
+    whole, result = train_alone(setups[0])
+    half, state = train_alone(setups[1])[0].state, setups[0].state()
+    state.load(*kept(half))
+    later, found = train_alone(setups[0], state)
+    assert found["weights_sha256"] == result["weights_sha256"]
+    assert bits(later.state) == bits(whole.state)
+
+
+# --- what the page says
+
+
+ROWS, COLUMNS = 32, 16
+BASES = 2 + 2 * (ROWS**2 + COLUMNS**2) / (ROWS * COLUMNS)
+STATE = dict.fromkeys(("momentum", "nesterov", "adagrad", "rmsprop", "lion", "muon", "schedule_free_sgd"), 1.0) | {
+    **dict.fromkeys(("sgd", "full_batch"), 0.0), "shampoo": BASES, "soap": BASES,
+    "adafactor": (ROWS + COLUMNS) / (ROWS * COLUMNS),
+}  # fmt: skip
+
+
+@every_optimizer
+def test_what_is_kept_for_a_weight_is_what_the_page_says(name: str) -> None:
+    parameter = nn.Parameter(torch.randn(ROWS, COLUMNS))
+    args = {"precondition_frequency": 1} if name in ("shampoo", "soap") else {}
+    spec = OptimizerSpec(name=name, lr=0.01, args=args)
+    optimizer = make_optimizer(spec, {"weight": parameter}, {"weight": "matrices"})
+    for _ in range(2):
+        parameter.grad = torch.randn(ROWS, COLUMNS)
+        optimizer.step()
+    held = sum(tensor.numel() for tensor in pack(optimizer, "optim")[1].values() if tensor.numel() > 1)
+    assert held / parameter.numel() == STATE.get(name, 2.0)
+
+
+def test_the_page_knows_every_optimizer_and_where_to_search() -> None:
+    page = Path(__file__).parents[2] / "docs" / "optimizers.md"
+    formulas, spaces = page.read_text(encoding="utf-8").split("## Where to search")
+    for text in (formulas, spaces):
+        cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+        named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+        assert named & set(OPTIMIZERS) == set(OPTIMIZERS)
+    for name, values in PUBLISHED.items():
+        (row,) = (line for line in formulas.splitlines() if re.match(rf"\| [^|]*`{name}`", line))
+        assert all(f"{value:g}" in row for value in np.ravel(list(values.values()))), name
 
 
 # --- schedule-free: other weights in evaluation than in training
