@@ -161,7 +161,7 @@ class OptimizerSpec(Model):
     lr: PositiveFloat = Field(description="learning rate, before the schedule's factor")
     weight_decay: NonNegativeFloat = Field(default=0.0, description="decay of the weights")
     no_decay: tuple[Literal["norms", "biases", "embeddings"], ...] = Field(
-        default=(), description="kinds of parameters that do not decay; none where unset: all decay"
+        default=(), description="kinds of parameters without decay; all decay where unset"
     )
     momentum: Fraction = Field(default=0.9, description="share of the last update kept, by those that keep one")
     betas: tuple[Fraction, Fraction] = Field(

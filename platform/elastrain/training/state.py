@@ -84,7 +84,7 @@ class TrainState:
         check_phases(task, self.model)
         self.forward = self._compiled() if spec.compile else self.model
         self.phases = [self._phase(name) for name in task.phases]
-        self.ema = self._averages() if spec.ema else {}
+        self.ema = self._first_averages() if spec.ema else {}
         self._check_averages()
         self.scale = LossScale.of(spec.precision)
         self.step, self.phase, self.samples = 0, 0, 0
@@ -114,7 +114,7 @@ class TrainState:
             self.model.get_submodule(name).compile()
         return self.model
 
-    def _averages(self) -> dict[str, Tensor]:
+    def _first_averages(self) -> dict[str, Tensor]:
         """Return the parameters' averages at the start, under each name of a tied one."""
         averages = {id(parameter): parameter.detach().clone() for parameter in self.model.parameters()}
         return {name: averages[id(p)] for name, p in self.model.named_parameters(remove_duplicate=False)}
