@@ -93,7 +93,7 @@ soak: setup
 	CELL_HISTORIES=20 $(TEST) -x tests/elastic/test_verify.py -k disturbed_run
 	HISTORIES=100000 $(TEST) -x tests/elastic/test_protocol.py
 	@seed=$$RANDOM; echo "soak: SEED=$$seed for flipped bits and killed writers"; \
-	FLIPS=400 KILLS=50 SEED=$$seed $(TEST) -x tests/test_integrity.py
+	FLIPS=400 KILLS=100 SEED=$$seed $(TEST) -x tests/test_integrity.py
 	@for round in $$(seq $(ROUNDS)); do \
 	  echo "soak: round $$round of $(ROUNDS)"; \
 	  $(TEST) -x -m 'ray or slow'; \
