@@ -121,11 +121,9 @@ def test_an_audit_changes_nothing_else(spec_of: Callable[..., Any]) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_learns(spec_of: Callable[..., Any], precision: str) -> None:
-    run = elastrain.train(
-        spec_of(precision, f"precision={precision}", "budget={epochs: 10}", "workers={min: 1, max: 1}")
-    )
+def test_half_precision_learns(spec_of: Callable[..., Any]) -> None:
+    """As bf16, what the spec says, does in `test_readme.py`."""
+    run = elastrain.train(spec_of("fp16", "precision=fp16", "budget={epochs: 10}", "workers={min: 1, max: 1}"))
     assert run.metrics["accuracy"] > 0.9
 
 
