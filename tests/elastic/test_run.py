@@ -20,7 +20,7 @@ from elastrain.elastic.holder import NAMESPACE
 from elastrain.errors import ConflictError
 from elastrain.observe.ledger import read_ledger, read_steps
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 SPEC = str(ROOT / "pipelines" / "digits_mlp" / "train.yaml")
@@ -215,7 +215,7 @@ def test_a_run_that_is_stopped_then_killed_then_wiped_out_comes_to_the_same_bits
 
     process = begin()
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=240)
     assert process.returncode == 130, said
     assert "after a commit" in said
     seen.append(committed(run))
@@ -227,7 +227,7 @@ def test_a_run_that_is_stopped_then_killed_then_wiped_out_comes_to_the_same_bits
     process = begin()
     for name in _workers(str(run), attempt=2):
         os.kill(int(name.rsplit("-", 1)[1]), signal.SIGKILL)
-    out, said = process.communicate(timeout=240)
+    out, said = process.communicate(timeout=480)
     found = result(subprocess.CompletedProcess([], process.returncode, out, said))
     assert (found["restarts"], found["step"]) == (1, 2070)
     (event,) = (e for e in json.loads(cli("report", str(run), "--json").stdout)["events"] if e["kind"] == "restart")
