@@ -15,7 +15,7 @@ from elastrain.elastic.local_cluster import LocalCluster, start_cluster
 from elastrain.observe.ledger import read_ledger, read_steps
 from elastrain.observe.report import read_report
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 SPEC = str(ROOT / "pipelines" / "digits_mlp" / "train.yaml")
@@ -27,7 +27,7 @@ def events_of(run: str, kind: str) -> list[dict[str, Any]]:
     return [record for record in read_ledger(run) if record["kind"] == kind] if Path(run, "ledger").exists() else []
 
 
-def wait_for(what: Callable[[], object], *, seconds: float = 180) -> None:
+def wait_for(what: Callable[[], object], *, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "waited too long"

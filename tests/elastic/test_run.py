@@ -42,7 +42,7 @@ def audit_files(run: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(Path(run, "audit").iterdir())}
 
 
-def wait_for(what: Callable[[], object], *, seconds: float = 120) -> None:
+def wait_for(what: Callable[[], object], *, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "waited too long"
