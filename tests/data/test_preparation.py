@@ -26,8 +26,9 @@ from elastrain.data.dataset import Dataset
 from elastrain.data.duplicates import HashReader, RowHashes, as_words, hashes_of
 from elastrain.data.pack import pack_dataset
 from elastrain.data.preparation import Preparation
-from elastrain.data.shards import COUNTED_VALUES, Sums, read_back
+from elastrain.data.shards import read_back
 from elastrain.data.sources import open_source
+from elastrain.data.statistics import COUNTED_VALUES, Sums
 from elastrain.data.tables import null_rows
 from elastrain.errors import ConflictError, DataError, SpecError
 

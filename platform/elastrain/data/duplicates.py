@@ -81,6 +81,38 @@ def _rows(arrays: Mapping[str, Array], names: Sequence[str]) -> Iterator[memoryv
     return (view[start : start + width] for start in range(0, joined.size, width))
 
 
+class Parts:
+    """Records on disk, in 256 files by the first byte of a hash: what has the same hash is in the same file."""
+
+    def __init__(self, folder: Path, kind: "np.dtype[Any]") -> None:
+        self.folder, self.kind = folder, kind
+        self._files: list[Any] = []
+
+    def add(self, records: npt.NDArray[Any], hashes: npt.NDArray[np.uint64]) -> None:
+        """Append each record to the file of its hash; raises OSError."""
+        if not self._files:
+            self._files = [(self.folder / str(part)).open("wb", BUFFER_BYTES) for part in range(PARTS)]
+        part = (hashes >> np.uint64(56)).astype(np.int64)
+        order = np.argsort(part, kind="stable")
+        starts = np.searchsorted(part[order], np.arange(PARTS + 1))
+        records = records[order]
+        for place in np.flatnonzero(np.diff(starts)).tolist():
+            self._files[place].write(records[starts[place] : starts[place + 1]].data)
+
+    def taken(self) -> Iterator[npt.NDArray[Any]]:
+        """Yield the records of each file in the order they came in, and remove it; raises OSError."""
+        for file in self._files:
+            file.close()
+            yield np.fromfile(file.name, self.kind)
+            Path(file.name).unlink()
+
+    def close(self) -> None:
+        """Close the files, whatever becomes of what is in buffers: a full disk has been told of."""
+        with contextlib.suppress(OSError):
+            for file in self._files:
+                file.close()
+
+
 class RowHashes:
     """Takes the hashes of all rows in order, then knows which are there twice; use it in a `with` block.
 
@@ -92,49 +124,38 @@ class RowHashes:
         self.rows = self.duplicates = self.num_contradictions = 0
         self.contradictions: list[dict[str, list[int]]] = []
         self._stack = contextlib.ExitStack()
-        self._files: list[Any] = []
         self._twice: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
 
     def __enter__(self) -> Self:
-        with _named():
+        with disk_named("the hashes of the rows", "32 bytes a row"):
             self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="elastrain-pack-")))
+            self._parts = Parts(self._folder, RECORD)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError):  # a full disk refuses what is still in buffers, and has been told
-            for file in self._files:
-                file.close()
+        self._parts.close()
         self._stack.close()
 
     def add(self, arrays: Arrays) -> None:
         """Take the next rows, as `HashReader` yields them; raises StorageError if the disk is full."""
-        if not self._files:
-            self._files = [(self._folder / str(part)).open("wb", BUFFER_BYTES) for part in range(PARTS)]
         records = np.empty(len(arrays[HASH]), RECORD)
         records["high"], records["low"] = arrays[HASH].T
         records["label"] = arrays[LABEL]
         records["row"] = np.arange(self.rows, self.rows + len(records))
         self.rows += len(records)
-        part = (records["high"] >> np.uint64(56)).astype(np.int64)
-        order = np.argsort(part, kind="stable")
-        starts = np.searchsorted(part[order], np.arange(PARTS + 1))
-        records = records[order]
-        with _named():
-            for place in np.flatnonzero(np.diff(starts)).tolist():
-                self._files[place].write(records[starts[place] : starts[place + 1]].data)
+        with disk_named("the hashes of the rows", "32 bytes a row"):
+            self._parts.add(records, records["high"])
 
     def finish(self) -> None:
         """Find what is there twice; raises StorageError if the disk is full."""
-        with _named():
+        with disk_named("the hashes of the rows", "32 bytes a row"):
             self._twice = np.lib.format.open_memmap(
                 self._folder / "twice", mode="w+", dtype=np.uint8, shape=(self.rows // 8 + 1,)
             )
-            for file in self._files:
-                file.close()
-                self._look_through(np.fromfile(file.name, RECORD))
-                Path(file.name).unlink()
+            for records in self._parts.taken():
+                self._look_through(records)
         self.contradictions.sort(key=lambda found: found["rows"])
 
     def _look_through(self, records: npt.NDArray[Any]) -> None:
@@ -176,15 +197,20 @@ class RowHashes:
         bits = np.unpackbits(self._twice[first // 8 : (first + rows) // 8 + 1], bitorder="little")
         return bits[first % 8 : first % 8 + rows].astype(np.bool_)
 
+    def are_twice(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Say which of these rows, in any order, are not the first of equals."""
+        found: npt.NDArray[np.bool_] = (self._twice[rows >> 3] >> (rows & 7) & 1).astype(np.bool_)
+        return found
+
 
 @contextlib.contextmanager
-def _named() -> Iterator[None]:
-    """Turn an error of the disk into a sentence."""
+def disk_named(what: str, size: str) -> Iterator[None]:
+    """Turn an error of the disk into a sentence that tells what is kept there, and how large it is."""
     try:
         yield
     except OSError as error:
         place = tempfile.gettempdir()
         raise StorageError(
-            f"cannot keep the hashes of the rows in {place} ({error.strerror}): 32 bytes a row; free space there, or "
+            f"cannot keep {what} in {place} ({error.strerror}): {size}; free space there, or "
             f"choose another place with TMPDIR"
         ) from error
