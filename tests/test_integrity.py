@@ -34,11 +34,15 @@ PACK = """
 import sys
 import ray
 from elastrain.data.pack import pack_dataset
+from elastrain.data.preparation import Preparation
 from elastrain.data.sources import PackOptions
-options = PackOptions(row_group_bytes=20_000, shard_bytes=100_000, test_fraction=0.2)
+of_text = {"documents": "line", "near": 0.8} if sys.argv[1].startswith("text:") else {}
+prepare = Preparation(duplicates="drop", **of_text)
+options = PackOptions(row_group_bytes=20_000, shard_bytes=100_000, test_fraction=0.2, prepare=prepare)
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 print("begun", flush=True)
-pack_dataset(sys.argv[1], sys.argv[2], options)
+for out in sys.argv[2:]:
+    pack_dataset(sys.argv[1], out, options)
 print("packed", flush=True)
 """
 COMMIT = """
@@ -169,24 +173,39 @@ def test_a_checkpoint_that_was_acknowledged_outlives_every_kill_of_its_writer(pl
 
 @pytest.mark.ray
 def test_a_pack_that_is_killed_leaves_nothing_that_opens_and_is_not_whole(place: str, tmp_path: Path) -> None:
+    """Rows of numbers and documents by turns, some of them twice; the same command then finishes every one."""
     rng = random.Random(SEED)  # noqa: S311 -- repeatable
-    table = tmp_path / "source.csv"
-    table.write_text("x,n\n" + "".join(f"{number * 0.5},{number % 50}\n" for number in range(60_000)))
-    good = storage.join(str(tmp_path), "good")
-    assert killed_after(PACK, f"csv:{table}", good, first="begun", after_s=None)[-1] == "packed"
-    for number in range(KILLS):
-        out = storage.join(place, f"out-{number}")
-        said = killed_after(PACK, f"csv:{table}", out, first="begun", after_s=rng.uniform(0.0, 8.0))
-        for split in ("train", "test"):
-            try:
-                found = rows_of(storage.join(out, split))
-            except DataError:
-                assert said[-1] == "begun", "what was acknowledged is there"
-                continue
-            whole = rows_of(storage.join(good, split))
-            assert all(np.array_equal(found[name], whole[name]) for name in whole)
-    killed_after(PACK, f"csv:{table}", out, first="begun", after_s=None)
-    assert contents(out) == contents(good), "the same command finishes it, and collects what was left"
+    numbers = [f"{number * 0.5},{number % 50}\n" for number in range(60_000)]
+    (tmp_path / "source.csv").write_text("x,n\n" + "".join(numbers + numbers[:5000]))
+    lines = [" ".join(rng.choices(["a", "day", "the", "sea", "two", "of"], k=40)) + "\n" for _ in range(3000)]
+    (tmp_path / "source.txt").write_text("".join(lines + lines[:300]))
+    sources = [f"csv:{tmp_path}/source.csv", f"text:{tmp_path}/source.txt"]
+    outs: list[list[str]] = [[], []]
+    for kind, source in enumerate(sources):
+        good, begin = f"{tmp_path}/good-{kind}", time.monotonic()
+        assert killed_after(PACK, source, good, first="begun", after_s=None)[-1] == "packed"
+        most_s = time.monotonic() - begin  # of which Ray's start is a part
+        for number in range(kind, KILLS, len(sources)):
+            out = storage.join(place, f"out-{number}")
+            outs[kind].append(out)
+            said = killed_after(PACK, source, out, first="begun", after_s=rng.uniform(0.0, most_s))
+            seen = [opens_as(storage.join(out, split), storage.join(good, split)) for split in ("train", "test")]
+            assert all(seen) or said[-1] == "begun", "what was acknowledged is there"
+    for kind, source in enumerate(sources):
+        assert killed_after(PACK, source, *outs[kind], first="begun", after_s=None)[-1] == "packed"
+        for out in outs[kind]:
+            assert contents(out) == contents(f"{tmp_path}/good-{kind}"), "finished, and what was left is collected"
+
+
+def opens_as(url: str, good: str) -> bool:
+    """Whether a folder opens as a dataset, which then has the rows of another to the bit."""
+    try:
+        found = rows_of(url)
+    except DataError:
+        return False
+    whole = rows_of(good)
+    assert all(np.array_equal(found[name], whole[name]) for name in whole)
+    return True
 
 
 def contents(url: str) -> dict[str, bytes]:

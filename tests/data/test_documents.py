@@ -334,7 +334,7 @@ def test_memory_holds_little_of_many_documents() -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert alike.near_duplicates == rows // 2
-    buffers = 2 * duplicates.PARTS * duplicates.BUFFER_BYTES
+    buffers = (256 + 64) * duplicates.BUFFER_BYTES
     assert peak < buffers + 8_000_000 < buffers + rows * VALUES * 4
 
 

@@ -12,11 +12,9 @@ Massive Datasets", chapter 3.
 
 import contextlib
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,7 +23,17 @@ import numpy.typing as npt
 
 from elastrain.data.chunks import Arrays, Removed
 from elastrain.data.documents import LEFT_OUT, Chunk, Documents
-from elastrain.data.duplicates import HASH, LABEL, Parts, RowHashes, as_words, disk_named, hashes_of
+from elastrain.data.duplicates import (
+    HASH,
+    LABEL,
+    Parts,
+    RowHashes,
+    as_words,
+    close,
+    disk_named,
+    hashes_of,
+    unnamed_file,
+)
 from elastrain.data.plan import mix64
 from elastrain.errors import DataError
 
@@ -142,19 +150,15 @@ class Alike:
 
     def __enter__(self) -> Self:
         self._hashes = self._stack.enter_context(RowHashes(by_key=True))
+        self._parts = self._stack.enter_context(Parts(RECORD, bits=6))
         with disk_named(*DISK):
-            folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="elastrain-pack-")))
-            self._file = self._stack.enter_context((folder / "signatures").open("wb"))
-        (folder / "bands").mkdir()
-        self._parts = Parts(folder / "bands", RECORD)
-        self._stack.callback(self._parts.close)
+            self._file = unnamed_file()
+        self._stack.callback(close, self._file)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError):  # a full disk refuses what is still in buffers, and has been told
-            self._file.close()
         self._stack.close()
 
     @property
@@ -178,14 +182,14 @@ class Alike:
     def _add_signatures(self, signatures: npt.NDArray[np.uint32], first: int) -> None:
         self._file.write(np.ascontiguousarray(signatures).data)
         bands, width = self.bands
+        records = np.empty((bands, len(signatures)), RECORD)
         for band in range(bands):
-            records = np.empty(len(signatures), RECORD)
             hashes = np.full(len(signatures), band, np.uint64)
             for value in range(band * width, (band + 1) * width):
                 hashes = mix64(hashes ^ signatures[:, value].astype(np.uint64))
-            records["band"] = hashes
-            records["row"] = np.arange(first, first + len(signatures))
-            self._parts.add(records, hashes)
+            records["band"][band] = hashes
+        records["row"] = np.arange(first, first + len(signatures))
+        self._parts.add(records.reshape(-1), records["band"].reshape(-1))
 
     def finish(self) -> None:
         """Find who is alike; raises StorageError if the disk is full."""
@@ -194,8 +198,8 @@ class Alike:
         if self.near is None or not self.documents:
             return
         with disk_named(*DISK):
-            self._file.close()
-            signatures = np.memmap(self._file.name, np.uint32, "r", shape=(self.documents, VALUES))
+            self._file.flush()
+            signatures = np.memmap(self._file, np.uint32, "r", shape=(self.documents, VALUES))
             for records in self._parts.taken():
                 firsts = records[~self._hashes.are_twice(records["row"])]  # they stand for those equal to them
                 for one, other in _alike(firsts, signatures, self.near):
