@@ -242,6 +242,7 @@ def test_packs_that_are_killed_leave_nothing_that_opens_and_is_not_whole(place: 
                 status, _ = packed(source, [out], rng.uniform(0.0, most_s))
                 seen = [opens_as(storage.join(out, split), storage.join(good, split)) for split in ("train", "test")]
                 assert all(seen) or status, "what was acknowledged is there"
+                assert all(seen) or not seen[0], "if train opens, the whole pack is there"
                 killed, whole = killed + (status != 0), whole + all(seen)
             assert packed(source, outs, None)[0] == 0
             for out in outs:

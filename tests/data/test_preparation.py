@@ -28,7 +28,7 @@ from elastrain.data.pack import pack_dataset
 from elastrain.data.preparation import Preparation
 from elastrain.data.shards import read_back
 from elastrain.data.sources import open_source
-from elastrain.data.statistics import COUNTED_VALUES, Sums
+from elastrain.data.statistics import COUNTED_VALUES, Distinct, Sums
 from elastrain.data.tables import null_rows
 from elastrain.errors import ConflictError, DataError, SpecError
 
@@ -210,7 +210,9 @@ def test_what_was_removed_is_reported_and_written(tmp_path: Path) -> None:
     left = [*range(1000), *(row for row in range(1000) if row not in (10, 20, 30, 40, 50, 60))]
     assert rows["n"].tolist() == left
     assert np.isfinite(rows["x"]).all()
-    n, x, _ = card["columns"]
+    n, x, kind = card["columns"]
+    assert [(each["nulls"], each["not_finite"]) for each in (n, x, kind)] == [(1, 0), (3, 1), (1, 0)]
+    assert (n["distinct"], x["distinct"], kind["distinct"], n["distinct_is_estimate"]) == (1000, 1000, 2, False)
     assert (n["min"], n["max"], n["mean"]) == (0, 999, pytest.approx(np.mean(left)))
     assert (x["min"], x["max"]) == (0.0, 499.5)
     assert card["labels"]["counts"] == {"cat": sum(v % 2 for v in left), "dog": sum(v % 2 == 0 for v in left)}
@@ -423,9 +425,30 @@ def test_different_values_are_counted_up_to_a_bound() -> None:
     few.add(np.array([1, 1]))
     assert few.counts == {3: 2, 1: 3}
     many.add(np.arange(COUNTED_VALUES))
-    assert many.counts is not None
+    assert many.different() == (COUNTED_VALUES, False)
     many.add(np.array([-1]))
-    assert many.counts is None
+    many.add(np.arange(COUNTED_VALUES))
+    assert many.different() == (pytest.approx(COUNTED_VALUES, rel=0.05), True)
+    many.add(np.arange(4 * COUNTED_VALUES))
+    assert many.different() == (pytest.approx(4 * COUNTED_VALUES, rel=0.05), True)
+
+
+def test_different_values_are_exact_while_few_and_then_estimated_in_any_order() -> None:
+    few, many, backwards = Distinct(), Distinct(), Distinct()
+    few.add(np.array([1.5, 0.0, -0.0, np.nan, np.inf, 1.5]))
+    few.add(np.array([np.inf, np.nan, 2.5], np.float32))
+    assert (few.count, few.estimated) == (4, False)
+    rows = np.random.default_rng(0).integers(-(2**40), 2**40, 100_000)
+    for low in range(0, len(rows), 997):
+        many.add(rows[low : low + 997])
+        backwards.add(rows[::-1][low : low + 997])
+        if low < 3000:
+            assert many.count == low + 997
+    assert many.estimated
+    assert many.count == backwards.count == pytest.approx(100_000, rel=0.05)
+    one = many.count
+    many.add(rows)
+    assert many.count == one, "a value counts once"
 
 
 @pytest.mark.ray

@@ -88,10 +88,9 @@ def make_card(
 
 def _column(sums: Sums, removals: Removals) -> dict[str, Any]:
     """Return what a column holds; the rows without a value, or with one that is not finite, are of those read."""
-    column, distinct = sums.result(), sums.distinct
+    column, (distinct, estimated) = sums.result(), sums.different()
     facts = {"name": column.name, "dtype": column.dtype, "shape": list(column.shape), "min": sums.low, "max": sums.high}
-    facts |= {"mean": column.mean, "std": column.std, "distinct": None if distinct is None else distinct.count}
-    facts["distinct_is_estimate"] = distinct is not None and distinct.estimated
+    facts |= {"mean": column.mean, "std": column.std, "distinct": distinct, "distinct_is_estimate": estimated}
     faults = {key: removals.columns.get(key, {}).get(column.name, 0) for key in ("nulls", "non-finite")}
     return {**facts, "nulls": faults["nulls"], "not_finite": sums.not_finite + faults["non-finite"]}
 

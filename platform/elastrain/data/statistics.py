@@ -12,6 +12,7 @@ from elastrain.data.plan import mix64
 
 EXACT = 1 << 63
 COUNTED_VALUES = 4096  # more different values than this of an integer column are not counted one by one
+AT_ONCE = 16384  # values that are hashed in one go: in the processor's cache
 SKETCHED = 4096  # hashes that are kept to estimate how many different values there are
 
 
@@ -32,11 +33,13 @@ class Distinct:
             values = values[~np.isnan(values)].astype(np.float64) + 0.0  # so that -0.0 is 0.0
         else:
             values = values.astype(np.int64, copy=False)
-        hashes = mix64(np.ascontiguousarray(values).reshape(-1).view(np.uint64))
-        if len(self._smallest) == SKETCHED:
-            hashes = hashes[hashes < self._smallest[-1]]
-        if hashes.size:
-            self._smallest = np.unique(np.concatenate([self._smallest, hashes]))[:SKETCHED]
+        words = np.ascontiguousarray(values).reshape(-1).view(np.uint64)
+        for start in range(0, len(words), AT_ONCE):
+            hashes = mix64(words[start : start + AT_ONCE])
+            if self.estimated:
+                hashes = hashes[hashes < self._smallest[-1]]
+            if hashes.size:
+                self._smallest = np.unique(np.concatenate([self._smallest, hashes]))[:SKETCHED]
 
     @property
     def estimated(self) -> bool:
@@ -76,7 +79,7 @@ class Sums:
             self._add_integers(values.reshape(-1))
         else:
             self._add_floats(values.reshape(-1).astype(np.float64))
-        if self.distinct is not None:
+        if self.distinct is not None and self.counts is None:
             self.distinct.add(values)
         self.count += values.size
 
@@ -104,8 +107,20 @@ class Sums:
         for value, count in zip(found.tolist(), times.tolist(), strict=True):
             self.counts[value] = self.counts.get(value, 0) + count
             if len(self.counts) > COUNTED_VALUES:
-                self.counts = None
+                self._stop_counting()
                 return
+
+    def _stop_counting(self) -> None:
+        """Go on with an estimate of how many different values there are; `add` gives it those of this row group."""
+        if self.distinct is not None:
+            self.distinct.add(np.array(list(self.counts or ())).astype(np.dtype(self.column.dtype)))
+        self.counts = None
+
+    def different(self) -> tuple[int | None, bool]:
+        """Return how many different values there are, None where a row has several, and whether it is an estimate."""
+        if self.counts is not None:
+            return len(self.counts), False
+        return (None, False) if self.distinct is None else (self.distinct.count, self.distinct.estimated)
 
     def _add_floats(self, values: Array) -> None:
         # Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983: no cancellation.
