@@ -25,7 +25,7 @@ from elastrain.errors import DataError
 
 TEST_FRACTION = 0.1
 CHUNK_BYTES = 4 << 20  # about two seconds of one core
-DOCUMENT_BYTES = 64 << 20  # a document is held in memory: a longer one is a file in which nothing separates documents
+DOCUMENT_BYTES = 16 << 20  # a document is held in memory, as words many times its size
 LOOK_BYTES = 64 << 10
 AT_ONCE = 1024  # rows
 SEPARATORS = {"line": re.compile(rb"\n"), "blank": re.compile(rb"\n(?:[ \t\r]*\n)+")}
