@@ -38,14 +38,15 @@ def undisturbed(cli: Callable[..., Any]) -> str:
 def begun(
     start: Callable[..., "subprocess.Popen[str]"], cli: Callable[..., Any], slow_task: Path
 ) -> Callable[[str], tuple[str, "subprocess.Popen[str]"]]:
-    """Pack into a bucket and begin the run there; returned once it has a checkpoint, with the run's URL."""
+    """Pack into a bucket and begin a run over it; returned once it has a checkpoint, with the run's URL."""
 
-    def begin(bucket: str) -> tuple[str, "subprocess.Popen[str]"]:
+    def begin(bucket: str, folder: str = "") -> tuple[str, "subprocess.Popen[str]"]:
+        folder = folder or bucket
         assert cli("pack", "digits", f"{bucket}/digits").returncode == 0
-        places = (f"data.train={bucket}/digits/train", f"data.eval={bucket}/digits/test", f"storage={bucket}/runs")
+        places = (f"data.train={bucket}/digits/train", f"data.eval={bucket}/digits/test", f"storage={folder}/runs")
         changes = (*places, f"task={slow_task}:Slow", "name=outage")
         process = start("train", SPEC, *TWO, *LONG, *(word for change in changes for word in ("--set", change)))
-        run = f"{bucket}/runs/outage"
+        run = f"{folder}/runs/outage"
         there = f"{run}/checkpoints/step-00000100/manifest.json"
         wait_for(lambda: storage.exists(there) or process.poll() is not None)
         assert process.poll() is None
@@ -66,10 +67,16 @@ def check(run: str, process: "subprocess.Popen[str]", digest: str) -> str:
     return said
 
 
+@pytest.mark.parametrize("away", ["everything", "data"])
 def test_a_run_trains_on_through_an_outage_and_says_that_it_waits(
-    begun: Callable[..., Any], undisturbed: str, fault_proxy: Proxy, s3_server: Mapping[str, str]
+    away: str,
+    begun: Callable[..., Any],
+    undisturbed: str,
+    fault_proxy: Proxy,
+    s3_server: Mapping[str, str],
+    tmp_path: Path,
 ) -> None:
-    run, process = begun(f"s3://{s3_server['BUCKET']}/outage")
+    run, process = begun(f"s3://{s3_server['BUCKET']}/outage-{away}", str(tmp_path) if away == "data" else "")
     fault_proxy.unplug()
     time.sleep(OUTAGE_S)
     fault_proxy.clear()
