@@ -215,7 +215,7 @@ def test_credentials_come_from_a_profile_too(root: str, tmp_path: Path, monkeypa
         pass
     monkeypatch.setenv("AWS_PROFILE", "sso")
     monkeypatch.setenv("PATH", str(tmp_path))  # where no `aws` is
-    with pytest.raises(StorageError, match=r"AWS_PROFILE is sso, which holds no keys: .* export-credentials"):
+    with pytest.raises(StorageError, match=r"AWS_PROFILE is sso, which holds no keys .* export-credentials"):
         lease.taken(root, remedy="")
 
 
