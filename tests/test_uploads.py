@@ -7,15 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.test_integrity import pack_small
 
 from elastrain import conditional, lease, storage, uploads
 from elastrain.data import outcome
 from elastrain.data.chunks import Split
-from elastrain.errors import StorageError
+from elastrain.errors import SpecError, StorageError
+from elastrain.spec.document import read_train
 from elastrain.uploads import abort, unfinished
 
 pytestmark = pytest.mark.slow
 
+SPEC = Path(__file__).parents[1] / "pipelines" / "digits_mlp" / "train.yaml"
 KILLED = """
 import os, signal, sys
 from elastrain import s3
@@ -65,6 +68,21 @@ def test_a_pack_ends_what_a_killed_one_was_sending_to_the_same_place(root: str) 
     splits = {"train": Split(columns=(), chunks=(), reader=lambda *_: iter(()))}  # type: ignore[arg-type]
     with outcome.placed(f"{root}/out", {}, splits, {"source": "x", "options": {}}):
         assert names(root) == ["out/train-not/data-00000.parquet"]
+
+
+def test_a_run_that_starts_ends_what_a_killed_one_was_sending(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from elastrain.elastic import run  # Ray, which the other tests here do without
+
+    def enough(*_: object, **__: object) -> None:
+        raise SpecError("that is enough")
+
+    pack_small(f"{root}/data")
+    abandon(f"{root}/run/checkpoints/step-1/model", f"{root}/run/audit/0.parquet", f"{root}/run-not/checkpoints/x")
+    monkeypatch.setattr(run, "prepare", enough)
+    changes = [f"storage={root}", "name=run", f"data.train={root}/data", "data.eval=null"]
+    with pytest.raises(SpecError, match="that is enough"):
+        run.train(read_train(str(SPEC), changes))
+    assert names(root) == ["run-not/checkpoints/x"]
 
 
 def test_more_uploads_than_one_answer_holds_are_found(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
