@@ -32,7 +32,7 @@ from tests.training.harness import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elastrain import storage
+from elastrain import conditional, storage
 from elastrain.errors import ConflictError, DivergedError, SpecError, StorageError
 from elastrain.spec.train import OPTIMIZERS, CheckpointSpec
 from elastrain.training import checkpoint
@@ -332,10 +332,12 @@ class Sleeper:
     def __init__(self, run: str, place: str, spec: CheckpointSpec, patch: pytest.MonkeyPatch) -> None:
         self._run, self._place, self._spec, self.slept = run, place, spec, False
         self.theirs = {name: tensor + 1 for name, tensor in small_state()[0].items()}
-        self._placed, check, put = checkpoint._placed, checkpoint.check_finite, storage.put
+        self._placed, check = checkpoint._placed, checkpoint.check_finite
+        put, create = storage.put, conditional.create
         patch.setattr(checkpoint, "_placed", self._third)
         patch.setattr(checkpoint, "check_finite", lambda *given: (self._at("before it writes"), check(*given)))
         patch.setattr(storage, "put", lambda *given: (self._at("after it has asked"), put(*given)))
+        patch.setattr(conditional, "create", lambda *given: (self._at("after it has asked"), create(*given))[1])
 
     def _at(self, place: str) -> None:
         if place != self._place or self.slept:
@@ -358,6 +360,23 @@ class Sleeper:
         self._at("before it asks")
         if self.slept:
             raise ConflictError("given up")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", STALE)
+def test_who_was_given_up_and_wakes_harms_no_checkpoint_on_s3(
+    place: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = f"{s3_bucket}/woken-{place.replace(' ', '-')}"
+    sleeper = Sleeper(run, place, CheckpointSpec(), monkeypatch)
+    writer = Writer(run, CheckpointSpec(), settle=sleeper.settle)
+    writer.commit(*small_state(), {})
+    with pytest.raises((ConflictError, StorageError)):
+        writer.wait()
+    assert sleeper.slept
+    assert newest_whole(run, warn=pytest.fail) == 1
+    assert torch.equal(load(run, 1).tensors["model/weight"], sleeper.theirs["model/weight"])
+    assert len(storage.list_files(folder(run, 1))) == 5, "and nothing of the other is left"
 
 
 @pytest.mark.parametrize("encrypt", [None, "main"])
