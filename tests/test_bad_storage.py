@@ -9,6 +9,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def wrong_secret(_: Proxy, patch: pytest.MonkeyPatch) -> None:
     patch.setenv("AWS_SECRET_ACCESS_KEY", "hidden-and-wrong")
 
 
-def answering(kind: str, **where: str) -> Callable[[Proxy, pytest.MonkeyPatch], None]:
+def answering(kind: str, **where: Any) -> Callable[[Proxy, pytest.MonkeyPatch], None]:
     return lambda proxy, _: proxy.fault(kind, **where)
 
 

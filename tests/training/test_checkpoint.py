@@ -335,9 +335,16 @@ class Sleeper:
         self._placed, check = checkpoint._placed, checkpoint.check_finite
         put, create = storage.put, conditional.create
         patch.setattr(checkpoint, "_placed", self._third)
-        patch.setattr(checkpoint, "check_finite", lambda *given: (self._at("before it writes"), check(*given)))
-        patch.setattr(storage, "put", lambda *given: (self._at("after it has asked"), put(*given)))
-        patch.setattr(conditional, "create", lambda *given: (self._at("after it has asked"), create(*given))[1])
+        patch.setattr(checkpoint, "check_finite", self._before(check, "before it writes"))
+        patch.setattr(storage, "put", self._before(put, "after it has asked"))
+        patch.setattr(conditional, "create", self._before(create, "after it has asked"))
+
+    def _before(self, call: Callable[..., Any], place: str) -> Callable[..., Any]:
+        def done(*given: Any) -> Any:
+            self._at(place)
+            return call(*given)
+
+        return done
 
     def _at(self, place: str) -> None:
         if place != self._place or self.slept:
