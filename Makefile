@@ -40,7 +40,7 @@ setup: .venv/.stamp
 	  "$$found" -m venv --clear .venv; \
 	fi
 	@echo "Installing the locked versions into .venv (about 2 GB; minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[digits,text,images,tables,optuna,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[digits,text,images,tables,optimizers,optuna,dev]'
 	@touch $@
 
 data: setup data/python-docs.txt

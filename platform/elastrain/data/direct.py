@@ -65,7 +65,7 @@ class DirectFeed:
                 self._pending[address] = self._pool.submit(self._read, address)
 
     def take(self, slot: int, block: int) -> Arrays | None:
-        """Wait for a block and return its columns; None if the slot has no rows in it. Raises DataError, StorageError."""
+        """Wait for a block and return its columns; None if the slot has no rows in it; raises as reading does."""
         self.prefetch([slot], block)
         pending = self._pending.pop((slot, block), None)
         return None if pending is None else dict(pending.result())

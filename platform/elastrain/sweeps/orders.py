@@ -32,6 +32,7 @@ class Order:
     """
 
     trial: str
+    point: Mapping[str, Any]
     spec: TrainSpec
     run_url: str
     objective: Objective
@@ -59,6 +60,7 @@ class Blueprint:
             spec = spec.model_copy(update={"checkpoint": kept})
         return Order(
             trial=trial,
+            point=begin["point"],
             spec=spec,
             run_url=storage.join(self.folder, trial),
             objective=objective,
