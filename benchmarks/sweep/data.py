@@ -1,6 +1,7 @@
 """Packed digits, and the file that the peers train from: rows, their order, and the losses that are to come out."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from benchmarks.cold_start.data import prepare as pack
@@ -35,7 +36,7 @@ def prepare(work: Path, *, small: bool) -> dict[str, str]:
 
 
 def _write(path: Path, data: str, *, small: bool) -> None:
-    held = {}
+    held: dict[str, Any] = {}
     for prefix, split in {"": "train", "eval_": "test"}.items():
         table = parquet.read_table(sorted(map(str, Path(data, split).glob("*.parquet"))))
         held[f"{prefix}image"] = np.stack([np.frombuffer(value.as_py(), np.uint8) for value in table["image"]])
@@ -54,7 +55,7 @@ def _write(path: Path, data: str, *, small: bool) -> None:
     np.savez(path, **held)
 
 
-def order(dataset: Dataset, slots: int, steps: int) -> np.ndarray:
+def order(dataset: Dataset, slots: int, steps: int) -> np.ndarray[Any, Any]:
     """Return the rows of each slot in each step as our plan has them: (steps, slots, rows), −1 where there is none."""
     plan = Plan.of(dataset, seed=SEED, global_batch=BATCH, slots=slots)
     found = np.full((steps, slots, BATCH // slots), -1)

@@ -44,7 +44,9 @@ def driver(config: dict[str, Any]) -> None:
         train_loop_config=given,
         scaling_config=ScalingConfig(num_workers=given["workers"]),
         run_config=RunConfig(
-            name=f"trial-{given['place']}", storage_path=given["folder"], callbacks=[TuneReportCallback()]
+            name=f"trial-{given['place']}",
+            storage_path=given["folder"],
+            callbacks=[TuneReportCallback()],  # type: ignore[list-item] # Ray's types name the class of another version
         ),
     ).fit()
 
@@ -65,7 +67,7 @@ def main() -> None:
             tune_config=tune.TuneConfig(metric="loss", mode="min", max_concurrent_trials=2 // workers),
             run_config=tune.RunConfig(storage_path=folder, verbose=0),
         ).fit()
-    last = [result.metrics for result in found]
+    last: list[dict[str, Any]] = [found[place].metrics or {} for place in range(len(found))]
     furthest = check({entry["place"]: entry["loss"] for entry in last}, Rows(given["rows"], workers))
     measures = measured(began, [entry["timestamp"] for entry in last], len(tried))
     finish({**measures, "furthest": furthest}, {"measured": given["measured"], "workers": workers})

@@ -41,7 +41,7 @@ def main() -> None:
             tune_config=tune.TuneConfig(metric="loss", mode="min", reuse_actors=True),
             run_config=tune.RunConfig(storage_path=folder, verbose=0),
         ).fit()
-    last = [result.metrics for result in found]
+    last: list[dict[str, Any]] = [found[place].metrics or {} for place in range(len(found))]
     furthest = check({entry["place"]: entry["loss"] for entry in last}, Rows(given["rows"], 1))
     ended = [entry["ended"] for entry in last]
     finish({**measured(began, ended, len(tried)), "furthest": furthest}, {"trials": len(tried)})
