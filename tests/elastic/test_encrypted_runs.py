@@ -82,7 +82,9 @@ def test_an_encrypted_run_that_is_interrupted_goes_on_to_the_bits_of_a_plain_one
     assert b"raylet" in arguments
     went_on = result(cli("train", SPEC, *encrypted))
     assert went_on["resumed_from"] >= 100, said
-    undisturbed = result(cli("train", SPEC, *TWO, "--set", "name=beside-encrypted"))
+    undisturbed = result(
+        cli("train", SPEC, *TWO, "--set", "name=beside-encrypted", "--set", "workers={min: 1, max: 1}")
+    )
     assert went_on["weights_sha256"] == undisturbed["weights_sha256"]
     assert audit_files(str(run)) == audit_files(undisturbed["run"])
 

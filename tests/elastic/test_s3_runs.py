@@ -43,7 +43,7 @@ def test_a_run_on_s3_that_is_killed_goes_on_to_the_bits_of_one_on_a_local_folder
     again = result(cli("train", SPEC, *TWO, *there))
     assert (again["resumed_from"], again["weights_sha256"]) == (460, went_on["weights_sha256"])
 
-    local = result(cli("train", SPEC, *TWO, "--set", "name=beside-s3"))
+    local = result(cli("train", SPEC, *TWO, "--set", "name=beside-s3", "--set", "workers={min: 1, max: 1}"))
     assert local["weights_sha256"] == went_on["weights_sha256"]
     assert files_of(f"{run}/audit") == files_of(f"{local['run']}/audit")
     assert losses(run).tolist() == losses(local["run"]).tolist()
