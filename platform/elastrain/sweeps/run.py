@@ -204,9 +204,9 @@ def _run(job: _Job, objective: Objective) -> None:
     pool = Pool(config, job.workers, most=job.spec.max_concurrent or 1 << 20, left=job.agenda.left)
     outcome: dict[str, Any] = {"outcome": "failed", "error": "the driver broke off"}
     try:
-        ray.get(desk.open.remote())
-        desk.event.remote("start", {"versions": versions()})
+        begun = [desk.open.remote(), desk.event.remote("start", {"versions": versions()})]
         pool.start()
+        ray.get(begun)
         scheduler = PerArm(lambda: scheduler_of(job.spec, _explorer(job)), desk.leave.remote)
         tune_trials(
             job.agenda,
