@@ -32,6 +32,8 @@ def main() -> None:
         found = elastrain.sweep(spec)
         left, trials = left_behind(), found.trials()
         waited = moments.read(str(notes))
+    if failed := [trial.error for trial in trials if trial.outcome == "failed"]:
+        raise SystemExit(f"{len(failed)} trials failed: {failed[0]}")
     pruned = sum(trial.outcome == "pruned" for trial in trials)
     measures = {
         "decision_p50_s": statistics.median(waited["same"]),

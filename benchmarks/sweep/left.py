@@ -10,7 +10,7 @@ ITS_OWN = {"_AutoscalingCoordinatorActor"}  # Ray starts it with the first cell;
 
 
 def left_behind() -> int:
-    """Return how many placement groups, living actors but Ray's own and held CPUs there are, once they are 0 or time is up.
+    """Count placement groups, living actors but Ray's own, and held CPUs, once that is 0 or it is late.
 
     Ray takes a moment to take note of what has gone. Stands on `ray._private.state.actors`.
     """
