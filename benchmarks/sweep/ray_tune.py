@@ -1,16 +1,13 @@
 """Plain Ray Tune: a function of its own per trial, actors used again, as many trials at once as there are cores."""
 
-import functools
 import tempfile
 import time
 from typing import Any
 
 import ray
 from benchmarks.script import finish, options, started
-from benchmarks.sweep.work import Rows, check, measured, settings, train
+from benchmarks.sweep.work import Rows, check, measured, rows_of, settings, train
 from ray import tune
-
-rows_of = functools.cache(Rows)
 
 
 def trial(config: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@
 plain loop comes to. A side whose loss of any setting is further than `TOLERANCE` from that did other work.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -52,6 +53,12 @@ class Rows:
         rows = self.order[step, slot]
         rows = torch.from_numpy(rows[rows >= 0])
         return self.image[rows], self.label[rows]
+
+
+@functools.cache
+def rows_of(path: str, slots: int) -> Rows:
+    """Return the rows, read once a process."""
+    return Rows(path, slots)
 
 
 def _tensors(image: np.ndarray[Any, Any], label: np.ndarray[Any, Any]) -> tuple[torch.Tensor, torch.Tensor]:
