@@ -18,17 +18,22 @@ from benchmarks.sweep.work import EVERY
 import elastrain
 from elastrain.elastic.session import ray_session
 
+SEARCH = {
+    "space": {"optimizer.lr": {"log": [1e-4, 1e-1]}, "task_args.hidden": {"int_log": [32, 128]}},
+    "search": {"method": "quasirandom", "seed": 0},
+    "early_stop": {"method": "median", "grace": EVERY},
+}
 BOUNDS = {"decision_bound_s": 0.1, "next_bound_s": 1.0}
 
 
 def main() -> None:
-    """Run a sweep in which every evaluation but the last is decided on, and about half of the trials stop; report."""
+    """Run a sweep in which every evaluation but the last is decided on, and many trials stop; report."""
     given = {**options(), "workers": 1}
     with tempfile.TemporaryDirectory() as name, ray_session(None, cpus=max(2, os.cpu_count() or 1)):
         notes = Path(name, "notes")
         notes.mkdir()
         task = {"task": "benchmarks.sweep.task:Noted", "task_args": {"notes": str(notes)}}
-        spec = spec_of(Path(name), given, task=task, early_stop={"method": "median", "grace": EVERY})
+        spec = spec_of(Path(name), given, task=task, **SEARCH)
         found = elastrain.sweep(spec)
         left, trials = left_behind(), found.trials()
         waited = moments.read(str(notes))
