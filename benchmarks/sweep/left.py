@@ -25,4 +25,4 @@ def _count() -> int:
     living = [actor for actor in ray._private.state.actors().values() if actor["State"] != "DEAD"]  # noqa: SLF001
     actors = sum(actor["ActorClassName"] not in ITS_OWN for actor in living)
     held = ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0)
-    return groups + actors + round(held)
+    return int(groups + actors + round(held))

@@ -8,11 +8,13 @@ import pytest
 
 def test_an_evaluation_is_sent_only_when_the_one_before_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
+    import ray
+
     from elastrain.sweeps import worker
     from elastrain.sweeps.orders import Objective
 
     done: list[Any] = []
-    monkeypatch.setattr(worker.ray, "get", lambda sent: done.append(f"{sent} arrived"))
+    monkeypatch.setattr(ray, "get", lambda sent: done.append(f"{sent} arrived"))
 
     def send(trial: str, fields: dict[str, Any]) -> int:
         done.append(f"{trial} {fields['step']} sent")
