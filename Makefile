@@ -3,7 +3,7 @@
 # demo    trains a small network on the digits and shows its report
 # demo-s3 does the same on an S3 server that it starts on this machine and stops again
 # check   format, lint, direction of imports, types and the fast tests
-# test    check, then the tests that start Ray or take long; JOBS files side by side, 3 unless told: they wait more than they compute
+# test    check, then the tests that start Ray or take long; JOBS files side by side, 3 unless told: they often wait
 # test-gpu the tests that need a GPU
 # format  lets ruff rewrite what it can
 # bench   runs the benchmarks

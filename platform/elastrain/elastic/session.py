@@ -51,7 +51,7 @@ def ray_session(address: str | None, *, cpus: float) -> Iterator[None]:
         else:
             with without_monitors():
                 ray.init(address="local", num_cpus=math.ceil(cpus), include_dashboard=False, **_quoted(), **quiet)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a bare one where a node does not start in time
         where = f"no Ray answers at {target}" if target else "a local Ray did not start"
         raise ResourceError(f"{where}: {error}") from error
     try:

@@ -46,8 +46,8 @@ class Trial:
     step: int = 0
     device_s: float = 0.0
     error: str = ""
-    error_kind: str = ""
     evaluations: tuple[Evaluation, ...] = field(default=())
+    error_kind: str = ""
 
     @property
     def value(self) -> float | None:
