@@ -196,6 +196,47 @@ def test_only_what_a_command_has_started_is_killed_and_nothing_of_it_is_left(tmp
         command.look()
 
 
+# --- trials of a sweep
+
+
+def test_trials_that_are_counted_on_take_as_long_as_those_that_were_run() -> None:
+    from benchmarks.sweep.work import measured
+
+    assert measured(0.0, [10.0, 14.0, 12.0], 3) == {
+        "first_s": 10.0,
+        "trial_s": 2.0,
+        "all_s": 14.0,
+        "trials_per_h": 771.4285714285714,
+    }
+    assert measured(0.0, [10.0, 14.0, 12.0], 8)["all_s"] == 24.0
+    assert measured(5.0, [15.0], 4)["all_s"] == 40.0, "one alone stands for all"
+
+
+def test_a_side_with_another_loss_is_void() -> None:
+    from types import SimpleNamespace
+
+    from benchmarks.sweep.work import check
+
+    rows: Any = SimpleNamespace(expected=[0.5, 0.25])
+    assert check({0: 0.5, 1: 0.2500005}, rows) == pytest.approx(5e-7)
+    for loss in (0.250002, math.nan):
+        with pytest.raises(SystemExit, match="void"):
+            check({0: 0.5, 1: loss}, rows)
+
+
+def test_recorded_curves_are_stopped_where_a_sweep_would_stop_them() -> None:
+    from benchmarks.sweep.asha import replay
+    from benchmarks.sweep.work import RECORDED_EVERY, RECORDED_STEPS
+
+    evaluations = RECORDED_STEPS // RECORDED_EVERY
+    curves = [[float(place)] * evaluations for place in range(9)]  # the best comes first
+    share, best = replay(curves, 1)
+    assert (share, best) == ((evaluations + 8) / (9 * evaluations), 0.0)
+    share, best = replay(curves[::-1], 1)
+    assert best == 0.0
+    assert share > 0.3, "whoever comes is better than all before"
+
+
 # --- the cases
 
 
@@ -331,6 +372,25 @@ def test_recovery_goes_on_after_a_kill_on_all_sides(work: Path) -> None:
         assert 0 < side["measures"]["recovery_s"] < 120
         assert side["measures"]["steps_lost"] == 0
         assert 0.05 <= side["measures"]["step_s"] < 0.5
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_sweep_comes_to_the_same_losses_on_all_sides_and_leaves_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    from benchmarks.sweep.work import TOLERANCE
+
+    found = small("sweep", tmp_path)
+    one, two = found["one worker a trial"], found["two workers a trial"]
+    assert all(side["measures"]["furthest"] <= TOLERANCE for side in (*one.values(), *two.values()))
+    assert one["ours"]["counters"] == {"trials": 4, "workers": 1, "left_behind": 0}
+    assert two["ours"]["counters"] == {"trials": 4, "workers": 2, "left_behind": 0}
+    (decided,) = found["decisions"].values()
+    assert decided["counters"] == {"trials": 4, "left_behind": 0}
+    assert decided["measures"]["decisions"] + decided["measures"]["pruned"] >= 4, "each trial was decided on once"
+    (asha,) = found["asha"].values()
+    assert 0 < asha["measures"]["share_1"] < 1
 
 
 @pytest.mark.ray

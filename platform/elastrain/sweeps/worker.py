@@ -164,6 +164,7 @@ class CellWorker:
             result = loop.run()
         finally:
             feed.close()
+            running.arrived()
         if result["stopped"]:
             raise Broken("it was told to stop, and committed")  # it goes on elsewhere, from there
         return {"step": result["step"], "device_s": running.device_s(), "weights_sha256": result["weights_sha256"]}
@@ -215,6 +216,7 @@ class Running:
         self.order, self.clock, self.stop = order, Clock(), False
         self._desk, self._cell, self._group = desk, cell, group
         self._told = order.resume[1] if order.resume else 0
+        self._sent: Any = None  # the last evaluation that was reported
 
     def device_s(self) -> float:
         """Return what the trial has cost up to now, in seconds of all its workers."""
@@ -240,6 +242,7 @@ class Running:
         decides = step in objective.decisions and step > self.order.decided
         stops = False
         if self._group.rank == 0:
+            self.arrived()
             told = {"step": step, "samples": state.samples, "value": value if math.isfinite(value) else None}
             fields = {**told, "metrics": dict(state.metrics), "device_s": self.device_s()}
             if decides and math.isfinite(value):
@@ -247,11 +250,17 @@ class Running:
                     self._wait_for_checkpoint(step)
                 stops = ray.get(self._desk.decide.remote(self.order.trial, fields)) == STOP
             else:
-                self._desk.evaluated.remote(self.order.trial, fields)
+                self._sent = self._desk.evaluated.remote(self.order.trial, fields)
         if not math.isfinite(value):
             raise DivergedError(f"step {step}: {objective.metric} is {value}; lower optimizer.lr or warm up longer")
         if decides and broadcast_object(self._group, stops, 0, state.device):
             raise Stopped
+
+    def arrived(self) -> None:
+        """Wait until what was reported has arrived, as it mostly has: calls of an actor of many may overtake others."""
+        if self._sent is not None:
+            ray.get(self._sent)
+            self._sent = None
 
     def _wait_for_checkpoint(self, step: int) -> None:
         """Wait until the commit of this boundary, which goes on beside, is whole."""
