@@ -47,18 +47,8 @@ class Desk:
 
     async def next(self, trial: str, begin: Mapping[str, Any] | None) -> Message:
         """Begin a trial (see `Blueprint.order`) or let it go on; return what is to be decided next, or its end."""
-        if begin is not None:
-            try:
-                order = self._blueprint.order(trial, begin)
-            except SpecError as error:
-                nothing = {"run": "", "step": 0, "device_s": 0.0, "value": None}
-                ended = {"step": 0, "device_s": 0.0, "error": str(error), "error_kind": SpecError.__name__}
-                self._note("ended", trial=trial, outcome="failed", **ended)
-                return {**nothing, "outcome": "failed", "error": str(error)}
-            self._paused.pop(trial, None)
-            self._entries[trial] = Entry(order, decided=order.decided, step=order.decided, device_s=order.spent_s)
-            self._queue.append(trial)
-            self._match()
+        if begin is not None and (ended := self._begin(trial, begin)) is not None:
+            return ended
         entry = self._entries[trial]
         if not entry.inbox:  # else the word is on what was told before: its cell was lost meanwhile
             self._decide(entry, GO_ON)
@@ -66,14 +56,18 @@ class Desk:
             entry.reader = asyncio.get_running_loop().create_future()
             await entry.reader
         message = entry.inbox.popleft() if entry.inbox else entry.told("interrupted")
-        if message["outcome"]:
+        if entry.ended and not entry.inbox:
             self._entries.pop(trial, None)
         return message
 
     async def leave(self, trial: str, outcome: str) -> None:
         """Stop a trial, since it was decided so: for good with an outcome, for now with none; one that pauses, too."""
         entry = self._entries.pop(trial, None) or self._paused.pop(trial, None)
-        if entry is None or entry.ended:
+        if entry is None:
+            return
+        if entry.ended:  # meanwhile: the word is on what was told before that
+            if not outcome:
+                self._paused[trial] = entry
             return
         with contextlib.suppress(ValueError):
             self._queue.remove(trial)
@@ -84,10 +78,7 @@ class Desk:
         if not outcome:
             self._paused[trial] = entry
             return
-        error = (
-            "its place in Ray Tune was lost; the same command goes on with the others" if outcome == "failed" else ""
-        )
-        self._note_end(entry, outcome, {"error": error})
+        self._note_end(entry, outcome, {"error": "its place in Ray Tune was lost"} if outcome == "failed" else {})
 
     # --- workers
 
@@ -239,6 +230,23 @@ class Desk:
         await self._flush()
 
     # --- what follows
+
+    def _begin(self, trial: str, begin: Mapping[str, Any]) -> Message | None:
+        """Queue a trial; return its end if it has ended before it was paused, or its run refuses its point."""
+        paused = self._paused.pop(trial, None)
+        if paused is not None and paused.ended:
+            return paused.inbox[-1]
+        try:
+            order = self._blueprint.order(trial, begin)
+        except SpecError as error:
+            step, spent_s = begin["resume"][1] if begin["resume"] else 0, begin["spent_s"]
+            ended = {"step": step, "device_s": spent_s, "error": str(error), "error_kind": SpecError.__name__}
+            self._note("ended", trial=trial, outcome="failed", **ended)
+            return {**ended, "run": "", "value": None, "outcome": "failed"}
+        self._entries[trial] = Entry(order, decided=order.decided, step=order.decided, device_s=order.spent_s)
+        self._queue.append(trial)
+        self._match()
+        return None
 
     def _note(self, kind: str, **fields: Any) -> None:
         self._ledger.event(kind, **fields)

@@ -1,0 +1,674 @@
+"""The desk brings trials and cells together: whatever dies, stops or comes late, each trial ends once and none waits."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from elastrain.elastic.protocol import Worker
+from elastrain.errors import SpecError, StorageError
+from elastrain.lease import Hold
+from elastrain.observe.ledger import read_ledger
+from elastrain.sweeps import desk as desk_module
+from elastrain.sweeps.desk import GO_ON, LEAVE, MAX_LOSSES, STOP, Desk
+from elastrain.sweeps.orders import Blueprint, Objective, Order, Task
+
+OBJECTIVE = Objective(metric="val_loss", goal="min", decisions=frozenset({20, 40}), saves=False)
+BEGIN = {"arm": "search", "phase": "tune", "point": {}, "seed": 0, "resume": None, "spent_s": 0.0}
+
+
+class Plain(Blueprint):
+    """Orders without a spec: the desk does not look into it."""
+
+    def order(self, trial: str, begin: Any) -> Order:
+        if begin["arm"] == "refused":
+            raise SpecError("lr is negative")
+        resume = begin["resume"]
+        return Order(
+            trial=trial,
+            point={},
+            spec=None,  # type: ignore[arg-type]
+            run_url=f"trials/{trial}",
+            objective=OBJECTIVE,
+            resume=resume,
+            decided=resume[1] if resume else 0,
+            spent_s=begin["spent_s"],
+        )
+
+
+class Stage:
+    """A desk, the newest checkpoint of each trial, and what to say in a line."""
+
+    def __init__(self, folder: str) -> None:
+        self.saved: dict[str, int] = {}
+        self.newest: Callable[[str], int | None] = lambda run: self.saved.get(run.rsplit("/", 1)[-1])
+        blueprint = Plain(arms={}, objective=OBJECTIVE, folder="trials")
+        self.desk = Desk(Hold(folder), 0, blueprint, lambda run: self.newest(run))
+        self.noted: list[Any] = []
+
+    async def soon(self, waiting: "asyncio.Future[Any] | Coroutine[Any, Any, Any]") -> Any:
+        return await asyncio.wait_for(waiting, 30)
+
+    def begin(self, trial: str, **begin: Any) -> "asyncio.Task[Any]":
+        return asyncio.create_task(self.desk.next(trial, BEGIN | begin))
+
+    def goes_on(self, trial: str) -> "asyncio.Task[Any]":
+        return asyncio.create_task(self.desk.next(trial, None))
+
+    async def joins(self, cell: str, rank: int = 0, size: int = 1) -> None:
+        await self.desk.join(cell, rank, size, Worker(name=f"{cell}-{rank}", node="n", place=rank, store=("", 0)))
+
+    def takes(self, cell: str, rank: int = 0, held: int | None = None) -> "asyncio.Task[Task | None]":
+        return asyncio.create_task(self.desk.take(cell, rank, held))
+
+    async def cell(self, name: str, size: int = 1) -> "list[asyncio.Task[Task | None]]":
+        """A cell all of whose workers wait."""
+        for rank in range(size):
+            await self.joins(name, rank, size)
+        tasks = [self.takes(name, rank) for rank in range(size)]
+        await settle()
+        return tasks
+
+    def decides(self, cell: str, trial: str, step: int, value: float = 0.5) -> "asyncio.Task[str]":
+        return asyncio.create_task(self.desk.decide(cell, trial, evaluation(step, value)))
+
+    async def events(self, kind: str) -> list[Any]:
+        return [event for event in await self.desk.events(0) if event["kind"] == kind]
+
+    async def outcomes(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for event in await self.events("ended"):
+            found.setdefault(event["trial"], []).append(event["outcome"])
+        return found
+
+
+def evaluation(step: int, value: float = 0.5) -> dict[str, Any]:
+    return {"step": step, "samples": step, "value": value, "metrics": {}, "device_s": step / 10}
+
+
+async def settle() -> None:
+    """Let all that can go on do so, threads that look for checkpoints among them."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+        await asyncio.to_thread(lambda: None)
+        await asyncio.sleep(0)
+
+
+def stage_test(test: Callable[[Stage], Coroutine[Any, Any, None]]) -> Callable[[Any], None]:
+    """Run a test on a stage of its own, in a loop of its own."""
+
+    def runs(tmp_path: Any) -> None:
+        asyncio.run(test(Stage(str(tmp_path))))
+
+    runs.__name__ = test.__name__
+    return runs
+
+
+@stage_test
+async def test_a_trial_goes_to_a_cell_is_decided_on_and_ends(on: Stage) -> None:
+    told = on.begin("a")
+    (order,) = await on.cell("x")
+    task = await on.soon(order)
+    assert (task.order.trial, task.order.resume) == ("a", None)
+    word = on.decides("x", "a", 20)
+    message = await on.soon(told)
+    assert (message["step"], message["value"], message["device_s"], message["outcome"]) == (20, 0.5, 2.0, "")
+    assert not word.done()
+    told = on.goes_on("a")
+    assert await on.soon(word) == GO_ON
+    await on.desk.over("x", "a", "finished", {"step": 60, "device_s": 6.5})
+    message = await on.soon(told)
+    assert (message["outcome"], message["step"], message["device_s"]) == ("finished", 60, 6.5)
+    assert await on.outcomes() == {"a": ["finished"]}
+
+
+@stage_test
+async def test_a_trial_that_is_pruned_hands_its_cell_to_the_next_in_the_same_group(on: Stage) -> None:
+    told, _ = on.begin("a"), on.begin("b")
+    orders = await on.cell("x", 2)
+    first = [await on.soon(order) for order in orders]
+    assert {task.generation for task in first} == {1}
+    word = on.decides("x", "a", 20)
+    await on.soon(told)
+    await on.desk.leave("a", "pruned")
+    assert await on.soon(word) == STOP
+    await on.desk.over("x", "a", "", {})
+    tasks = [on.takes("x", rank, held=1) for rank in range(2)]
+    second = [await on.soon(task) for task in tasks]
+    assert {(task.order.trial, task.generation) for task in second} == {("b", 1)}
+    assert await on.outcomes() == {"a": ["pruned"]}
+
+
+@stage_test
+async def test_a_group_that_somebody_left_unheard_is_never_used_again(on: Stage) -> None:
+    """Rank 1 has lost its group after rank 0 said how the trial ended: the next one runs in a new group."""
+    on.begin("a"), on.begin("b")
+    orders = await on.cell("x", 2)
+    assert [(await on.soon(order)).generation for order in orders] == [1, 1]
+    await on.desk.over("x", "a", "finished", {"step": 60, "device_s": 1.0})
+    await on.desk.lost("x", "a", "a sum broke")  # too late to count
+    tasks = [on.takes("x", 0, held=1), on.takes("x", 1, held=None)]
+    assert [(await on.soon(task)).generation for task in tasks] == [2, 2]
+
+
+@stage_test
+async def test_a_replaced_worker_gets_the_trial_back_into_the_queue_from_its_newest_checkpoint(on: Stage) -> None:
+    told = on.begin("a")
+    on.begin("b")
+    orders = await on.cell("x", 2)
+    await on.soon(orders[0])
+    await on.desk.evaluated("x", "a", evaluation(40))
+    look = asyncio.create_task(on.desk.look("x", "a", 1))
+    on.saved["a"] = 30
+    await on.joins("x", 1, 2)
+    assert await on.soon(look) == LEAVE  # who is left waits in a sum for one that is gone
+    tasks = [on.takes("x", rank) for rank in range(2)]
+    task = await on.soon(tasks[0])
+    assert (task.order.trial, task.order.resume, task.generation) == ("a", ("trials/a", 30), 2)
+    assert task.order.spent_s == pytest.approx(3.0)  # three quarters of what it had cost up to 40
+    assert not told.done()
+    assert (await on.events("lost"))[0]["reason"] == "worker 1 was replaced"
+
+
+@stage_test
+async def test_what_a_former_attempt_says_late_changes_nothing(on: Stage) -> None:
+    told = on.begin("a")
+    await on.cell("x", 2)
+    await on.joins("x", 1, 2)
+    await settle()
+    (order,) = await on.cell("y")
+    assert (await on.soon(order)).order.trial == "a"
+    stale = on.decides("x", "a", 40, value=0.1)
+    assert await on.soon(stale) == STOP
+    await on.desk.evaluated("x", "a", evaluation(40, 0.1))
+    await on.desk.over("x", "a", "finished", {"step": 60, "device_s": 1.0})
+    await on.desk.lost("x", "a", "late")
+    assert await on.events("eval") == []
+    assert await on.outcomes() == {}
+    word = on.decides("y", "a", 20)
+    assert (await on.soon(told))["step"] == 20
+    on.goes_on("a")
+    assert await on.soon(word) == GO_ON
+
+
+@stage_test
+async def test_nothing_is_decided_on_twice(on: Stage) -> None:
+    """Its cell is lost while Tune thinks: the word counts for what follows, wherever that is."""
+    told = on.begin("a")
+    orders = await on.cell("x")
+    await on.soon(orders[0])
+    word = on.decides("x", "a", 20)
+    await on.soon(told)
+    await on.joins("x")
+    assert await on.soon(word) == STOP
+    await settle()
+    task = await on.soon(on.takes("x"))
+    assert (task.order.resume, task.order.decided) == (None, 20)
+    told = on.goes_on("a")
+    word = on.decides("x", "a", 40)
+    assert (await on.soon(told))["step"] == 40
+    assert not word.done()
+
+
+@stage_test
+async def test_a_word_is_on_what_was_told_first(on: Stage) -> None:
+    told = on.begin("a")
+    await on.cell("x")
+    first = on.decides("x", "a", 20)
+    await on.soon(told)
+    await on.joins("x")
+    await settle()
+    await on.soon(on.takes("x"))
+    second = on.decides("x", "a", 40)
+    await settle()
+    assert (await on.soon(on.goes_on("a")))["step"] == 40
+    await settle()
+    assert first.result() == STOP
+    assert not second.done()  # the word was on 20
+    await on.desk.leave("a", "pruned")
+    assert await on.soon(second) == STOP
+
+
+@stage_test
+async def test_a_paused_trial_goes_on_elsewhere_or_ends_once(on: Stage) -> None:
+    for trial in ("a", "b"):
+        told = on.begin(trial)
+        (order,) = await on.cell(trial)
+        await on.soon(order)
+        word = on.decides(trial, trial, 20)
+        await on.soon(told)
+        await on.desk.leave(trial, "")
+        assert await on.soon(word) == STOP
+        await on.desk.over(trial, trial, "", {})
+    assert await on.outcomes() == {}
+    told = on.begin("a", resume=("trials/a", 20), spent_s=2.0)
+    task = await on.soon(on.takes("b"))
+    assert (task.order.trial, task.order.decided, task.order.spent_s) == ("a", 20, 2.0)
+    await on.desk.leave("b", "pruned")
+    await on.desk.leave("b", "pruned")
+    (ended,) = await on.events("ended")
+    assert (ended["trial"], ended["outcome"], ended["step"], ended["device_s"]) == ("b", "pruned", 20, 2.0)
+    await on.desk.over("b", "a", "finished", {"step": 60, "device_s": 6.0})
+    assert (await on.soon(told))["outcome"] == "finished"
+
+
+@stage_test
+async def test_a_trial_whose_place_in_tune_is_lost_ends_and_frees_its_cell(on: Stage) -> None:
+    told = on.begin("a")
+    await on.cell("x")
+    word = on.decides("x", "a", 20)
+    await on.soon(told)
+    await on.desk.leave("a", "failed")
+    assert await on.soon(word) == STOP
+    (ended,) = await on.events("ended")
+    assert ended["outcome"] == "failed"
+    assert "Ray Tune" in ended["error"]
+
+
+@stage_test
+async def test_a_worker_that_kills_its_cell_each_time_fails_and_says_so(on: Stage) -> None:
+    told = on.begin("a")
+    await on.cell("x")
+    for _ in range(MAX_LOSSES):
+        assert not told.done()
+        await on.joins("x")
+        await settle()
+        taken = on.takes("x")
+        await settle()
+    message = await on.soon(told)
+    assert message["outcome"] == "failed"
+    assert f"{MAX_LOSSES} times" in message["error"]
+    assert not taken.done()
+    assert await on.outcomes() == {"a": ["failed"]}
+
+
+@stage_test
+async def test_an_end_is_told_after_what_was_told_before(on: Stage) -> None:
+    told = on.begin("a")
+    await on.cell("x")
+    on.decides("x", "a", 20)
+    await on.soon(told)
+    for step in (40, 45):
+        await on.joins("x")
+        await settle()
+        await on.soon(on.takes("x"))
+        on.decides("x", "a", step)
+        await settle()
+    await on.desk.over("x", "a", "diverged", {"error": "the loss is nan"})
+    found = [await on.soon(on.goes_on("a")) for _ in range(3)]
+    assert [(message["step"], message["outcome"]) for message in found] == [(40, ""), (45, ""), (45, "diverged")]
+
+
+@stage_test
+async def test_a_trial_that_ends_before_it_is_paused_is_not_run_again(on: Stage) -> None:
+    told = on.begin("a")
+    await on.cell("x")
+    on.decides("x", "a", 20)
+    await on.soon(told)
+    await on.joins("x")
+    await settle()
+    await on.soon(on.takes("x"))
+    await on.desk.over("x", "a", "finished", {"step": 60, "device_s": 6.0})
+    await on.desk.leave("a", "")
+    assert (await on.soon(on.begin("a", resume=("trials/a", 20))))["outcome"] == "finished"
+    assert await on.outcomes() == {"a": ["finished"]}
+
+
+@stage_test
+async def test_a_word_that_comes_after_the_end_ends_nothing_again(on: Stage) -> None:
+    told = on.begin("a")
+    await on.cell("x")
+    on.decides("x", "a", 20)
+    await on.soon(told)
+    for _ in range(MAX_LOSSES):
+        await on.joins("x")
+        await settle()
+        on.takes("x")
+        await settle()
+    await on.desk.leave("a", "pruned")
+    assert await on.outcomes() == {"a": ["failed"]}
+
+
+@stage_test
+async def test_an_evaluation_pardons_losses_and_a_drain_is_none(on: Stage) -> None:
+    told = on.begin("a")
+    await on.cell("x")
+    for step in range(1, 2 * MAX_LOSSES):
+        await on.desk.evaluated("x", "a", evaluation(step))
+        await on.joins("x")
+        await settle()
+        on.takes("x")
+        await settle()
+    for number in range(2 * MAX_LOSSES):
+        name = f"x{number - 1}" if number else "x"
+        await on.desk.drain(name)
+        await on.desk.lost(name, "a", "it was told to stop, and committed")
+        assert await on.soon(on.takes(name)) is None
+        await on.cell(f"x{number}")
+        await settle()
+    assert not told.done()
+
+
+@stage_test
+async def test_a_cell_that_drains_ends_once_all_its_workers_wait(on: Stage) -> None:
+    on.begin("a")
+    orders = await on.cell("x", 2)
+    await on.soon(orders[1])
+    await on.desk.drain("x")
+    assert await on.soon(on.desk.look("x", "a", 1)) == STOP
+    on.saved["a"] = 20
+    await on.desk.lost("x", "a", "it was told to stop, and committed")
+    first = on.takes("x", 0)
+    await settle()
+    assert not first.done()
+    assert await on.soon(on.takes("x", 1)) is None
+    assert await on.soon(first) is None
+    (order,) = await on.cell("y")
+    assert (await on.soon(order)).order.resume == ("trials/a", 20)
+    idle = await on.cell("z")
+    await on.desk.drain("z")
+    assert await on.soon(idle[0]) is None
+
+
+@stage_test
+async def test_what_is_left_of_a_cell_that_was_dropped_gets_nothing(on: Stage) -> None:
+    told = on.begin("a")
+    await on.cell("x")
+    await on.desk.drop("x", "its node is gone")
+    await on.joins("x")  # its actor was killed; this worker was being started
+    assert await on.soon(on.takes("x")) is None
+    await settle()
+    (order,) = await on.cell("y")
+    assert (await on.soon(order)).order.trial == "a"
+    assert await on.soon(on.desk.look("x", "a", 1)) == LEAVE
+    assert not told.done()
+
+
+@stage_test
+async def test_one_worker_that_fails_ends_the_trial_with_its_error_and_breaks_the_group(on: Stage) -> None:
+    told = on.begin("a")
+    on.begin("b")
+    await on.cell("x", 2)
+    await on.desk.over("x", "a", "failed", {"error": "block 3 is damaged", "error_kind": "DataError"})
+    await on.desk.lost("x", "a", "a member is gone")
+    assert await on.soon(on.desk.look("x", "a", 1)) == LEAVE
+    message = await on.soon(told)
+    assert (message["outcome"], message["error"]) == ("failed", "block 3 is damaged")
+    assert (await on.events("ended"))[0]["error_kind"] == "DataError"
+    tasks = [on.takes("x", 0, held=1), on.takes("x", 1, held=None)]
+    assert [(await on.soon(task)).generation for task in tasks] == [2, 2]
+
+
+@stage_test
+async def test_a_point_that_the_run_refuses_fails_and_nothing_waits(on: Stage) -> None:
+    message = await on.soon(on.begin("a", arm="refused"))
+    assert (message["outcome"], message["error"]) == ("failed", "lr is negative")
+    assert (await on.events("ended"))[0]["error_kind"] == "SpecError"
+    assert (await on.desk.view())["queued"] == 0
+
+
+@stage_test
+async def test_a_storage_that_does_not_say_where_to_go_on_ends_the_trial(on: Stage) -> None:
+    def broken(_: str) -> int | None:
+        raise StorageError("the bucket is gone")
+
+    told = on.begin("a")
+    await on.cell("x")
+    on.newest = broken
+    await on.joins("x")
+    message = await on.soon(told)
+    assert (message["outcome"], message["error"]) == ("failed", "the bucket is gone")
+
+
+@stage_test
+async def test_finish_lets_all_commit_and_sends_everybody_home(on: Stage) -> None:
+    running, deciding, queued = on.begin("a"), on.begin("b"), on.begin("c")
+    for name in ("x", "y"):
+        await on.cell(name)
+    word = on.decides("y", "b", 20)
+    await on.soon(deciding)
+    reading = on.goes_on("a") if running.done() else running
+    await on.desk.finish()
+    assert await on.soon(word) == GO_ON  # to the next boundary: it would stop here without a commit
+    assert await on.soon(on.desk.look("x", "a", 1)) == STOP
+    assert await on.soon(on.decides("x", "a", 20)) == GO_ON
+    assert [(await on.soon(told))["outcome"] for told in (reading, queued)] == ["interrupted"] * 2
+    await on.desk.lost("x", "a", "it was told to stop, and committed")
+    assert await on.soon(on.takes("x")) is None
+    assert await on.outcomes() == {}
+    assert (await on.soon(on.begin("d")))["outcome"] == "interrupted"
+
+
+@stage_test
+async def test_what_was_noted_is_in_storage_after_the_end(on: Stage) -> None:
+    await on.desk.event("trial", {"trial": "a"})
+    await on.desk.open()
+    await on.desk.close("done", {"budget": 3})
+    kinds = [(event["kind"], event.get("outcome")) for event in read_ledger(on.desk._hold.folder)]  # noqa: SLF001
+    assert kinds == [("trial", None), ("end", "done")]
+
+
+def test_a_ledger_that_cannot_be_written_is_the_drivers_to_know(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk_module, "FLUSH_S", 0.0)
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    async def run() -> None:
+        on = Stage(str(tmp_path))
+        monkeypatch.setattr(on.desk._ledger, "flush", full)  # noqa: SLF001
+        await on.desk.open()
+        while (failure := (await on.desk.view())["failure"]) is None:
+            await asyncio.sleep(0.001)
+        assert failure[0] == "ElastrainError"
+        assert "No space left" in failure[1]
+
+    asyncio.run(run())
+
+
+# --- many histories
+
+
+class Hand:
+    """A worker as the play moves it: it waits for an order, or runs one and has yet to come back."""
+
+    def __init__(self, waits: "asyncio.Task[Task | None]") -> None:
+        self.waits, self.task, self.held = waits, None, None
+        self.says: str | None = None  # what it says before it waits again: "lost", or "" for nothing
+
+    task: Task | None
+    held: int | None
+
+
+class Play:
+    """Cells and Tune moved by a seeded fate, event by event; what the desk promises is looked at after each."""
+
+    def __init__(self, folder: str, seed: int) -> None:
+        self.on, self.chance = Stage(folder), random.Random(seed)
+        self.size = self.chance.choice((1, 2, 3))
+        self.cells: dict[str, list[Hand]] = {}
+        self.told: dict[str, asyncio.Task[Any]] = {}  # what Tune waits for
+        self.paused: dict[str, int] = {}
+        self.begun: list[str] = []
+        self.over: set[str] = set()
+        self.words: dict[str, tuple[str, asyncio.Task[str]]] = {}  # cell → trial and the word its rank 0 waits for
+        self.newest: dict[str, int] = {}  # the newest generation that was handed out in each cell
+        self.steps: Counter[str] = Counter()
+        self.made = 0
+
+    # what may happen
+
+    async def trial_begins(self) -> None:
+        if len(self.begun) < 6:
+            self.begun.append(f"t{len(self.begun)}")
+            self.told[self.begun[-1]] = self.on.begin(self.begun[-1])
+
+    async def tune_decides(self, calm: bool = False) -> None:
+        for trial in [trial for trial, told in self.told.items() if told.done()]:
+            message = self.told.pop(trial).result()
+            if message["outcome"]:
+                self.over.add(trial)
+                continue
+            fate = self.chance.random()
+            if calm or fate < 0.7:
+                self.told[trial] = self.on.goes_on(trial)
+            elif fate < 0.85:
+                await self.on.desk.leave(trial, "pruned")
+                self.over.add(trial)
+            else:
+                await self.on.desk.leave(trial, "")
+                self.paused[trial] = message["step"]
+
+    async def paused_goes_on(self, calm: bool = False) -> None:
+        if self.paused:
+            trial, step = self.paused.popitem()
+            if calm or self.chance.random() < 0.7:
+                self.told[trial] = self.on.begin(trial, resume=(f"trials/{trial}", step), spent_s=step / 10)
+            else:
+                await self.on.desk.leave(trial, "pruned")
+                self.over.add(trial)
+
+    async def cell_comes(self) -> None:
+        if len(self.cells) < 3:
+            self.made += 1
+            self.cells[f"c{self.made}"] = [Hand(task) for task in await self.on.cell(f"c{self.made}", self.size)]
+
+    async def worker_is_replaced(self) -> None:
+        if self.cells:
+            name = self.chance.choice(list(self.cells))
+            rank = self.chance.randrange(self.size)
+            await self.on.joins(name, rank, self.size)
+            if rank == 0:
+                self.words.pop(name, None)
+            self.cells[name][rank] = Hand(self.on.takes(name, rank))
+
+    async def cell_is_dropped(self) -> None:
+        if self.cells:
+            name = self.chance.choice(list(self.cells))
+            await self.on.desk.drop(name, "its node is gone")
+            task = self.cells.pop(name)[0].task
+            self.words.pop(name, None)
+            if task is not None:  # a process that is not dead yet
+                await self.on.desk.over(name, task.order.trial, "finished", {"step": 60, "device_s": 1.0})
+
+    async def cell_drains(self) -> None:
+        if self.cells:
+            await self.on.desk.drain(self.chance.choice(list(self.cells)))
+
+    async def worker_comes_back(self) -> None:
+        """A worker that has nothing more to do in its trial waits for the next order."""
+        for name, hands in self.cells.items():
+            for rank, hand in enumerate(hands):
+                if hand.task is not None and hand.says is not None:
+                    if hand.says == "lost":
+                        hand.held = None
+                        await self.on.desk.lost(name, hand.task.order.trial, "its group broke")
+                    hand.task, hand.says = None, None
+                    hand.waits = self.on.takes(name, rank, hand.held)
+                    return
+
+    async def trial_moves(self, calm: bool = False) -> None:
+        running = [name for name, hands in self.cells.items() if all(h.task and h.says is None for h in hands)]
+        for name in [name for name in running if name not in self.words]:
+            hands = self.cells[name]
+            task = hands[0].task
+            assert task is not None
+            trial, fate = task.order.trial, self.chance.random()
+            if await self.is_broken(name, task):
+                continue
+            self.steps[trial] += 10
+            self.on.saved[trial] = self.steps[trial]
+            if fate < 0.5:
+                self.words[name] = (trial, self.on.decides(name, trial, self.steps[trial]))
+                continue
+            outcome = "finished" if calm or fate < 0.8 else "diverged" if fate < 0.9 else "failed"
+            await self.on.desk.over(name, trial, outcome, {})
+            for hand in hands:
+                hand.says = ""
+            if outcome == "failed":
+                hands[-1].held = None
+                for hand in hands[:-1]:
+                    hand.says = "lost"
+
+    async def word_arrives(self) -> None:
+        for name, (trial, word) in list(self.words.items()):
+            if word.done():
+                del self.words[name]
+                if word.result() == STOP:
+                    await self.on.desk.over(name, trial, "", {})
+                    for hand in self.cells[name]:
+                        hand.says = (hand.says or "") if hand.task else None
+
+    # what holds
+
+    async def is_broken(self, name: str, task: Task) -> bool:
+        place = self.on.desk._cells[name]  # noqa: SLF001
+        return task.generation <= place.broken or place.trial != task.order.trial or place.stopping
+
+    async def look_around(self) -> None:
+        """Hand out orders; have workers learn of broken groups; check the promises."""
+        await settle()
+        desk = self.on.desk
+        for name, hands in list(self.cells.items()):
+            if all(hand.waits.done() and hand.waits.result() is None for hand in hands):
+                await desk.drop(name, "its cell ended")
+                del self.cells[name]
+                continue
+            given = [hand for hand in hands if hand.task is None and hand.waits.done()]
+            for hand in given:
+                hand.task = hand.waits.result()
+                assert hand.task is not None or desk._cells[name].drains  # noqa: SLF001
+            tasks = {hand.task.generation: [h.held for h in given] for hand in given if hand.task}
+            for generation, held in tasks.items():
+                whole = set(held) == {generation} and len(held) == self.size
+                assert whole or generation > self.newest.get(name, 0), "a generation is used again"
+                self.newest[name] = generation
+            for hand in given:
+                hand.held = hand.task.generation if hand.task else None
+        for name, hands in self.cells.items():
+            for hand in hands:
+                if hand.task and hand.says is None and await self.is_broken(name, hand.task):
+                    word = await self.on.soon(desk.look(name, hand.task.order.trial, hand.task.generation))
+                    if word in (LEAVE, STOP) and name not in self.words:
+                        hand.says = "lost"
+        await settle()
+        for trial in self.begun:
+            entry, places = desk._entries.get(trial), [c for c in desk._cells.values() if c.trial == trial]  # noqa: SLF001
+            if entry is not None and not entry.ended and trial not in self.over:
+                mine = [place for place in places if entry.cell == place.name]
+                assert len(mine) + desk._queue.count(trial) == 1, f"{trial} is nowhere, or twice"  # noqa: SLF001
+        idle = [c for c in desk._cells.values() if c.is_ready() and not c.drains]  # noqa: SLF001
+        assert not (idle and desk._queue), "a cell waits, and so does a trial"  # noqa: SLF001
+        assert all(not cell.trial for cell in idle)
+        assert all(len(ends) == 1 for ends in (await self.on.outcomes()).values()), "an end twice"
+
+    async def run(self) -> None:
+        events = [self.trial_begins, self.tune_decides, self.paused_goes_on, self.cell_comes, self.word_arrives]
+        events += [self.worker_comes_back, self.trial_moves] * 3
+        events += [self.worker_is_replaced, self.cell_is_dropped, self.cell_drains]
+        for _ in range(60):
+            await self.chance.choice(events)()
+            await self.look_around()
+        for _ in range(80):  # from now on nothing breaks: all that was begun comes to its end
+            await self.cell_comes()
+            await self.tune_decides(calm=True)
+            await self.paused_goes_on(calm=True)
+            await self.trial_moves(calm=True)
+            await self.word_arrives()
+            for _ in range(3 * self.size):
+                await self.worker_comes_back()
+            await self.look_around()
+            if set(self.begun) <= self.over:
+                break
+        assert {trial: len(ends) for trial, ends in (await self.on.outcomes()).items()} == dict.fromkeys(self.begun, 1)
+
+
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_in_all_histories_each_trial_ends_once_and_nobody_waits_in_vain(tmp_path: Any, first: int) -> None:
+    for seed in range(first, first + 10):
+        asyncio.run(Play(str(tmp_path), seed).run())
