@@ -451,9 +451,7 @@ async def test_what_was_noted_is_in_storage_after_the_end(on: Stage) -> None:
     assert kinds == [("trial", None), ("end", "done")]
 
 
-def test_a_ledger_that_cannot_be_written_is_the_drivers_to_know(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_ledger_that_cannot_be_written_is_the_drivers_to_know(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(desk_module, "FLUSH_S", 0.0)
 
     def full() -> None:

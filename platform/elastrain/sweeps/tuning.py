@@ -6,6 +6,7 @@ Which trials there are is said by an `Agenda`; Tune's own state is not stored, s
 This module alone stands on Tune's developer interfaces; `tests/sweeps/test_tuning.py` uses them all.
 """
 
+import logging
 import math
 import os
 import random
@@ -354,6 +355,7 @@ def tune_trials(
 ) -> None:
     """Run the agenda's trials to their end; `look()` is called many times a second and says whether to break off."""
     os.environ.update(QUIET)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
     random.seed(agenda.seed)
     np.random.seed(agenda.seed)  # noqa: NPY002 -- what Tune's schedulers draw from
     register_trainable(NAME, TrialActor)
