@@ -146,8 +146,8 @@ def test_the_least_recently_used_go_first_and_bytes_are_bounded() -> None:
 
 
 def held(kept: KeptBlocks) -> int:
-    assert kept._bytes == sum(a.nbytes for each in kept._blocks.values() for a in each.values())  # noqa: SLF001
-    return kept._bytes  # noqa: SLF001
+    assert kept._bytes == sum(a.nbytes for each in kept._blocks.values() for a in each.values())
+    return kept._bytes
 
 
 def test_a_block_that_is_too_large_is_given_and_not_kept() -> None:

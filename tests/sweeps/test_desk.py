@@ -1,100 +1,16 @@
-"""The desk brings trials and cells together: whatever dies, stops or comes late, each trial ends once and none waits."""
+"""The desk brings trials and cells together: whatever dies, stops or comes late, each trial ends once."""
 
 import asyncio
-import random
-from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from tests.sweeps.desk_stage import Stage, evaluation, settle
 
-from elastrain.elastic.protocol import Worker
-from elastrain.errors import SpecError, StorageError
-from elastrain.lease import Hold
+from elastrain.errors import StorageError
 from elastrain.observe.ledger import read_ledger
 from elastrain.sweeps import desk as desk_module
-from elastrain.sweeps.desk import GO_ON, LEAVE, MAX_LOSSES, STOP, Desk
-from elastrain.sweeps.orders import Blueprint, Objective, Order, Task
-
-OBJECTIVE = Objective(metric="val_loss", goal="min", decisions=frozenset({20, 40}), saves=False)
-BEGIN = {"arm": "search", "phase": "tune", "point": {}, "seed": 0, "resume": None, "spent_s": 0.0}
-
-
-class Plain(Blueprint):
-    """Orders without a spec: the desk does not look into it."""
-
-    def order(self, trial: str, begin: Any) -> Order:
-        if begin["arm"] == "refused":
-            raise SpecError("lr is negative")
-        resume = begin["resume"]
-        return Order(
-            trial=trial,
-            point={},
-            spec=None,  # type: ignore[arg-type]
-            run_url=f"trials/{trial}",
-            objective=OBJECTIVE,
-            resume=resume,
-            decided=resume[1] if resume else 0,
-            spent_s=begin["spent_s"],
-        )
-
-
-class Stage:
-    """A desk, the newest checkpoint of each trial, and what to say in a line."""
-
-    def __init__(self, folder: str) -> None:
-        self.saved: dict[str, int] = {}
-        self.newest: Callable[[str], int | None] = lambda run: self.saved.get(run.rsplit("/", 1)[-1])
-        blueprint = Plain(arms={}, objective=OBJECTIVE, folder="trials")
-        self.desk = Desk(Hold(folder), 0, blueprint, lambda run: self.newest(run))
-        self.noted: list[Any] = []
-
-    async def soon(self, waiting: "asyncio.Future[Any] | Coroutine[Any, Any, Any]") -> Any:
-        return await asyncio.wait_for(waiting, 30)
-
-    def begin(self, trial: str, **begin: Any) -> "asyncio.Task[Any]":
-        return asyncio.create_task(self.desk.next(trial, BEGIN | begin))
-
-    def goes_on(self, trial: str) -> "asyncio.Task[Any]":
-        return asyncio.create_task(self.desk.next(trial, None))
-
-    async def joins(self, cell: str, rank: int = 0, size: int = 1) -> None:
-        await self.desk.join(cell, rank, size, Worker(name=f"{cell}-{rank}", node="n", place=rank, store=("", 0)))
-
-    def takes(self, cell: str, rank: int = 0, held: int | None = None) -> "asyncio.Task[Task | None]":
-        return asyncio.create_task(self.desk.take(cell, rank, held))
-
-    async def cell(self, name: str, size: int = 1) -> "list[asyncio.Task[Task | None]]":
-        """A cell all of whose workers wait."""
-        for rank in range(size):
-            await self.joins(name, rank, size)
-        tasks = [self.takes(name, rank) for rank in range(size)]
-        await settle()
-        return tasks
-
-    def decides(self, cell: str, trial: str, step: int, value: float = 0.5) -> "asyncio.Task[str]":
-        return asyncio.create_task(self.desk.decide(cell, trial, evaluation(step, value)))
-
-    async def events(self, kind: str) -> list[Any]:
-        return [event for event in await self.desk.events(0) if event["kind"] == kind]
-
-    async def outcomes(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for event in await self.events("ended"):
-            found.setdefault(event["trial"], []).append(event["outcome"])
-        return found
-
-
-def evaluation(step: int, value: float = 0.5) -> dict[str, Any]:
-    return {"step": step, "samples": step, "value": value, "metrics": {}, "device_s": step / 10}
-
-
-async def settle() -> None:
-    """Let all that can go on do so, threads that look for checkpoints among them."""
-    for _ in range(3):
-        await asyncio.sleep(0)
-        await asyncio.to_thread(lambda: None)
-        await asyncio.sleep(0)
+from elastrain.sweeps.desk import GO_ON, LEAVE, MAX_LOSSES, STOP
 
 
 def stage_test(test: Callable[[Stage], Coroutine[Any, Any, None]]) -> Callable[[Any], None]:
@@ -447,7 +363,7 @@ async def test_what_was_noted_is_in_storage_after_the_end(on: Stage) -> None:
     await on.desk.event("trial", {"trial": "a"})
     await on.desk.open()
     await on.desk.close("done", {"budget": 3})
-    kinds = [(event["kind"], event.get("outcome")) for event in read_ledger(on.desk._hold.folder)]  # noqa: SLF001
+    kinds = [(event["kind"], event.get("outcome")) for event in read_ledger(on.desk._hold.folder)]
     assert kinds == [("trial", None), ("end", "done")]
 
 
@@ -459,7 +375,7 @@ def test_a_ledger_that_cannot_be_written_is_the_drivers_to_know(tmp_path: Any, m
 
     async def run() -> None:
         on = Stage(str(tmp_path))
-        monkeypatch.setattr(on.desk._ledger, "flush", full)  # noqa: SLF001
+        monkeypatch.setattr(on.desk._ledger, "flush", full)
         await on.desk.open()
         while (failure := (await on.desk.view())["failure"]) is None:
             await asyncio.sleep(0.001)
@@ -467,206 +383,3 @@ def test_a_ledger_that_cannot_be_written_is_the_drivers_to_know(tmp_path: Any, m
         assert "No space left" in failure[1]
 
     asyncio.run(run())
-
-
-# --- many histories
-
-
-class Hand:
-    """A worker as the play moves it: it waits for an order, or runs one and has yet to come back."""
-
-    def __init__(self, waits: "asyncio.Task[Task | None]") -> None:
-        self.waits, self.task, self.held = waits, None, None
-        self.says: str | None = None  # what it says before it waits again: "lost", or "" for nothing
-
-    task: Task | None
-    held: int | None
-
-
-class Play:
-    """Cells and Tune moved by a seeded fate, event by event; what the desk promises is looked at after each."""
-
-    def __init__(self, folder: str, seed: int) -> None:
-        self.on, self.chance = Stage(folder), random.Random(seed)
-        self.size = self.chance.choice((1, 2, 3))
-        self.cells: dict[str, list[Hand]] = {}
-        self.told: dict[str, asyncio.Task[Any]] = {}  # what Tune waits for
-        self.paused: dict[str, int] = {}
-        self.begun: list[str] = []
-        self.over: set[str] = set()
-        self.words: dict[str, tuple[str, asyncio.Task[str]]] = {}  # cell → trial and the word its rank 0 waits for
-        self.newest: dict[str, int] = {}  # the newest generation that was handed out in each cell
-        self.steps: Counter[str] = Counter()
-        self.made = 0
-
-    # what may happen
-
-    async def trial_begins(self) -> None:
-        if len(self.begun) < 6:
-            self.begun.append(f"t{len(self.begun)}")
-            self.told[self.begun[-1]] = self.on.begin(self.begun[-1])
-
-    async def tune_decides(self, calm: bool = False) -> None:
-        for trial in [trial for trial, told in self.told.items() if told.done()]:
-            message = self.told.pop(trial).result()
-            if message["outcome"]:
-                self.over.add(trial)
-                continue
-            fate = self.chance.random()
-            if calm or fate < 0.7:
-                self.told[trial] = self.on.goes_on(trial)
-            elif fate < 0.85:
-                await self.on.desk.leave(trial, "pruned")
-                self.over.add(trial)
-            else:
-                await self.on.desk.leave(trial, "")
-                self.paused[trial] = message["step"]
-
-    async def paused_goes_on(self, calm: bool = False) -> None:
-        if self.paused:
-            trial, step = self.paused.popitem()
-            if calm or self.chance.random() < 0.7:
-                self.told[trial] = self.on.begin(trial, resume=(f"trials/{trial}", step), spent_s=step / 10)
-            else:
-                await self.on.desk.leave(trial, "pruned")
-                self.over.add(trial)
-
-    async def cell_comes(self) -> None:
-        if len(self.cells) < 3:
-            self.made += 1
-            self.cells[f"c{self.made}"] = [Hand(task) for task in await self.on.cell(f"c{self.made}", self.size)]
-
-    async def worker_is_replaced(self) -> None:
-        if self.cells:
-            name = self.chance.choice(list(self.cells))
-            rank = self.chance.randrange(self.size)
-            await self.on.joins(name, rank, self.size)
-            if rank == 0:
-                self.words.pop(name, None)
-            self.cells[name][rank] = Hand(self.on.takes(name, rank))
-
-    async def cell_is_dropped(self) -> None:
-        if self.cells:
-            name = self.chance.choice(list(self.cells))
-            await self.on.desk.drop(name, "its node is gone")
-            task = self.cells.pop(name)[0].task
-            self.words.pop(name, None)
-            if task is not None:  # a process that is not dead yet
-                await self.on.desk.over(name, task.order.trial, "finished", {"step": 60, "device_s": 1.0})
-
-    async def cell_drains(self) -> None:
-        if self.cells:
-            await self.on.desk.drain(self.chance.choice(list(self.cells)))
-
-    async def worker_comes_back(self) -> None:
-        """A worker that has nothing more to do in its trial waits for the next order."""
-        for name, hands in self.cells.items():
-            for rank, hand in enumerate(hands):
-                if hand.task is not None and hand.says is not None:
-                    if hand.says == "lost":
-                        hand.held = None
-                        await self.on.desk.lost(name, hand.task.order.trial, "its group broke")
-                    hand.task, hand.says = None, None
-                    hand.waits = self.on.takes(name, rank, hand.held)
-                    return
-
-    async def trial_moves(self, calm: bool = False) -> None:
-        running = [name for name, hands in self.cells.items() if all(h.task and h.says is None for h in hands)]
-        for name in [name for name in running if name not in self.words]:
-            hands = self.cells[name]
-            task = hands[0].task
-            assert task is not None
-            trial, fate = task.order.trial, self.chance.random()
-            if await self.is_broken(name, task):
-                continue
-            self.steps[trial] += 10
-            self.on.saved[trial] = self.steps[trial]
-            if fate < 0.5:
-                self.words[name] = (trial, self.on.decides(name, trial, self.steps[trial]))
-                continue
-            outcome = "finished" if calm or fate < 0.8 else "diverged" if fate < 0.9 else "failed"
-            await self.on.desk.over(name, trial, outcome, {})
-            for hand in hands:
-                hand.says = ""
-            if outcome == "failed":
-                hands[-1].held = None
-                for hand in hands[:-1]:
-                    hand.says = "lost"
-
-    async def word_arrives(self) -> None:
-        for name, (trial, word) in list(self.words.items()):
-            if word.done():
-                del self.words[name]
-                if word.result() == STOP:
-                    await self.on.desk.over(name, trial, "", {})
-                    for hand in self.cells[name]:
-                        hand.says = (hand.says or "") if hand.task else None
-
-    # what holds
-
-    async def is_broken(self, name: str, task: Task) -> bool:
-        place = self.on.desk._cells[name]  # noqa: SLF001
-        return task.generation <= place.broken or place.trial != task.order.trial or place.stopping
-
-    async def look_around(self) -> None:
-        """Hand out orders; have workers learn of broken groups; check the promises."""
-        await settle()
-        desk = self.on.desk
-        for name, hands in list(self.cells.items()):
-            if all(hand.waits.done() and hand.waits.result() is None for hand in hands):
-                await desk.drop(name, "its cell ended")
-                del self.cells[name]
-                continue
-            given = [hand for hand in hands if hand.task is None and hand.waits.done()]
-            for hand in given:
-                hand.task = hand.waits.result()
-                assert hand.task is not None or desk._cells[name].drains  # noqa: SLF001
-            tasks = {hand.task.generation: [h.held for h in given] for hand in given if hand.task}
-            for generation, held in tasks.items():
-                whole = set(held) == {generation} and len(held) == self.size
-                assert whole or generation > self.newest.get(name, 0), "a generation is used again"
-                self.newest[name] = generation
-            for hand in given:
-                hand.held = hand.task.generation if hand.task else None
-        for name, hands in self.cells.items():
-            for hand in hands:
-                if hand.task and hand.says is None and await self.is_broken(name, hand.task):
-                    word = await self.on.soon(desk.look(name, hand.task.order.trial, hand.task.generation))
-                    if word in (LEAVE, STOP) and name not in self.words:
-                        hand.says = "lost"
-        await settle()
-        for trial in self.begun:
-            entry, places = desk._entries.get(trial), [c for c in desk._cells.values() if c.trial == trial]  # noqa: SLF001
-            if entry is not None and not entry.ended and trial not in self.over:
-                mine = [place for place in places if entry.cell == place.name]
-                assert len(mine) + desk._queue.count(trial) == 1, f"{trial} is nowhere, or twice"  # noqa: SLF001
-        idle = [c for c in desk._cells.values() if c.is_ready() and not c.drains]  # noqa: SLF001
-        assert not (idle and desk._queue), "a cell waits, and so does a trial"  # noqa: SLF001
-        assert all(not cell.trial for cell in idle)
-        assert all(len(ends) == 1 for ends in (await self.on.outcomes()).values()), "an end twice"
-
-    async def run(self) -> None:
-        events = [self.trial_begins, self.tune_decides, self.paused_goes_on, self.cell_comes, self.word_arrives]
-        events += [self.worker_comes_back, self.trial_moves] * 3
-        events += [self.worker_is_replaced, self.cell_is_dropped, self.cell_drains]
-        for _ in range(60):
-            await self.chance.choice(events)()
-            await self.look_around()
-        for _ in range(80):  # from now on nothing breaks: all that was begun comes to its end
-            await self.cell_comes()
-            await self.tune_decides(calm=True)
-            await self.paused_goes_on(calm=True)
-            await self.trial_moves(calm=True)
-            await self.word_arrives()
-            for _ in range(3 * self.size):
-                await self.worker_comes_back()
-            await self.look_around()
-            if set(self.begun) <= self.over:
-                break
-        assert {trial: len(ends) for trial, ends in (await self.on.outcomes()).items()} == dict.fromkeys(self.begun, 1)
-
-
-@pytest.mark.parametrize("first", range(0, 40, 10))
-def test_in_all_histories_each_trial_ends_once_and_nobody_waits_in_vain(tmp_path: Any, first: int) -> None:
-    for seed in range(first, first + 10):
-        asyncio.run(Play(str(tmp_path), seed).run())

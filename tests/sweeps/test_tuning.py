@@ -1,5 +1,6 @@
 """What stands on Ray Tune's inner interfaces: its own schedulers, moved by trials without processes behind them."""
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +53,7 @@ LONG = ("objective.every=20", "objective.max_steps=180")
     ],
 )
 def test_decisions_fall_on_evaluations_before_the_end(
-    read: Read, sets: Sequence[str], steps: set[int], saves: bool
+    read: Read, sets: Sequence[str], steps: set[int], saves: object
 ) -> None:
     assert decisions(read(SEARCH, *sets)) == (frozenset(steps), saves)
 
@@ -72,10 +73,12 @@ class Fake:
     checkpoint: Any = None
 
     def is_finished(self) -> bool:
+        """Say whether it has ended."""
         return self.status in (TuneTrial.TERMINATED, TuneTrial.ERROR)
 
     @property
     def run_metadata(self) -> Any:
+        """Return itself, as for all that schedulers look for in it."""
         return self
 
     temporary_state = checkpoint_manager = property(lambda self: self)
@@ -85,6 +88,7 @@ class Fake:
     _latest_checkpoint_result: Any = None
 
     def set_config(self, config: dict[str, Any]) -> None:
+        """Give it other settings."""
         self.config = config
 
     def set_experiment_tag(self, tag: str) -> None:
@@ -107,15 +111,18 @@ class Bench:
         self.arms = arms
 
     def add(self, name: str, /, arm: str = "search", phase: str = "tune", **config: Any) -> Any:
+        """Add a trial."""
         trial = Fake(name, {"arm": arm, "phase": phase, "point": {}, **config})
         self.trials.append(trial)
         self.scheduler.on_trial_add(self, trial)  # type: ignore[arg-type]
         return trial
 
     def get_trials(self) -> list[Any]:
+        """Return all trials."""
         return self.trials
 
     def get_live_trials(self) -> set[Any]:
+        """Return those that have not ended."""
         return {trial for trial in self.trials if not trial.is_finished()}
 
     def pause_trial(self, trial: Any, **_: Any) -> None:
@@ -162,8 +169,8 @@ class Bench:
                 chosen = self.scheduler.choose_trial_to_run(self) or next(iter(pending), None)
                 if chosen is not None:
                     chosen.status = TuneTrial.RUNNING
-                    if chosen._latest_checkpoint_result is not None:  # noqa: SLF001
-                        self.steps[chosen.trial_id] = chosen._latest_checkpoint_result.checkpoint["step"]  # noqa: SLF001
+                    if chosen._latest_checkpoint_result is not None:
+                        self.steps[chosen.trial_id] = chosen._latest_checkpoint_result.checkpoint["step"]
                     continue
             if not running:
                 assert not self.get_live_trials(), f"all wait: {[t.trial_id for t in self.get_live_trials()]}"
@@ -317,9 +324,7 @@ def test_hyperband_prunes_from_the_first_bracket_on_and_who_is_left_finishes(
 
 @pytest.mark.parametrize("seed", range(6))
 def test_hyperband_goes_on_when_trials_end_by_themselves(read: Read, seed: int) -> None:
-    import random
-
-    chance = random.Random(seed)
+    chance = random.Random(seed)  # noqa: S311 -- no secret
     bench = Bench(read(SEARCH, HYPERBAND, *LONG), slots=chance.choice((1, 2, 4)))
     count = chance.randint(2, 20)
     for place in range(count):
@@ -361,7 +366,7 @@ def test_pbt_gives_the_worst_the_point_and_checkpoint_of_one_of_the_best(read: R
     bench.result(worst, 20, 3.0)
     assert [donor["name"] for donor in donors] == ["t0"]
     assert worst.config["point"] == {"from": "t0"}
-    assert worst._latest_checkpoint_result.checkpoint == {"run": "t0", "step": 20}  # noqa: SLF001
+    assert worst._latest_checkpoint_result.checkpoint == {"run": "t0", "step": 20}
     assert [word for word in bench.words if word[0] == "t3"] == [("t3", "")]
     assert worst.status == TuneTrial.PAUSED
 
@@ -392,6 +397,7 @@ class Here:
         self.next = self
 
     def remote(self, trial: str, begin: Any) -> Any:
+        """Return the next message."""
         self.asked.append((trial, begin))
         return self.messages.pop(0)
 
@@ -407,7 +413,7 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[TrialActor, He
 
     def made(messages: Sequence[dict[str, Any]], **given: Any) -> tuple[TrialActor, Here]:
         actor, desk = TrialActor.__new__(TrialActor), Here(messages)
-        actor._desk, actor._trial_info = desk, type("Info", (), {"trial_id": "a"})()  # noqa: SLF001
+        actor._desk, actor._trial_info = desk, type("Info", (), {"trial_id": "a"})()
         begin = {"arm": "search", "phase": "tune", "point": {}, "seed": 0, "resume": None, "spent_s": 0.0}
         actor.reset_config(begin | {"recorded": [], "every": 20, "worst": WORST} | given)
         return actor, desk
@@ -478,7 +484,7 @@ def proposals(read: Read, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
 
 def test_as_many_trials_are_proposed_as_there_are_cells(proposals: Any) -> None:
     found, agenda = proposals(FAIR, capacity=2)
-    first, second, third = (found.next_trial() for _ in range(3))
+    first, _, third = (found.next_trial() for _ in range(3))
     assert third is None
     found.on_trial_complete(first.trial_id, {"outcome": "finished", "objective": 0.5, "step": 200, "device_s": 9.0})
     assert agenda.in_flight == 1
