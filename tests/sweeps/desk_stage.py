@@ -95,8 +95,10 @@ def evaluation(step: int, value: float = 0.5) -> dict[str, Any]:
 
 
 async def settle() -> None:
-    """Let all that can go on do so, threads that look for checkpoints among them."""
-    for _ in range(3):
+    """Let all that can go on do so, what looks for checkpoints in threads among it."""
+    for _ in range(10):
         await asyncio.sleep(0)
-        await asyncio.to_thread(lambda: None)
+    if looking := [task for task in asyncio.all_tasks() if getattr(task.get_coro(), "__name__", "") == "_requeue"]:
+        await asyncio.wait(looking)
+    for _ in range(10):
         await asyncio.sleep(0)

@@ -71,6 +71,16 @@ async def test_a_group_that_somebody_left_unheard_is_never_used_again(on: Stage)
 
 
 @stage_test
+async def test_a_broken_group_is_never_used_again_whoever_says_to_be_in_it(on: Stage) -> None:
+    on.begin("a")
+    await on.cell("x", 2)
+    await on.desk.lost("x", "a", "a sum broke")
+    await settle()
+    tasks = [on.takes("x", rank, held=1) for rank in range(2)]
+    assert [(await on.soon(task)).generation for task in tasks] == [2, 2]
+
+
+@stage_test
 async def test_a_replaced_worker_gets_the_trial_back_into_the_queue_from_its_newest_checkpoint(on: Stage) -> None:
     told = on.begin("a")
     on.begin("b")
@@ -81,6 +91,7 @@ async def test_a_replaced_worker_gets_the_trial_back_into_the_queue_from_its_new
     on.saved["a"] = 30
     await on.joins("x", 1, 2)
     assert await on.soon(look) == LEAVE  # who is left waits in a sum for one that is gone
+    await settle()
     tasks = [on.takes("x", rank) for rank in range(2)]
     task = await on.soon(tasks[0])
     assert (task.order.trial, task.order.resume, task.generation) == ("a", ("trials/a", 30), 2)
