@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -162,14 +163,10 @@ def recorded(order: list[Proposal], ended: int) -> list[Trial]:
     found = []
     for place, each in enumerate(order):
         told = Evaluation(step=200, samples=1, value=value_of(each), metrics={}, device_s=10.0)
-        given = {"arm": each.arm, "phase": each.phase, "number": each.number, "point": each.point, "seed": each.seed}
-        trial = Trial(id=each.trial, **given, evaluations=(told,), step=200, device_s=10.0)
-        found.append(trial if place >= ended else Trial(**{**vars_of(trial), "outcome": "finished"}))
+        trial = Trial(each.trial, each.arm, each.phase, each.number, each.point, each.seed, "running", 200, 10.0)
+        outcome: Outcome = "finished" if place < ended else "running"
+        found.append(replace(trial, outcome=outcome, evaluations=(told,)))
     return found
-
-
-def vars_of(trial: Trial) -> dict[str, Any]:
-    return {name: getattr(trial, name) for name in Trial.__dataclass_fields__}
 
 
 @pytest.mark.parametrize("method", ["quasirandom", "random"])

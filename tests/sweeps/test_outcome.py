@@ -23,7 +23,7 @@ def trial(
     name: str, value: float | None, outcome: Outcome = "finished", phase: TrialPhase = "tune", **of: Any
 ) -> Trial:
     told = () if value is None else (Evaluation(200, 12800, value, {"val_loss": value}, 20.0),)
-    given = {"arm": "search", "number": int(name.split("-")[0][1:]), "point": {}, "seed": 0} | of
+    given: dict[str, Any] = {"arm": "search", "number": int(name.split("-")[0][1:]), "point": {}, "seed": 0} | of
     return Trial(id=name, phase=phase, outcome=outcome, step=200, device_s=20.0, evaluations=told, **given)
 
 
@@ -79,7 +79,7 @@ def events(arms: Sequence[Arm], ends: Sequence[dict[str, Any]], points: Sequence
         told = {"arm": arms[0].name, "phase": "tune", "number": number, "point": point, "seed": 0}
         found.append({"kind": "trial", "t": float(number), "trial": name, **told, **end.get("of", {})})
         value = end.get("value")
-        evaluated = {"step": 200, "samples": 12800, "value": value, "metrics": {}, "device_s": 20.0}
+        evaluated: dict[str, Any] = {"step": 200, "samples": 12800, "value": value, "metrics": {}, "device_s": 20.0}
         if value is not None:
             found.append({"kind": "eval", "t": number + 0.5, "trial": name, **evaluated})
         ended = {"outcome": end["outcome"], "step": 200, "device_s": 20.0}

@@ -166,7 +166,7 @@ class Bench:
             running = [trial for trial in self.trials if trial.status == TuneTrial.RUNNING]
             if len(running) < self.slots:
                 pending = [trial for trial in self.trials if trial.status == TuneTrial.PENDING]
-                chosen = self.scheduler.choose_trial_to_run(self) or next(iter(pending), None)
+                chosen: Any = self.scheduler.choose_trial_to_run(self) or next(iter(pending), None)
                 if chosen is not None:
                     chosen.status = TuneTrial.RUNNING
                     if chosen._latest_checkpoint_result is not None:
@@ -412,7 +412,8 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[TrialActor, He
     monkeypatch.setattr(ray, "get", lambda found: found)
 
     def made(messages: Sequence[dict[str, Any]], **given: Any) -> tuple[TrialActor, Here]:
-        actor, desk = TrialActor.__new__(TrialActor), Here(messages)
+        actor: Any = TrialActor.__new__(TrialActor)
+        desk = Here(messages)
         actor._desk, actor._trial_info = desk, type("Info", (), {"trial_id": "a"})()
         begin = {"arm": "search", "phase": "tune", "point": {}, "seed": 0, "resume": None, "spent_s": 0.0}
         actor.reset_config(begin | {"recorded": [], "every": 20, "worst": WORST} | given)
