@@ -53,6 +53,7 @@ class TrialActor(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Begin with a trial."""
+        logging.getLogger("ray").setLevel(logging.ERROR)  # which tells of each checkpoint
         self._desk = ray.get_actor(config["desk"])
         self.reset_config(config)
 
