@@ -106,6 +106,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match="file"):
         write_tensorboard(TRIALS, str(tmp_path / "file"))
+    with pytest.raises(StorageError, match="no local folder"):
+        write_tensorboard(TRIALS, "s3://bucket/events")
 
 
 def test_results_need_neither_ray_nor_torch_nor_pandas() -> None:

@@ -5,6 +5,7 @@ import random
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from elastrain.sweeps.charts import Axis, Bar, Line, axis_of, bars, scatter, spans
 from elastrain.sweeps.leaderboard import Leaderboard, Scoring, fair, search
-from elastrain.sweeps.page import as_html
+from elastrain.sweeps.page import as_html, write_html
 from elastrain.sweeps.trials import Evaluation, Outcome, Trial, TrialPhase
 
 SCORING = Scoring(target=0.3, max_steps=1000, baseline="adamw", edges={"sgd": ["optimizer.lr"], "": ["optimizer.lr"]})
@@ -106,6 +107,13 @@ def test_one_trial_or_none_is_a_page(mode: str, trials: list[Trial]) -> None:
     assert any("Leaderboard" in text for text in read.texts)
 
 
+def test_the_page_is_written_beside_the_rest(tmp_path: Path) -> None:
+    trials = full()
+    url = write_html(str(tmp_path / "digits"), board_of("fair", trials), trials)
+    assert Path(url) == tmp_path / "digits" / "report.html"
+    assert "<title>digits · Elastrain</title>" in Path(url).read_text()
+
+
 def test_names_and_values_that_look_like_markup_stay_text() -> None:
     evil = '<script>alert("1")</script>\' onload="x" {0} {name}'
     trials = [
@@ -128,6 +136,11 @@ def test_a_sweep_of_500_trials_stays_below_two_megabytes() -> None:
     checked(page)
     assert len(page.encode()) < 2_000_000
     assert "460 more rows are in leaderboard.csv" in page
+
+
+def test_long_curves_are_thinned() -> None:
+    trials = [run("", number, 2000) for number in range(40)]
+    assert len(as_html("long", search(trials, SCORING), trials)) < 600_000  # whole, they would be a megabyte
 
 
 strange = st.sampled_from([0.0, -1.0, 1e308, -1e308, 5e-324, math.inf, -math.inf, math.nan, 0.3]) | st.floats()

@@ -211,6 +211,13 @@ def test_the_field_that_decides_explains_most_and_noise_next_to_nothing() -> Non
     assert "fixed" not in shares
 
 
+def test_what_bins_explain_by_chance_is_not_counted() -> None:
+    rng = np.random.default_rng(2)
+    point = {f"noise{n}": rng.uniform(size=20) for n in range(40)}
+    trials = [trial(n, [rng.normal()], **{name: of[n] for name, of in point.items()}) for n in range(20)]
+    assert np.mean(list(importance(trials, "min").values())) < 0.11  # three of nineteen degrees of freedom are 0.16
+
+
 def test_a_choice_that_makes_all_the_difference_explains_all_of_it_even_by_diverging() -> None:
     trials = [
         trial(n, [1.0 if n % 2 else None], "finished" if n % 2 else "diverged", name="ab"[n % 2]) for n in range(20)

@@ -40,7 +40,7 @@ BySeed = dict[int, float]
 class Scoring:
     """What is compared: a metric, whether less or more of it is good, and the value whose first reaching is timed.
 
-    `edges` names for each arm (in mode search for "") the fields whose best value lies on the edge of its range.
+    `edges` names for each arm, as its trials do, the fields whose best value lies on the edge of its range.
     """
 
     metric: str = "val_loss"
@@ -333,7 +333,8 @@ def search(trials: Sequence[Trial], scoring: Scoring) -> Leaderboard:
     single = [_trial_row(trial, scoring) for trial in tried if _key(trial) not in confirmed]
     rows = sorted([*firm, *single], key=lambda row: _place(row, scoring.goal))
     placed = (replace(row, rank=place if "finished" in row.ends else None) for place, row in enumerate(rows, start=1))
-    notes = tuple(f"The best {name} is on the edge of its range; widen it." for name in scoring.edges.get("", ()))
+    edges = dict.fromkeys(name for names in scoring.edges.values() for name in names)
+    notes = tuple(f"The best {name} is on the edge of its range; widen it." for name in edges)
     ends = tally(trials)
     return Leaderboard(
         mode="search", scoring=scoring, ranked_by="final value", rows=tuple(placed), ends=ends, notes=notes

@@ -117,9 +117,10 @@ class _Page:
     def confirmed(self) -> Iterator[str]:
         """Median and range over the seeds of what was confirmed, an arm or (in mode search) a point a colour."""
         groups: dict[str, list[Trial]] = {}
+        fields = varied(self.trials)
         for trial in self.trials:
             if trial.phase == "confirm" and _points(trial):
-                key = trial.arm if self.board.mode == "fair" else _named(trial.point)
+                key = trial.arm if self.board.mode == "fair" else _named(trial.point, fields)
                 groups.setdefault(key, []).append(trial)
         if not groups:
             return
@@ -293,8 +294,8 @@ def _end_value(trial: Trial) -> float | None:
     return trial.value if trial.outcome in ("finished", "pruned", "running") else None
 
 
-def _named(point: Mapping[str, Any]) -> str:
-    return ", ".join(f"{_last(name)} {shown(value)}" for name, value in point.items())
+def _named(point: Mapping[str, Any], fields: Iterable[str]) -> str:
+    return ", ".join(f"{_last(name)} {shown(point[name])}" for name in fields if name in point) or "the point"
 
 
 def _last(name: str) -> str:

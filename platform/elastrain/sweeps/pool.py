@@ -168,6 +168,7 @@ class Pool:
             work=work_of_trials,
         )
         self._cells[name] = cell = _Cell(actor, ended, node)
+        config.desk.event.remote("cell", {"cell": name, "node": node, "workers": config.size})
         return cell
 
 

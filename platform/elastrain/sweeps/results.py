@@ -23,7 +23,7 @@ TRIAL = ("arm", "phase", "number", "seed", "outcome", "step", "device_s", "value
 CURVE = ("step", "samples", "device_s", "value")
 MAX_ROWS = 30
 """Rows of a leaderboard as text: a terminal holds no more."""
-NOT_IN_TEXT = ("± sd", "in device-s", "tuning", "note")
+NOT_IN_TEXT = ("± sd", "in device-s", "tuning", "on the edge", "note")
 """Columns that a terminal has no room for; notes stand below the table there."""
 Column = tuple[str, Callable[[Row], str]]
 
@@ -152,16 +152,16 @@ def columns(board: Leaderboard) -> list[Column]:
             ("trial", lambda row: row.trial),
             (metric, lambda row: _interval(row.value, _short)),
             ("± sd", lambda row: _maybe(row.sd)),
+            ("point", lambda row: _point(row, fields)),
             ("how it ended", lambda row: in_words(row.ends) if row.runs > 1 else next(iter(row.ends))),
             *timed,
             ("steps", lambda row: f"{row.cost_steps:,}"),
-            ("point", lambda row: _point(row, fields)),
             ("note", lambda row: row.note),
         ]
     return [
         ("rank", lambda row: "" if row.kind == "defaults" else str(row.rank or "–")),
         ("by device-s", lambda row: str(row.rank_device_s or "")),
-        ("arm", lambda row: f"{row.arm}, defaults" if row.kind == "defaults" else row.arm),
+        ("arm", _who),
         *timed,
         ("speed-up", lambda row: _interval(row.speed_up, _times)),
         ("in device-s", lambda row: _interval(row.speed_up_device_s, _times)),
@@ -204,9 +204,8 @@ def as_text(board: Leaderboard) -> str:
     texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [heads, *lines]]
     more = len(board.rows) - MAX_ROWS
     rest = [f"… and {more} more in leaderboard.csv"] if more > 0 else []
-    notes = [
-        f"{row.arm or row.trial}: {row.note}" for row in board.rows[:MAX_ROWS] if row.note not in ("", "confirmed")
-    ]
+    noted = [row for row in board.rows[:MAX_ROWS] if row.note not in ("", "confirmed", "defaults")]
+    notes = [f"{_who(row)}: {row.note}" for row in noted]
     return "\n".join([headline(board), *(text.rstrip() for text in texts), *rest, *board.notes, *notes])
 
 
@@ -222,6 +221,10 @@ def _escaped(text: str) -> str:
     for mark in "\\|<*_`[":
         text = text.replace(mark, f"\\{mark}" if mark != "<" else "&lt;")
     return text.replace("\n", " ")
+
+
+def _who(row: Row) -> str:
+    return row.trial if row.kind == "trial" else f"{row.arm}, defaults" if row.kind == "defaults" else row.arm
 
 
 def _interval(told: Estimate | None, show: Callable[[float], str]) -> str:

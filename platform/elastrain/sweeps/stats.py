@@ -62,7 +62,7 @@ def loss_of(value: float | None, goal: Goal) -> float:
 def study_time(studies: Sequence[Sequence[float]]) -> float:
     """Return the time of an arm on a workload: the median over studies of the fastest trial of each.
 
-    Source: AlgoPerf, arXiv 2306.07179, section 4.4.
+    Source: AlgoPerf, arXiv 2306.07179.
     """
     return float(np.median([min(times, default=math.inf) for times in studies])) if studies else math.inf
 

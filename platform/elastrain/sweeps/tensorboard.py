@@ -7,9 +7,9 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+from elastrain import storage
 from elastrain.errors import StorageError
 from elastrain.sweeps.stats import plain
 from elastrain.sweeps.trials import Evaluation, Trial
@@ -23,14 +23,18 @@ def write_tensorboard(trials: Sequence[Trial], folder: str, metric: str = "val_l
     objective's last value. Written again, a trial's earlier events are replaced.
 
     Raises:
-        StorageError: if the folder cannot be written.
+        StorageError: if the folder is a URL or cannot be written.
     """
-    from tensorboardX.event_file_writer import EventsWriter  # noqa: PLC0415 -- 0.4 s that only who asks for it pays
+    if not storage.is_local(folder):
+        raise StorageError(
+            f"{folder} is no local folder: TensorBoard's events are written to one; copy them from there"
+        )
+    from tensorboardX.event_file_writer import EventsWriter  # noqa: PLC0415 -- a second that only who asks for it pays
     from tensorboardX.proto.event_pb2 import Event  # noqa: PLC0415
     from tensorboardX.summary import hparams, scalar  # noqa: PLC0415
 
     for trial in trials:
-        target = Path(folder) / re.sub(r"[^\w.=-]", "_", trial.id)
+        target = storage.local_path(folder) / re.sub(r"[^\w.=-]", "_", trial.id)
         try:
             target.mkdir(parents=True, exist_ok=True)
             for old in target.glob("events.out.tfevents.*"):

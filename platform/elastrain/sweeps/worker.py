@@ -41,6 +41,7 @@ from elastrain.training.task import make_task
 
 TRAINING = ("data", "compute", "reduce")  # what device-seconds are made of
 LIMITS = {"compute": 1.0, "evaluate": 1.0, "start": 10.0}  # how long a worker may be at it, in workers.timeout_s
+SETTINGS = ("weight_decay", "momentum", "betas", "eps")  # of an optimizer; the schedule sets lr at each step
 LOOK_S = 0.002
 COMMIT_S = 600.0
 
@@ -149,12 +150,7 @@ class CellWorker:
         steps = spec.budget.steps or (spec.budget.epochs or 0) * plan.steps_per_epoch
         state = TrainState(spec, make_task(spec, train), self._device)
         if order.resume is not None:
-            saved = checkpoint.load(*order.resume)
-            state.load(saved.tensors, saved.numbers)
-            if order.resume[0] != order.run_url and self._rank == 0:
-                told = {"donor": order.resume[0].rsplit("/", 1)[-1], "step": state.step, "point": dict(order.point)}
-                told["weights_sha256"] = digest(state.model.state_dict())
-                self._desk.event.remote("exploit", {"trial": order.trial, **told})
+            self._load(order, state)
         feed = DirectFeed(_feed_spec(spec, plan, (train, evaluation), (state.step, steps)), self._kept)
         self._running = running = Running(self._desk, self._cell, order, self._group)
         versions = {"plan": plan.identity(), "arithmetic": arithmetic(self._device), **self._config.info}
@@ -180,6 +176,23 @@ class CellWorker:
         if result["stopped"]:
             raise Broken("it was told to stop, and committed")  # it goes on elsewhere, from there
         return {"step": result["step"], "device_s": running.device_s(), "weights_sha256": result["weights_sha256"]}
+
+    def _load(self, order: Order, state: TrainState) -> None:
+        """Go on from the trial's own checkpoint, or take over another one's weights with settings of its own."""
+        assert order.resume is not None
+        run, step = order.resume
+        own = [[_settings(group) for group in phase.optimizer.param_groups] for phase in state.phases]
+        saved = checkpoint.load(run, step)
+        state.load(saved.tensors, saved.numbers)
+        if run == order.run_url:
+            return
+        for phase, groups in zip(state.phases, own, strict=True):
+            for group, settings in zip(phase.optimizer.param_groups, groups, strict=True):
+                group.update(settings)
+        if self._rank == 0:
+            told = {"donor": run.rsplit("/", 1)[-1], "step": step, "point": dict(order.point)}
+            told["weights_sha256"] = digest(state.model.state_dict())
+            self._desk.event.remote("exploit", {"trial": order.trial, **told})
 
     def _dataset(self, spec: TrainSpec, url: str) -> Dataset:
         key = (url, spec.data.columns)
@@ -308,6 +321,11 @@ class Running:
 
     def result(self, found: Mapping[str, Any]) -> None:
         """Nothing: whoever runs the loop returns it."""
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the spec has set of an optimizer's group."""
+    return {name: group[name] for name in SETTINGS if name in group}
 
 
 def _is_committed(run: str, step: int) -> bool:
