@@ -11,6 +11,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import HyperBandScheduler, TrialScheduler
 from tests.sweeps.texts import FAIR, SEARCH
 
+from elastrain.errors import SpecError
 from elastrain.spec.sweep import SweepSpec
 from elastrain.sweeps.agenda import Agenda
 from elastrain.sweeps.document import base_of
@@ -339,7 +340,8 @@ def test_hyperband_keeps_to_whole_numbers_and_to_grace(read: Read) -> None:
     assert firsts(spec) == [243, 81, 27, 9, 3, 1]
     assert isinstance(scheduler_of(spec, lambda config: config), Brackets)
     late = read(SEARCH, "early_stop={method: hyperband, grace: 100, factor: 3}", *LONG)
-    assert firsts(late) == [9]  # nobody could be pruned after 100 steps of 180 with this factor
+    with pytest.raises(SpecError, match="grace 100: hyperband with factor 3 prunes after 60 of 180 steps"):
+        decisions(late)  # before anything starts
 
 
 # --- pbt

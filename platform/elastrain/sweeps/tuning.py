@@ -33,6 +33,7 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
+from elastrain.errors import SpecError
 from elastrain.spec.sweep import SweepSpec
 from elastrain.sweeps.agenda import Agenda, Proposal
 from elastrain.sweeps.trials import Outcome
@@ -303,13 +304,22 @@ class Brackets(HyperBandScheduler):
 
 
 def firsts(spec: SweepSpec) -> list[int]:
-    """Return after how many evaluations HyperBand first prunes, bracket by bracket; in the first one it never does."""
+    """Return after how many evaluations HyperBand first prunes, bracket by bracket; in the first one it never does.
+
+    Raises SpecError if it would do so in none.
+    """
     objective, early = spec.objective, spec.early_stop
     assert early is not None
     rounds = objective.max_steps // objective.every
     found = [rounds]
     while (first := rounds // early.factor ** len(found)) * objective.every >= early.grace:
         found.append(first)
+    if len(found) == 1:
+        last, most = first * objective.every, objective.max_steps
+        text = (
+            f"early_stop.grace {early.grace}: hyperband with factor {early.factor} prunes after {last} of {most} steps"
+        )
+        raise SpecError(f"{text} at the latest; lower grace or factor")
     return found
 
 
@@ -318,14 +328,8 @@ def scheduler_of(spec: SweepSpec, explore: Callable[[dict[str, Any]], dict[str, 
     objective, early = spec.objective, spec.early_stop
     compared: dict[str, Any] = {"metric": "objective", "mode": objective.goal}
     if spec.search.method == "pbt":
-        return Population(
-            time_attr="step",
-            perturbation_interval=objective.every,
-            custom_explore_fn=explore,
-            synch=True,
-            log_config=False,
-            **compared,
-        )
+        synch: dict[str, Any] = {"synch": True, "log_config": False, "perturbation_interval": objective.every}
+        return Population(time_attr="step", custom_explore_fn=explore, **synch, **compared)
     if early is None:
         return FIFOScheduler()
     match early.method:
