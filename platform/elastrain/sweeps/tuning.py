@@ -304,10 +304,7 @@ class Brackets(HyperBandScheduler):
 
 
 def firsts(spec: SweepSpec) -> list[int]:
-    """Return after how many evaluations HyperBand first prunes, bracket by bracket; in the first one it never does.
-
-    Raises SpecError if it would do so in none.
-    """
+    """Return after how many evaluations each bracket first prunes, the first never; raises SpecError if all never do."""
     objective, early = spec.objective, spec.early_stop
     assert early is not None
     rounds = objective.max_steps // objective.every
@@ -315,11 +312,9 @@ def firsts(spec: SweepSpec) -> list[int]:
     while (first := rounds // early.factor ** len(found)) * objective.every >= early.grace:
         found.append(first)
     if len(found) == 1:
-        last, most = first * objective.every, objective.max_steps
-        text = (
-            f"early_stop.grace {early.grace}: hyperband with factor {early.factor} prunes after {last} of {most} steps"
-        )
-        raise SpecError(f"{text} at the latest; lower grace or factor")
+        when = f"after {first * objective.every} of {objective.max_steps} steps at the latest"
+        text = f"early_stop.grace {early.grace}: hyperband with factor {early.factor} prunes {when}"
+        raise SpecError(f"{text}; lower grace or factor")
     return found
 
 
