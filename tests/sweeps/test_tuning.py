@@ -225,7 +225,7 @@ def test_a_trial_that_diverged_keeps_no_bad_one_alive(read: Read, early: str, go
     sign = 1 if goal == "min" else -1
     spec = read(SEARCH, early, f"objective.goal={goal}", "objective.target=null")
     decided = []
-    for diverged in (0, 2):
+    for diverged in (0, 5):
         bench = Bench(spec)
         for place in range(diverged):
             bench.result(bench.add(f"n{place}"), 40, sign * WORST, "diverged")

@@ -304,7 +304,7 @@ class Brackets(HyperBandScheduler):
 
 
 def firsts(spec: SweepSpec) -> list[int]:
-    """Return after how many evaluations each bracket first prunes, the first never; raises SpecError if all never do."""
+    """Return after how many evaluations each bracket prunes first, the first one never; SpecError if none ever does."""
     objective, early = spec.objective, spec.early_stop
     assert early is not None
     rounds = objective.max_steps // objective.every
