@@ -323,6 +323,21 @@ def test_hyperband_prunes_from_the_first_bracket_on_and_who_is_left_finishes(
     assert sorted(ended) == sorted(trial for trial, outcome in bench.outcomes.items() if outcome == "pruned")
 
 
+def test_hyperband_lets_the_last_run_past_a_power_of_its_factor(read: Read) -> None:
+    bench = Bench(read(SEARCH, HYPERBAND, "objective.max_steps=200"))
+    trial = bench.add("t0")
+    assert [bench.result(trial, step, 0.5) for step in (20, 60, 180)] == [TrialScheduler.CONTINUE] * 3
+
+
+def test_hyperband_keeps_a_bracket_whose_only_trial_has_ended(read: Read) -> None:
+    bench = Bench(read(SEARCH, HYPERBAND, *LONG))
+    bench.result(bench.add("t0"), 5, WORST, "diverged")
+    for place in range(1, 10):
+        bench.add(f"t{place}")
+    bench.run(flat)
+    assert list(bench.outcomes.values()).count("finished") == 1
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_hyperband_goes_on_when_trials_end_by_themselves(read: Read, seed: int) -> None:
     chance = random.Random(seed)  # noqa: S311 -- no secret
@@ -336,9 +351,11 @@ def test_hyperband_goes_on_when_trials_end_by_themselves(read: Read, seed: int) 
 
 
 def test_hyperband_keeps_to_whole_numbers_and_to_grace(read: Read) -> None:
-    spec = read(SEARCH, HYPERBAND, "objective.every=20", "objective.max_steps=4860")
-    assert firsts(spec) == [243, 81, 27, 9, 3, 1]
-    assert isinstance(scheduler_of(spec, lambda config: config), Brackets)
+    spec = read(SEARCH, "early_stop={method: hyperband, grace: 20, factor: 7}", "objective.max_steps=980")
+    assert firsts(spec) == [49, 7, 1]  # 49 * 7**-2 is less than 1
+    brackets = scheduler_of(spec, lambda config: config)
+    assert isinstance(brackets, Brackets)
+    assert [brackets._get_r0(s) for s in range(3)] == [49, 7, 1]
     late = read(SEARCH, "early_stop={method: hyperband, grace: 100, factor: 3}", *LONG)
     with pytest.raises(SpecError, match="grace 100: hyperband with factor 3 prunes after 60 of 180 steps"):
         decisions(late)  # before anything starts

@@ -289,7 +289,7 @@ class Brackets(HyperBandScheduler):
             stop_last_trials=False,
         )
         self._s_max_1 = len(firsts(spec))
-        self._get_r0 = lambda s: rounds // factor**s  # in whole numbers: 3**-5 * 243 is less than 1 in floats
+        self._get_r0 = lambda s: rounds // factor**s  # in whole numbers: 49 * 7**-2 is less than 1 in floats
 
     def _create_bracket(self, s: int) -> Any:
         return super()._create_bracket(self._s_max_1 - 1 - s)  # type: ignore[no-untyped-call] # Tune's
