@@ -48,7 +48,8 @@ class Moody(DigitsMLP):
 
     def losses(self, model, batch):
         self.calls += model.training
-        time.sleep(self.pause)
+        if not Path(__file__).with_name("fast").exists():
+            time.sleep(self.pause)
         if self.mood == "raises" and self.calls > 10:
             raise KeyError("what is missing")
         if self.mood == "dies" and self.calls > 10:
