@@ -264,6 +264,33 @@ def cluster_check(spec: ClusterPath, sets: Sets = None, as_json: Json = False) -
     _print(run, as_json=as_json)
 
 
+@cluster.command("plan")
+def cluster_plan(
+    spec: ClusterPath,
+    run_spec: Annotated[str, typer.Argument(metavar="RUN", help="YAML file of a run")],
+    accelerator: Annotated[str | None, typer.Option(help="the kind of GPU for its workers: H100, A100, …")] = None,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Print which nodes a run would start, what never fits, cost, power, time to the first step. Starts nothing.
+
+    `--set` changes the run.
+    """
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.cluster.check import check_cluster
+        from elastrain.cluster.document import read_cluster
+        from elastrain.cluster.forecast import as_text, forecast_cluster
+        from elastrain.spec.document import read_train
+
+        document = read_cluster(spec)
+        check_cluster(document)
+        found = forecast_cluster(document.spec, read_train(run_spec, sets or []), accelerator=accelerator)
+        return found, as_text(found)
+
+    _print(run, as_json=as_json)
+
+
 @cluster.command("render")
 def cluster_render(
     spec: ClusterPath,
