@@ -3,7 +3,7 @@
 # demo    trains a small network on the digits and shows its report
 # demo-s3 does the same on an S3 server that it starts on this machine and stops again
 # check   format, lint, direction of imports, types and the fast tests
-# test    check, then the tests that start Ray or take long; JOBS files side by side, 2 unless told
+# test    check, then the tests that start Ray or take long; JOBS files side by side, 3 unless told: they often wait
 # test-gpu the tests that need a GPU
 # format  lets ruff rewrite what it can
 # bench   runs the benchmarks
@@ -17,7 +17,7 @@ SHELL := /bin/bash
 
 PYTHON ?=
 ROUNDS ?= 10
-JOBS ?= 2
+JOBS ?= 3
 IS_OURS := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 BIN := .venv/bin
 ELASTRAIN := $(BIN)/elastrain
@@ -40,7 +40,7 @@ setup: .venv/.stamp
 	  "$$found" -m venv --clear .venv; \
 	fi
 	@echo "Installing the locked versions into .venv (about 2 GB; minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[digits,text,images,tables,optuna,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[digits,text,images,tables,optimizers,optuna,dev]'
 	@touch $@
 
 data: setup data/python-docs.txt
@@ -93,7 +93,7 @@ soak: setup
 	CELL_HISTORIES=20 $(TEST) -x tests/elastic/test_verify.py -k disturbed_run
 	HISTORIES=100000 $(TEST) -x tests/elastic/test_protocol.py
 	@seed=$$RANDOM; echo "soak: SEED=$$seed for flipped bits and killed writers"; \
-	FLIPS=400 KILLS=50 SEED=$$seed $(TEST) -x tests/test_integrity.py
+	FLIPS=400 KILLS=100 SEED=$$seed $(TEST) -x tests/test_integrity.py
 	@for round in $$(seq $(ROUNDS)); do \
 	  echo "soak: round $$round of $(ROUNDS)"; \
 	  $(TEST) -x -m 'ray or slow'; \

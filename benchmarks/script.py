@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,13 @@ def options() -> dict[str, Any]:
 def finish(measures: Mapping[str, float], counters: Mapping[str, int], digest: str | None = None) -> None:
     """Print the result as the last line."""
     print(json.dumps({"measures": dict(measures), "counters": dict(counters), "digest": digest}), flush=True)
+
+
+def started() -> float:
+    """Return the Unix time at which this process began, before Python and what it imports."""
+    fields = _stat(os.getpid())
+    assert fields is not None
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(fields[19]) * TICK_S
 
 
 def tree_cpu_s(root: int) -> float:

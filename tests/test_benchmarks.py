@@ -196,14 +196,61 @@ def test_only_what_a_command_has_started_is_killed_and_nothing_of_it_is_left(tmp
         command.look()
 
 
+# --- trials of a sweep
+
+
+def test_trials_that_are_counted_on_take_as_long_as_those_that_were_run() -> None:
+    from benchmarks.sweep.work import measured
+
+    assert measured(0.0, [10.0, 14.0, 12.0], 3) == {
+        "first_s": 10.0,
+        "trial_s": 2.0,
+        "all_s": 14.0,
+        "trials_per_h": 771.4285714285714,
+    }
+    assert measured(0.0, [10.0, 14.0, 12.0], 8)["all_s"] == 24.0
+    assert measured(5.0, [15.0], 4)["all_s"] == 40.0, "one alone stands for all"
+
+
+def test_a_side_with_another_loss_is_void() -> None:
+    from types import SimpleNamespace
+
+    from benchmarks.sweep.work import check
+
+    rows: Any = SimpleNamespace(expected=[0.5, 0.25])
+    assert check({0: 0.5, 1: 0.2500005}, rows) == pytest.approx(5e-7)
+    for loss in (0.250002, math.nan):
+        with pytest.raises(SystemExit, match="void"):
+            check({0: 0.5, 1: loss}, rows)
+
+
+def test_recorded_curves_are_stopped_where_a_sweep_would_stop_them() -> None:
+    from benchmarks.sweep.asha import replay
+    from benchmarks.sweep.work import RECORDED_EVERY, RECORDED_STEPS
+
+    evaluations = RECORDED_STEPS // RECORDED_EVERY
+    curves = [[float(place)] * evaluations for place in range(9)]  # the best comes first
+    share, best = replay(curves, 1)
+    assert (share, best) == ((evaluations + 8) / (9 * evaluations), 0.0)
+    share, best = replay(curves[::-1], 1)
+    assert best == 0.0
+    assert share > 0.3, "whoever comes is better than all before"
+
+
 # --- the cases
 
 
-def small(case: str, tmp_path: Path) -> dict[str, dict[str, dict[str, Any]]]:
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the cases make their data, which several of them read."""
+    return tmp_path_factory.mktemp("work")
+
+
+def small(case: str, work: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Run a case at its small size; return the first run of each side by series and side."""
-    out = tmp_path / "out.json"
+    out = work / f"{case}.json"
     command = [sys.executable, "-m", "benchmarks", case, "--small", "--pairs", "1"]
-    command += ["--json", str(out), "--work", str(tmp_path / "work")]
+    command += ["--json", str(out), "--work", str(work)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (result,) = json.loads(out.read_text())
@@ -216,12 +263,12 @@ def small(case: str, tmp_path: Path) -> dict[str, dict[str, dict[str, Any]]]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_ingest_delivers_every_row_once_an_epoch(tmp_path: Path) -> None:
+def test_ingest_delivers_every_row_once_an_epoch(work: Path) -> None:
     from benchmarks.ingest.case import SMALL_EPOCHS, SMALL_ROWS
     from benchmarks.ingest.data import WARM
 
     rows = (WARM + SMALL_EPOCHS + 1) * SMALL_ROWS
-    for series in small("ingest", tmp_path).values():
+    for series in small("ingest", work).values():
         ours, raw = series["ours"], series["raw"]
         assert ours["counters"]["rows"] == raw["counters"]["rows"] == rows
         assert ours["counters"]["object_store_bytes"] == rows * (784 + 1 + 20), "the index takes 20 bytes a row"
@@ -231,10 +278,10 @@ def test_ingest_delivers_every_row_once_an_epoch(tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_s3_ingest_asks_for_each_row_group_in_one_epoch_and_for_nothing_in_the_next(tmp_path: Path) -> None:
+def test_s3_ingest_asks_for_each_row_group_in_one_epoch_and_for_nothing_in_the_next(work: Path) -> None:
     from benchmarks.s3_ingest.case import SMALL_ROWS
 
-    (series,) = small("s3_ingest", tmp_path).values()
+    (series,) = small("s3_ingest", work).values()
     ours, peer = series["ours"], series["Ray Data"]
     assert ours["counters"]["delivered_bytes"] == peer["counters"]["delivered_bytes"] == SMALL_ROWS * (784 + 1)
     assert ours["counters"]["requests_of_cached_epochs"] == 0
@@ -244,11 +291,11 @@ def test_s3_ingest_asks_for_each_row_group_in_one_epoch_and_for_nothing_in_the_n
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_pack_writes_every_row_on_all_sides(tmp_path: Path) -> None:
+def test_pack_writes_every_row_on_all_sides(work: Path) -> None:
     from benchmarks.pack.case import SMALL_FILES
     from benchmarks.pack.data import FILE_ROWS
 
-    (series,) = small("pack", tmp_path).values()
+    (series,) = small("pack", work).values()
     rows = SMALL_FILES * FILE_ROWS
     for name, side in series.items():
         removed = {} if name == "Ray Data" else {"removed": 0}
@@ -260,10 +307,10 @@ def test_pack_writes_every_row_on_all_sides(tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_integrity_cost_reads_the_same_rows_on_all_sides(tmp_path: Path) -> None:
+def test_integrity_cost_reads_the_same_rows_on_all_sides(work: Path) -> None:
     from benchmarks.integrity_cost.case import SMALL_EPOCHS, SMALL_ROWS
 
-    found = small("integrity_cost", tmp_path)
+    found = small("integrity_cost", work)
     assert found.keys() == {"read tasks", "ingest"}
     for series in found.values():
         assert len({side["digest"] for side in series.values()}) == 1
@@ -271,7 +318,7 @@ def test_integrity_cost_reads_the_same_rows_on_all_sides(tmp_path: Path) -> None
     assert found["read tasks"]["encrypted"]["counters"]["rows"] == SMALL_EPOCHS * SMALL_ROWS
     sizes, marks = {}, {}
     for kind in ("ours", "unchecked", "encrypted"):
-        (shard,) = (tmp_path / "work").glob(f"*-{kind}/part-00000.parquet")
+        (shard,) = work.glob(f"*-{kind}/part-00000.parquet")
         sizes[kind], marks[kind] = shard.stat().st_size, shard.read_bytes()[:4]
     assert marks == {"ours": b"PAR1", "unchecked": b"PAR1", "encrypted": b"PARE"}
     assert sizes["unchecked"] < sizes["ours"] < sizes["encrypted"], "a checksum takes some bytes a page"
@@ -279,8 +326,8 @@ def test_integrity_cost_reads_the_same_rows_on_all_sides(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_loop_does_the_same_steps_on_both_sides(tmp_path: Path) -> None:
-    for series in small("loop", tmp_path).values():
+def test_loop_does_the_same_steps_on_both_sides(work: Path) -> None:
+    for series in small("loop", work).values():
         assert {side["counters"]["steps"] for side in series.values()} == {40}
         assert len({side["digest"] for side in series.values()}) == 1
 
@@ -288,8 +335,8 @@ def test_loop_does_the_same_steps_on_both_sides(tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_cold_start_reaches_a_first_step_on_all_sides(tmp_path: Path) -> None:
-    (series,) = small("cold_start", tmp_path).values()
+def test_cold_start_reaches_a_first_step_on_all_sides(work: Path) -> None:
+    (series,) = small("cold_start", work).values()
     for side in series.values():
         assert side["counters"]["steps"] == 1
         assert 0 < side["measures"]["first_step_s"] <= side["measures"]["command_s"]
@@ -297,8 +344,8 @@ def test_cold_start_reaches_a_first_step_on_all_sides(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_checkpoint_saves_the_same_bytes_on_all_sides(tmp_path: Path) -> None:
-    (series,) = small("checkpoint", tmp_path).values()
+def test_checkpoint_saves_the_same_bytes_on_all_sides(work: Path) -> None:
+    (series,) = small("checkpoint", work).values()
     assert len({json.dumps(side["counters"], sort_keys=True) for side in series.values()}) == 1
     assert series["ours"]["counters"]["bytes"] > 12e6
     assert series["ours"]["measures"]["stall_s"] < series["ours"]["measures"]["write_s"]
@@ -306,8 +353,8 @@ def test_checkpoint_saves_the_same_bytes_on_all_sides(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_bitwise_comes_to_the_same_bits_at_any_number_of_workers(tmp_path: Path) -> None:
-    series = small("bitwise", tmp_path)
+def test_bitwise_comes_to_the_same_bits_at_any_number_of_workers(work: Path) -> None:
+    series = small("bitwise", work)
     for sides in series.values():
         assert len({side["digest"] for side in sides.values()}) == 1
         assert {name: side["counters"]["workers"] for name, side in sides.items()} == {"1 worker": 1, "2 workers": 2}
@@ -319,8 +366,8 @@ def test_bitwise_comes_to_the_same_bits_at_any_number_of_workers(tmp_path: Path)
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_recovery_goes_on_after_a_kill_on_all_sides(tmp_path: Path) -> None:
-    (series,) = small("recovery", tmp_path).values()
+def test_recovery_goes_on_after_a_kill_on_all_sides(work: Path) -> None:
+    (series,) = small("recovery", work).values()
     for side in series.values():
         assert 0 < side["measures"]["recovery_s"] < 120
         assert side["measures"]["steps_lost"] == 0
@@ -329,9 +376,28 @@ def test_recovery_goes_on_after_a_kill_on_all_sides(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_sweep_comes_to_the_same_losses_on_all_sides_and_leaves_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    from benchmarks.sweep.work import TOLERANCE
+
+    found = small("sweep", tmp_path)
+    one, two = found["one worker a trial"], found["two workers a trial"]
+    assert all(side["measures"]["furthest"] <= TOLERANCE for side in (*one.values(), *two.values()))
+    assert one["ours"]["counters"] == {"trials": 4, "workers": 1, "left_behind": 0}
+    assert two["ours"]["counters"] == {"trials": 4, "workers": 2, "left_behind": 0}
+    (decided,) = found["decisions"].values()
+    assert decided["counters"] == {"trials": 4, "left_behind": 0}
+    assert decided["measures"]["decisions"] + decided["measures"]["pruned"] >= 4, "each trial was decided on once"
+    (asha,) = found["asha"].values()
+    assert 0 < asha["measures"]["share_1"] < 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_goodput_counts_the_steps_of_a_window_with_a_kill(tmp_path: Path) -> None:
-    (series,) = small("goodput", tmp_path).values()
+def test_goodput_counts_the_steps_of_a_window_with_a_kill(work: Path) -> None:
+    (series,) = small("goodput", work).values()
     for side in series.values():
         measures = side["measures"]
         assert measures["kills"] == 1

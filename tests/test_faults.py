@@ -5,6 +5,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -224,3 +225,41 @@ def test_only_where_a_command_begins_is_an_address_that_never_answered_given_up_
     assert s3._patience_s(nobody, "http://never.heard.of") == s3.FIRST_S
     monkeypatch.setenv(s3.RAY_WORKER, "1")
     assert s3._patience_s(nobody, "http://never.heard.of") == s3.OUTAGE_S
+
+
+def test_an_outage_of_the_store_of_the_data_alone_is_seen_and_shown(
+    dataset: Dataset, fault_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read tasks wait in processes of their own: the driver looks by itself."""
+    from elastrain.elastic import watch  # Ray, which the other tests here do without
+
+    monkeypatch.setattr(watch, "ASK_S", 0.1)
+    plan: Any = SimpleNamespace(steps_per_epoch=2, global_batch=8)
+    nobody: Any = None
+    seen = watch.Watch(
+        plan=plan,
+        num_steps=4,
+        workers=nobody,
+        line=nobody,
+        host=nobody,
+        fleet=nobody,
+        data=[dataset],
+        stops=lambda: False,
+        stepped=lambda _: None,
+    )
+    now = {"step": 1, "last": {"loss": 0.5}, "spent": {}, "storage_s": 0.0, "missing": 0, "generation": 1}
+    now |= {"members": [], "checkpoint": None}
+    with watch.asking([dataset]):
+        assert seen._status(now).phase == "training"
+        fault_proxy.unplug()
+        until(lambda: seen._status(now).phase == "training, waiting for storage")
+        fault_proxy.clear()
+        until(lambda: seen._status(now).phase == "training")
+    assert seen._status({**now, "storage_s": 9.0}).phase == "training, waiting for storage", "the run's own store"
+
+
+def until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)

@@ -214,7 +214,8 @@ def test_credentials_come_from_a_profile_too(root: str, tmp_path: Path, monkeypa
     with locked(root, remedy=""):
         pass
     monkeypatch.setenv("AWS_PROFILE", "sso")
-    with pytest.raises(StorageError, match=r"AWS_PROFILE is sso, which holds no keys: .* export-credentials"):
+    monkeypatch.setenv("PATH", str(tmp_path))  # where no `aws` is
+    with pytest.raises(StorageError, match=r"AWS_PROFILE is sso, which holds no keys .* export-credentials"):
         lease.taken(root, remedy="")
 
 

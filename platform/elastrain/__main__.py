@@ -52,7 +52,9 @@ def pack(
     non_finite: Annotated[str, typer.Option(help="csv, parquet: NaN and infinity: error, drop or keep")] = "error",
     duplicates: Annotated[str, typer.Option(help="equal rows: keep, count, or drop all but the first")] = "keep",
     key: Annotated[str | None, typer.Option(help="csv, parquet: the column that tells duplicates; else all")] = None,
-    split: Annotated[str | None, typer.Option(help="csv, parquet: shares, as train=0.8,val=0.1,test=0.1")] = None,
+    documents: Annotated[str | None, typer.Option(help="text: one is a file, blank, line or column:NAME")] = None,
+    near: Annotated[float | None, typer.Option(help="documents this alike, 0.8 say, are duplicates too")] = None,
+    split: Annotated[str | None, typer.Option(help="tables, documents: shares, as train=0.8,val=0.1,test=0.1")] = None,
     by: Annotated[str | None, typer.Option(help="csv, parquet: rows alike in this column share a split")] = None,
     license_name: Annotated[str | None, typer.Option("--license", help="noted in the card")] = None,
     origin: Annotated[str | None, typer.Option("--source", help="where the data come from, noted in the card")] = None,
@@ -64,7 +66,7 @@ def pack(
     """Turn digits, IDX, CSV, Parquet, text or images into packed, checksummed Parquet."""
     checks: dict[str, Any] = {"expect": expect, "classes": classes, "nulls": nulls, "non_finite": non_finite}
     rows: dict[str, Any] = {"duplicates": duplicates, "key": key, "split": split, "by": by}
-    notes: dict[str, Any] = {"license": license_name, "origin": origin}
+    more: dict[str, Any] = {"documents": documents, "near": near, "license": license_name, "origin": origin}
     given: dict[str, Any] = {"context": context, "tokenizer": tokenizer, "test_fraction": test_fraction, "codec": codec}
     given |= {"image_size": image_size, "label": label, "encrypt": encrypt, "overwrite": overwrite}
 
@@ -81,7 +83,7 @@ def pack(
             row_group_bytes=_bytes("--row-group-mib", row_group_mib),
             shard_bytes=_bytes("--shard-mib", shard_mib),
             columns=tuple(columns.split(",")) if columns else None,
-            prepare=Preparation(**checks, **rows, **notes),
+            prepare=Preparation(**checks, **rows, **more),
         )
         with ray_session(address, cpus=machine_cpus()), pack_progress() as progress:
             result = pack_dataset(source, out, options, progress=progress)

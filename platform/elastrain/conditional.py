@@ -11,22 +11,18 @@ import contextlib
 import os
 import re
 import secrets
-import time
 from collections.abc import Callable, Iterator
-from configparser import ConfigParser, Error
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
+from elastrain.credentials import find_keys, for_obstore
 from elastrain.errors import StorageError
 from elastrain.s3 import CREDENTIALS, endpoint, place, tried
 
 T = TypeVar("T")
 CONNECT_S, ANSWER_S = 3.0, 15.0
-FRESH_S = 300.0  # after this the files of credentials are read again
-FILES = (("AWS_SHARED_CREDENTIALS_FILE", "credentials"), ("AWS_CONFIG_FILE", "config"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +172,8 @@ def _store(url: str) -> Any:
 def _client(bucket: str, where: str, region: str, credentials: tuple[str | None, ...]) -> Any:  # noqa: ARG001 -- a key
     from obstore.store import S3Store  # noqa: PLC0415 -- only runs on S3 need it
 
-    own: dict[str, Any] = {"credential_provider": _of_profile} if _of_profile() else {}
+    in_files = not os.environ.get("AWS_ACCESS_KEY_ID") and find_keys() is not None  # where obstore does not look
+    own: dict[str, Any] = {"credential_provider": for_obstore} if in_files else {}
     return S3Store(
         bucket,
         config={"region": region, "conditional_put": "etag", **({"endpoint": where} if where else {})},
@@ -188,34 +185,3 @@ def _client(bucket: str, where: str, region: str, credentials: tuple[str | None,
         retry_config={"max_retries": 0},  # `s3` tries again, and says so
         **own,
     )
-
-
-def _of_profile() -> Any:
-    """Return the keys of the profile, in obstore's form; None where the environment or the machine's role has them.
-
-    obstore reads no files. Raises StorageError if the profile that AWS_PROFILE names has no keys of its own.
-    """
-    if os.environ.get("AWS_ACCESS_KEY_ID"):
-        return None
-    asked = os.environ.get("AWS_PROFILE")
-    name, keys = asked or "default", {}
-    for variable, file in FILES:
-        known = ConfigParser(interpolation=None)
-        path = Path(os.environ.get(variable) or Path.home() / ".aws" / file)
-        with contextlib.suppress(OSError, UnicodeDecodeError, Error):
-            known.read(path)
-        for section in (name, f"profile {name}"):
-            keys.update(dict(known[section]) if known.has_section(section) and "aws_access_key_id" not in keys else {})
-    if "aws_access_key_id" not in keys or "aws_secret_access_key" not in keys:
-        if asked:
-            raise StorageError(
-                f"AWS_PROFILE is {asked}, which holds no keys: conditional writes need them in the environment; run "
-                f'eval "$(aws configure export-credentials --format env)"'
-            )
-        return None
-    return {
-        "access_key_id": keys["aws_access_key_id"],
-        "secret_access_key": keys["aws_secret_access_key"],
-        "token": keys.get("aws_session_token"),
-        "expires_at": datetime.fromtimestamp(time.time() + FRESH_S, UTC),
-    }

@@ -14,13 +14,13 @@ What this guarantees, where the store honours conditional writes (`conditional.p
 - No checkpoint of a run that was taken over comes into being once `training.manifests.revoke` has run: it makes the
   manifests that are missing impossible, and manifests are only created. A writer checks its hold between the files of
   a checkpoint and its manifest, so either `revoke` saw the files or the check fails.
+- Nor is a checkpoint of its successor's harmed: the files of each writer have names of their own, and it removes no
+  others but those of checkpoints that later ones have replaced.
 
 What it cannot: S3 has no write that depends on another object. Between a check and the write that follows, however
 short, a hold can be lost. Records (metrics, audit, ledger), the manifests of packs and what a start removes are checked
-just before; what an owner writes that stood still in between still arrives. Before it writes a checkpoint it removes
-what lies in that folder, and does not look at its hold for that: an owner that stood still there may remove or
-overwrite its successor's checkpoint of the same step. Hashes tell, and the run goes on from the one before. A manifest
-that is about to be replaced by its own run is real, so `revoke` leaves it alone, and the replacement may still come.
+just before; what an owner writes that stood still in between still arrives. A manifest that is about to be replaced by
+its own run is real, so `revoke` leaves it alone, and the replacement, whose files are whole, too, may still come.
 """
 
 import getpass

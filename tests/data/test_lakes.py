@@ -1,5 +1,8 @@
 """Tables: real Delta and Iceberg tables, a version of which is read as the Parquet files that it is made of."""
 
+import json
+import string
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,10 +11,12 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 from pyiceberg.catalog.sql import SqlCatalog
+from pyiceberg.manifest import DataFile, DataFileContent
+from pyiceberg.table import FileScanTask
 
 from elastrain.data.chunks import PackOptions
 from elastrain.data.dataset import Dataset
-from elastrain.data.lakes import find_table, pinned
+from elastrain.data.lakes import _iceberg_tasks, find_table, pinned
 from elastrain.data.sources import identity, open_source
 from elastrain.errors import DataError, SpecError
 
@@ -105,6 +110,50 @@ def test_values_that_are_not_in_the_files_are_refused(tmp_path: Path) -> None:
     write_deltalake(str(tmp_path), rows(0, 10), partition_by=["y"])
     with pytest.raises(DataError, match="partitioned by y, whose values are not in the files"):
         find_table(f"delta:{tmp_path}@0")
+
+
+Z85 = string.digits + string.ascii_letters + ".-:+=^!/*?&<>()[]{}@%$#"
+
+
+def deletion_vector(deleted: list[int]) -> str:
+    """Rows of a file as Delta writes them into its log: a Roaring bitmap of one array, 64-bit, in Z85."""
+    array = struct.pack(f"<{len(deleted)}H", *deleted)
+    bitmap = struct.pack("<IIHHI", 12346, 1, 0, len(deleted) - 1, 16) + array
+    data = struct.pack("<IQI", 1681511377, 1, 0) + bitmap
+    words = struct.unpack(f">{len(data) // 4}I", data)
+    return "".join(Z85[word // 85**power % 85] for word in words for power in (4, 3, 2, 1, 0))
+
+
+@pytest.mark.parametrize("vector", [deletion_vector([3, 4, 7, 11, 18, 29]), "0" * 55], ids=["read", "unreadable"])
+def test_rows_of_a_delta_table_that_are_deleted_and_still_in_the_files_are_refused(vector: str, tmp_path: Path) -> None:
+    write_deltalake(str(tmp_path), rows(0, 40))
+    log = tmp_path / "_delta_log"
+    first = [json.loads(line) for line in (log / f"{0:020}.json").read_text().splitlines()]
+    add, meta = (next(line[kind] for line in first if kind in line) for kind in ("add", "metaData"))
+    features = {"readerFeatures": ["deletionVectors"], "writerFeatures": ["deletionVectors"]}
+    held = {"storageType": "i", "pathOrInlineDv": vector, "sizeInBytes": 44, "cardinality": 6}
+    actions = [
+        {"protocol": {"minReaderVersion": 3, "minWriterVersion": 7, **features}},
+        {"metaData": {**meta, "configuration": {"delta.enableDeletionVectors": "true"}}},
+        {"remove": {"path": add["path"], "deletionTimestamp": 1, "dataChange": True}},
+        {"add": {**add, "deletionVector": held}},
+    ]
+    (log / f"{1:020}.json").write_text("".join(json.dumps(action) + "\n" for action in actions))
+    assert numbers(f"delta:{tmp_path}@0") == list(range(40))
+    with pytest.raises(DataError, match=r"@1: it has rows that are deleted but still in the files; write a copy"):
+        find_table(f"delta:{tmp_path}@1")
+
+
+def test_rows_of_an_iceberg_table_that_are_deleted_and_still_in_the_files_are_refused(iceberg: Any) -> None:
+    """Such tables other writers make: pyiceberg rewrites files where rows are deleted."""
+    path = iceberg.location().removeprefix("file://")
+    task, *_ = iceberg.scan().plan_files()
+    places = DataFile.from_args(
+        content=DataFileContent.POSITION_DELETES, file_path=f"{path}/data/deletes.parquet", file_format="PARQUET"
+    )
+    assert len(list(_iceberg_tasks("iceberg:x@1", path, [task]))) == 1
+    with pytest.raises(DataError, match=r"^iceberg:x@1: it has rows that are deleted but still in the files"):
+        list(_iceberg_tasks("iceberg:x@1", path, [FileScanTask(task.file, {places})]))
 
 
 def test_an_empty_version_is_named(delta: str) -> None:

@@ -25,8 +25,9 @@ from elastrain.data.chunks import Removed, Split
 from elastrain.data.columns import Array, Column, from_table
 from elastrain.data.dataset import MANIFEST, PACKING, Dataset, read_footer
 from elastrain.data.pack import _Order, _pieces, machine_cpus, pack_dataset
-from elastrain.data.shards import ShardWriter, Sums, read_back
+from elastrain.data.shards import ShardWriter, read_back
 from elastrain.data.sources import PackOptions, open_source
+from elastrain.data.statistics import Sums
 from elastrain.data.tokens import Windows
 from elastrain.errors import ConflictError, DataError, ElastrainError, SpecError, StorageError
 

@@ -26,8 +26,9 @@ from elastrain.data.dataset import Dataset
 from elastrain.data.duplicates import HashReader, RowHashes, as_words, hashes_of
 from elastrain.data.pack import pack_dataset
 from elastrain.data.preparation import Preparation
-from elastrain.data.shards import COUNTED_VALUES, Sums, read_back
+from elastrain.data.shards import read_back
 from elastrain.data.sources import open_source
+from elastrain.data.statistics import COUNTED_VALUES, Distinct, Sums
 from elastrain.data.tables import null_rows
 from elastrain.errors import ConflictError, DataError, SpecError
 
@@ -209,7 +210,9 @@ def test_what_was_removed_is_reported_and_written(tmp_path: Path) -> None:
     left = [*range(1000), *(row for row in range(1000) if row not in (10, 20, 30, 40, 50, 60))]
     assert rows["n"].tolist() == left
     assert np.isfinite(rows["x"]).all()
-    n, x, _ = card["columns"]
+    n, x, kind = card["columns"]
+    assert [(each["nulls"], each["not_finite"]) for each in (n, x, kind)] == [(2, 0), (2, 1), (1, 0)]
+    assert (n["distinct"], x["distinct"], kind["distinct"], n["distinct_is_estimate"]) == (1000, 1000, 2, False)
     assert (n["min"], n["max"], n["mean"]) == (0, 999, pytest.approx(np.mean(left)))
     assert (x["min"], x["max"]) == (0.0, 499.5)
     assert card["labels"]["counts"] == {"cat": sum(v % 2 for v in left), "dog": sum(v % 2 == 0 for v in left)}
@@ -267,8 +270,6 @@ def test_duplicates_are_those_that_a_dictionary_finds(by_key: bool, monkeypatch:
             for pair in hashes.contradictions:
                 assert values[pair["rows"][0]] == values[pair["rows"][1]]
                 assert labels[pair["rows"]].tolist() == pair["labels"]
-        folder = hashes._folder
-    assert not folder.exists()
 
 
 def test_memory_holds_a_part_of_the_hashes() -> None:
@@ -282,7 +283,7 @@ def test_memory_holds_a_part_of_the_hashes() -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert hashes.duplicates == 300_000
-    buffers = duplicates.PARTS * duplicates.BUFFER_BYTES
+    buffers = 256 * duplicates.BUFFER_BYTES
     assert (
         peak
         < buffers + 12 * step * duplicates.RECORD.itemsize
@@ -424,9 +425,30 @@ def test_different_values_are_counted_up_to_a_bound() -> None:
     few.add(np.array([1, 1]))
     assert few.counts == {3: 2, 1: 3}
     many.add(np.arange(COUNTED_VALUES))
-    assert many.counts is not None
+    assert many.different() == (COUNTED_VALUES, False)
     many.add(np.array([-1]))
-    assert many.counts is None
+    assert many.different()[0] == pytest.approx(COUNTED_VALUES + 1, rel=0.05), "what was counted is not forgotten"
+    many.add(np.arange(4 * COUNTED_VALUES))
+    assert many.different()[0] == pytest.approx(4 * COUNTED_VALUES, rel=0.05)
+    assert many.different()[1]
+
+
+def test_different_values_are_exact_while_few_and_then_estimated_in_any_order() -> None:
+    few, many, backwards = Distinct(), Distinct(), Distinct()
+    few.add(np.array([1.5, 0.0, -0.0, np.nan, np.inf, 1.5]))
+    few.add(np.array([np.inf, np.nan, 2.5], np.float32))
+    assert (few.count, few.estimated) == (4, False)
+    rows = np.random.default_rng(0).integers(-(2**40), 2**40, 100_000)
+    for low in range(0, len(rows), 997):
+        many.add(rows[low : low + 997])
+        backwards.add(rows[::-1][low : low + 997])
+        if low < 3000:
+            assert many.count == low + 997
+    assert many.estimated
+    assert many.count == backwards.count == pytest.approx(100_000, rel=0.05)
+    one = many.count
+    many.add(rows)
+    assert many.count == one, "a value counts once"
 
 
 @pytest.mark.ray

@@ -93,11 +93,10 @@ def start(workspace: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """One Ray for all runs of a module that are made from Python."""
-    import ray
+    from elastrain.elastic.session import ray_session
 
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with ray_session("local", cpus=8):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 SPEC = str(ROOT / "pipelines" / "digits_mlp" / "train.yaml")
 SHORT = ("--set", "budget={steps: 30}", "--set", "workers={min: 1, max: 1}", "--set", "precision=fp32")
 
+BASE = ("budget={steps: 30}", "workers={min: 1, max: 1}", "checkpoint.every_steps=10")
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -39,6 +41,14 @@ def refused(done: "subprocess.CompletedProcess[str]", code: int, *words: str) ->
 
 def train(cli: Cli, name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return cli("train", SPEC, *SHORT, "--set", f"name={name}", *arguments)
+
+
+@pytest.fixture
+def finished(spec_of: Callable[..., Any], tmp_path: Path) -> elastrain.Run:
+    """A copy, `base` in the test's folder, of a finished run, which the first test that asks for it has trained."""
+    run = elastrain.train(spec_of("base", *BASE))
+    shutil.copytree(run.url, tmp_path / "base")
+    return elastrain.Run(str(tmp_path / "base"), run.result)
 
 
 @pytest.fixture
@@ -79,18 +89,14 @@ def test_packs_that_are_refused(cli: Cli, workspace: Path) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_shard_is_never_trained_on(spec_of: Callable[..., Any], broken: Path, damage: str) -> None:
+def test_a_damaged_shard_is_never_trained_on(spec_of: Callable[..., Any], broken: Path) -> None:
+    """What else may happen to a file, `tests/data/test_dataset.py` does to it."""
     file = shard(broken)
     data = bytearray(file.read_bytes())
-    words = {"flip": "corrupted", "truncate": "truncated", "remove": "gone"}
-    if damage == "remove":
-        file.unlink()
-    else:
-        data[len(data) // 3] ^= 1
-        file.write_bytes(data if damage == "flip" else data[:-100])
-    with pytest.raises(DataError, match=words[damage]) as caught:
-        elastrain.train(spec_of(f"damaged-{damage}", f"data.train={broken}"))
+    data[len(data) // 3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"corrupted|page checksum mismatch") as caught:
+        elastrain.train(spec_of("damaged", f"data.train={broken}", "workers={min: 1, max: 1}"))
     assert str(file) in str(caught.value)
 
 
@@ -121,7 +127,7 @@ def test_a_bug_in_the_task_comes_with_its_own_lines(spec_of: Callable[..., Any],
     text = (ROOT / "pipelines" / "digits_mlp" / "task.py").read_text()
     (tmp_path / "bug.py").write_text(text.replace('labels = batch["label"].long()', "labels = 1 / 0", 1))
     with pytest.raises(SpecError, match="ZeroDivisionError") as caught:
-        elastrain.train(spec_of("bug", f"task={tmp_path / 'bug.py'}:DigitsMLP"))
+        elastrain.train(spec_of("bug", f"task={tmp_path / 'bug.py'}:DigitsMLP", "workers={min: 1, max: 1}"))
     assert "labels = 1 / 0" in str(caught.value)
     assert "elastrain/training" not in str(caught.value)
 
@@ -161,55 +167,53 @@ def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(spec_of: Callabl
 
 @pytest.mark.usefixtures("local_ray")
 def test_another_dataset_or_seed_is_refused_and_fresh_starts_over(
-    spec_of: Callable[..., Any], cli: Cli, workspace: Path
+    spec_of: Callable[..., Any], cli: Cli, finished: elastrain.Run, tmp_path: Path
 ) -> None:
-    before = elastrain.train(spec_of("kept", "budget={steps: 30}", "workers={min: 1, max: 1}"))
-    refused(train(cli, "kept", "--set", "data.seed=1"), 3, "data.seed: 0 -> 1", "--fresh")
-    refused(train(cli, "kept", "--set", "data.train=data/digits/test"), 3, "training data", "--fresh")
-    refused(train(cli, "kept", "--set", "optimizer.lr=0.5"), 3, "optimizer.lr", "0.5")
-    assert before.report()["weights_sha256"] == before.weights_sha256
-    changed = spec_of("kept", "budget={steps: 30}", "workers={min: 1, max: 1}", "data.seed=1")
-    assert elastrain.train(changed, fresh=True).weights_sha256 != before.weights_sha256
-    assert "seed: 1" in (workspace / "runs" / "kept" / "spec.yaml").read_text()
+    there = ("--set", f"storage={tmp_path}")
+    refused(train(cli, "base", *there, "--set", "data.seed=1"), 3, "data.seed: 0 -> 1", "--fresh")
+    refused(train(cli, "base", *there, "--set", "data.train=data/digits/test"), 3, "training data", "--fresh")
+    refused(train(cli, "base", *there, "--set", "optimizer.lr=0.5"), 3, "optimizer.lr", "0.5")
+    assert finished.report()["weights_sha256"] == finished.weights_sha256
+    changed = spec_of("base", *BASE, f"storage={tmp_path}", "data.seed=1")
+    assert elastrain.train(changed, fresh=True).weights_sha256 != finished.weights_sha256
+    assert "seed: 1" in (tmp_path / "base" / "spec.yaml").read_text()
 
 
 @pytest.mark.usefixtures("local_ray")
 def test_fresh_removes_nothing_before_the_new_run_can_start(
-    spec_of: Callable[..., Any], cli: Cli, workspace: Path
+    spec_of: Callable[..., Any], cli: Cli, finished: elastrain.Run, tmp_path: Path
 ) -> None:
-    elastrain.train(spec_of("precious", "budget={steps: 10}", "workers={min: 1, max: 1}"))
-    kept = sorted((workspace / "runs" / "precious").rglob("*"))
-    refused(train(cli, "precious", "--fresh", "--set", "data.slots=100"), 2, "slots")
-    refused(train(cli, "precious", "--fresh", "--address", "127.0.0.1:1"), 6, "127.0.0.1:1")
+    there, kept = ("--fresh", "--set", f"storage={tmp_path}"), sorted(Path(finished.url).rglob("*"))
+    refused(train(cli, "base", *there, "--set", "data.slots=100"), 2, "slots")
+    refused(train(cli, "base", *there, "--address", "127.0.0.1:1"), 6, "127.0.0.1:1")
     with pytest.raises(ResourceError):
-        elastrain.train(spec_of("precious", "workers.gpus=1"), fresh=True)
-    assert sorted((workspace / "runs" / "precious").rglob("*")) == kept
+        elastrain.train(spec_of("base", f"storage={tmp_path}", "workers.gpus=1"), fresh=True)
+    assert sorted(Path(finished.url).rglob("*")) == kept
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_finished_run_is_known_by_its_checkpoint(spec_of: Callable[..., Any], workspace: Path) -> None:
-    changes = ("budget={steps: 10}", "workers={min: 1, max: 1}")
-    first = elastrain.train(spec_of("cut-off", *changes))
-    ledger = next((workspace / "runs" / "cut-off" / "ledger").iterdir())
+def test_a_finished_run_is_known_by_its_checkpoint(
+    spec_of: Callable[..., Any], finished: elastrain.Run, tmp_path: Path
+) -> None:
+    ledger = next(Path(finished.url, "ledger").iterdir())
     lines = [line for line in ledger.read_text().splitlines(keepends=True) if '"kind": "end"' not in line]
     ledger.write_text("".join(lines))
-    again = elastrain.train(spec_of("cut-off", *changes))
+    again = elastrain.train(spec_of("base", *BASE, f"storage={tmp_path}"))
     for key in ("step", "samples", "metrics", "weights_sha256"):
-        assert again.result[key] == first.result[key] is not None
-    other = elastrain.train(spec_of("cut-off", *changes, "data.eval=data/digits/train"))
-    assert other.result["metrics"] != first.result["metrics"], "other evaluation data, another evaluation"
-    assert other.weights_sha256 == first.weights_sha256
+        assert again.result[key] == finished.result[key] is not None
+    other = elastrain.train(spec_of("base", *BASE, f"storage={tmp_path}", "data.eval=data/digits/train"))
+    assert other.result["metrics"] != finished.result["metrics"], "other evaluation data, another evaluation"
+    assert other.weights_sha256 == finished.weights_sha256
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_damaged_records_are_named(spec_of: Callable[..., Any], workspace: Path) -> None:
-    elastrain.train(spec_of("records", "budget={steps: 10}"))
-    file = next((workspace / "runs" / "records" / "metrics").iterdir())
+def test_damaged_records_are_named(spec_of: Callable[..., Any], finished: elastrain.Run, tmp_path: Path) -> None:
+    file = next(Path(finished.url, "metrics").iterdir())
     data = bytearray(file.read_bytes())
     data[len(data) // 3] ^= 1
     file.write_bytes(data)
     with pytest.raises(StorageError, match="damaged") as caught:
-        elastrain.train(spec_of("records", "budget={steps: 20}"))
+        elastrain.train(spec_of("base", *BASE, f"storage={tmp_path}", "budget={steps: 40}"))
     assert str(file) in str(caught.value)
 
 
@@ -220,14 +224,13 @@ def test_two_runs_on_one_directory(cli: Cli, workspace: Path) -> None:
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_broken_checkpoint_is_passed_over(
-    spec_of: Callable[..., Any], workspace: Path, capsys: pytest.CaptureFixture[str]
+    spec_of: Callable[..., Any], finished: elastrain.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    elastrain.train(spec_of("flaky", "budget={steps: 30}", "checkpoint.every_steps=10"))
-    newest = workspace / "runs" / "flaky" / "checkpoints" / "step-00000030" / "model.safetensors"
+    (newest,) = Path(finished.url, "checkpoints", "step-00000030").glob("*-model.safetensors")
     data = bytearray(newest.read_bytes())
     data[-1] ^= 1
     newest.write_bytes(data)
-    went_on = elastrain.train(spec_of("flaky", "budget={steps: 40}", "checkpoint.every_steps=10"))
+    went_on = elastrain.train(spec_of("base", *BASE, f"storage={tmp_path}", "budget={steps: 40}"))
     assert str(newest) in capsys.readouterr().err
     assert went_on.result["resumed_from"] == 20
 

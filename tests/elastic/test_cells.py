@@ -84,6 +84,15 @@ def test_all_workers_of_a_cell_are_on_the_node_that_was_asked_for(trio: Running,
     assert {where for _, where, _ in present(trio.folder).values()} == {node}
 
 
+def test_a_cell_starts_no_process_that_it_does_not_need(trio: Running) -> None:
+    import ray
+
+    trio.pids(3)
+    found = {actor["ActorClassName"] for actor in ray._private.state.actors().values()}
+    assert "RayTrainWorker" in found
+    assert not {"DatasetManager", "PlacementGroupCleaner"} & found
+
+
 def test_one_of_three_is_killed_and_replaced_while_the_others_go_on(trio: Running) -> None:
     victim, *others = trio.pids(3)
     kill(victim)

@@ -1,5 +1,6 @@
 """What `check` says before a run starts: what is wrong with it, and what it would wait for."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import elastrain
 from elastrain.data.columns import to_table
 from elastrain.elastic import check
 from elastrain.elastic.check import as_text, check_run
+from elastrain.elastic.keep import descendants
 from elastrain.errors import DataError, ResourceError, SpecError
 from elastrain.spec.document import read_train
 from elastrain.spec.train import TrainSpec
@@ -90,3 +92,12 @@ def test_a_busy_cluster_is_a_finding(tmp_path: Path) -> None:
         ray.util.remove_placement_group(held)
     assert "0 of 1 to 2 workers fit now; a run would wait for room" in as_text(found)
     assert found["ok"]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_ray_of_ones_own_has_neither_an_autoscaler_nor_a_reader_of_logs() -> None:
+    started = [Path(f"/proc/{pid}/cmdline") for pid in descendants(os.getpid())]
+    commands = b"\n".join(path.read_bytes() for path in started if path.exists())
+    assert b"raylet" in commands
+    assert b"monitor.py" not in commands

@@ -15,7 +15,7 @@ from elastrain.elastic.local_cluster import LocalCluster, start_cluster
 from elastrain.observe.ledger import read_ledger, read_steps
 from elastrain.observe.report import read_report
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 SPEC = str(ROOT / "pipelines" / "digits_mlp" / "train.yaml")
@@ -27,7 +27,7 @@ def events_of(run: str, kind: str) -> list[dict[str, Any]]:
     return [record for record in read_ledger(run) if record["kind"] == kind] if Path(run, "ledger").exists() else []
 
 
-def wait_for(what: Callable[[], object], *, seconds: float = 180) -> None:
+def wait_for(what: Callable[[], object], *, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "waited too long"
@@ -84,22 +84,28 @@ def test_a_run_grows_onto_a_node_that_comes_and_leaves_one_that_goes(
     assert out == ""
 
 
-def test_when_the_host_dies_the_run_goes_on_from_the_last_checkpoint(
+def test_below_its_minimum_a_run_waits_and_when_the_host_dies_it_goes_on_from_the_last_checkpoint(
     cli: Callable[..., Any], start: Callable[..., Any], workspace: Path
 ) -> None:
-    arguments = ("train", SPEC, *FIXED, "--set", "budget={epochs: 60}", "--set", "workers={min: 2, max: 2}")
-    process = start(*arguments, "--set", "name=hostless")
+    arguments = ("train", SPEC, *FIXED, "--set", "budget={epochs: 120}")
+    process = start(*arguments, "--set", "name=hostless", "--set", "workers={min: 2, max: 2}")
     run = workspace / "runs" / "hostless"
     wait_for(lambda: list((run / "checkpoints").glob("*/manifest.json")))
+    names = [record["worker"] for record in events_of(str(run), "seconds")]
+    os.kill(int(names[0].rsplit("-", 1)[1]), signal.SIGKILL)
+    wait_for(lambda: process.poll() is not None or events_of(str(run), "worker_lost"))
     hosts = [
         pid for pid in descendants(process.pid) if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Host")
     ]
     os.kill(hosts[0], signal.SIGKILL)
     out, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
+    assert "waiting for 1 more worker" in said
+    (loss,) = events_of(str(run), "worker_lost")
+    assert loss["workers"] == 2
     found = json.loads(out.splitlines()[-1])
-    assert (found["restarts"], found["step"]) == (1, 1380)
-    reference = json.loads(cli(*arguments, "--set", "name=hosted").stdout.splitlines()[-1])
+    assert (found["restarts"], found["step"]) == (1, 2760), "for the host, not for the worker"
+    reference = json.loads(cli(*arguments, "--set", "name=hosted", "--set", "workers={min: 1, max: 1}").stdout)
     assert found["weights_sha256"] == reference["weights_sha256"]
 
 
@@ -155,35 +161,10 @@ def test_an_exception_of_one_worker_costs_a_step(cli: Callable[..., Any], worksp
     assert len(events_of(found["run"], "worker_lost")) == 1
 
 
-@pytest.mark.parametrize("error", ["OSError", "TypeError"])
 def test_an_exception_that_comes_again_ends_the_run_with_its_traceback(
-    cli: Callable[..., Any], workspace: Path, error: str
+    cli: Callable[..., Any], workspace: Path
 ) -> None:
-    done = cli(*raising(workspace, error, always=True))
+    done = cli(*raising(workspace, "TypeError", always=True))
     assert done.returncode == 2
-    assert f"{error}: the machine, or a mistake" in done.stderr
+    assert "TypeError: the machine, or a mistake" in done.stderr
     assert "raises.py" in done.stderr
-
-
-def test_below_its_minimum_a_run_waits_and_says_so(start: Callable[..., Any], workspace: Path) -> None:
-    process = start(
-        "train",
-        SPEC,
-        *FIXED,
-        "--set",
-        "budget={epochs: 60}",
-        "--set",
-        "workers={min: 2, max: 2}",
-        "--set",
-        "name=short",
-    )
-    run = str(workspace / "runs" / "short")
-    wait_for(lambda: list(Path(run, "checkpoints").glob("*/manifest.json")))
-    names = [record["worker"] for record in events_of(run, "seconds")]
-    os.kill(int(names[0].rsplit("-", 1)[1]), signal.SIGKILL)
-    out, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-    assert "waiting for 1 more worker" in said
-    assert json.loads(out.splitlines()[-1])["restarts"] == 0
-    (loss,) = events_of(run, "worker_lost")
-    assert loss["workers"] == 2

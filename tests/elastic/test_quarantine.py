@@ -1,4 +1,4 @@
-"""A run over data with a bad shard: an error that names it, or a run without it that is the same for any workers."""
+"""A run over data with a bad shard that is to be left out: the same for any number of workers, and for good."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +8,12 @@ import pytest
 
 import elastrain
 from elastrain.data.dataset import Dataset
-from elastrain.errors import DataError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_bad_shard_ends_the_run_or_is_left_out_of_it_for_good(
+def test_a_bad_shard_is_left_out_of_a_run_for_good(
     cli: Callable[..., Any], spec_of: Callable[..., Any], tmp_path: Path
 ) -> None:
     packed = cli("pack", "digits", str(tmp_path), "--row-group-mib", "0.01", "--shard-mib", "0.02")
@@ -33,8 +32,6 @@ def test_a_bad_shard_ends_the_run_or_is_left_out_of_it_for_good(
             spec_of(name, f"data.train={data.url}", "consistency=bitwise", "data.slots=4", workers, *changes)
         )
 
-    with pytest.raises(DataError, match=f"{path}: .*page checksum mismatch"):
-        train("bad-shard", 1)
     runs = [train(f"quarantine-{size}", size, "data.on_bad_shard=quarantine") for size in (1, 3)]
     assert runs[0].weights_sha256 == runs[1].weights_sha256
     for run in runs:

@@ -137,6 +137,17 @@ def test_token_authentication_can_be_turned_on_by_a_client() -> None:
     )
 
 
+def test_ray_can_start_without_an_autoscaler_and_a_reader_of_logs() -> None:
+    from ray._private import node, worker
+    from ray._private.parameter import RayParams
+
+    assert takes(RayParams.__init__, "no_monitor", "include_log_monitor"), "RayParams has others: without_monitors"
+    assert says(worker.init, "ray._private.parameter.RayParams("), "ray.init calls it otherwise: without_monitors"
+    assert says(node.Node, "if not self._ray_params.no_monitor:", "if self._ray_params.include_log_monitor:"), (
+        "a node does not ask for these any more: ray_inner.without_monitors"
+    )
+
+
 # --- Ray Train: trainer.py
 
 
@@ -269,13 +280,18 @@ def test_a_cells_settings_are_still_read(name: str) -> None:
     assert name in vars(constants).values(), f"Ray Train no longer reads {name}: cells.SETTINGS, cells.Cell.run"
 
 
-def test_the_cleaner_that_a_cell_does_without_is_still_a_callback_of_its_own() -> None:
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+def test_the_helpers_that_a_cell_does_without_are_still_callbacks_of_their_own() -> None:
+    from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    assert says(DataParallelTrainer._create_default_callbacks, f"{PlacementGroupCleanerCallback.__name__}()"), (
-        "the cleaner of placement groups is made elsewhere: trainer.CellTrainer leaves it out, it costs 12 s at the end"
-    )
+    from elastrain.elastic.trainer import HELPERS
+
+    for helper in HELPERS:
+        assert says(DataParallelTrainer._create_default_callbacks, f"{helper.__name__}("), (
+            f"{helper.__name__} is made elsewhere: trainer.CellTrainer leaves it out, it costs a process"
+        )
+    shards = inspect.signature(RayTrainWorker.init_train_context).parameters["dataset_shard_provider"]
+    assert shards.default is None, "a worker cannot be without a provider of dataset shards: trainer.HELPERS"
 
 
 # --- Ray Data: data/feed.py and data/pack.py

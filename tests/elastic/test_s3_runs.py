@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from tests.elastic.test_run import BITWISE, SPEC, losses, result, wait_for
 from tests.s3_server import SECRET_KEY
+from tests.test_uploads import abandon
 
 from elastrain import storage
 from elastrain.training.manifests import newest_whole, revoke
+from elastrain.uploads import unfinished
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -36,14 +38,16 @@ def test_a_run_on_s3_that_is_killed_goes_on_to_the_bits_of_one_on_a_local_folder
     process.kill()
     out, said = process.communicate()
     assert not out, "it had to be killed before its end"
+    abandon(f"{run}/checkpoints/step-00000999/model.safetensors", f"{run}/audit/00000999.parquet")
     went_on = result(cli("train", SPEC, *TWO, *there))
     assert went_on["resumed_from"] >= 100, said
     assert (went_on["step"], went_on["workers"]) == (460, 2)
+    assert unfinished(run) == [], "what killed writers were sending is ended"
 
     again = result(cli("train", SPEC, *TWO, *there))
     assert (again["resumed_from"], again["weights_sha256"]) == (460, went_on["weights_sha256"])
 
-    local = result(cli("train", SPEC, *TWO, "--set", "name=beside-s3"))
+    local = result(cli("train", SPEC, *TWO, "--set", "name=beside-s3", "--set", "workers={min: 1, max: 1}"))
     assert local["weights_sha256"] == went_on["weights_sha256"]
     assert files_of(f"{run}/audit") == files_of(f"{local['run']}/audit")
     assert losses(run).tolist() == losses(local["run"]).tolist()

@@ -375,7 +375,8 @@ def test_an_error_beside_an_override_keeps_its_line(problems: Problems) -> None:
         ("  lr:", "  momentun: 0.5\n  lr:", "16:3: optimizer: unknown key 'momentun'; did you mean 'momentum'?"),
         ("  lr:", "  LR:", "16:3: optimizer: unknown key 'LR'; did you mean 'lr'?"),
         ("name: adamw", "name: adamW", "15:3: optimizer: optimizer 'adamW' is none of sgd, momentum, nesterov, "
-         "full_batch, adam, adamw and not module:Class; did you mean 'adamw'?"),
+         "full_batch, adam, adamw, nadam, radam, adagrad, rmsprop, adafactor, lion, muon, shampoo, soap, "
+         "schedule_free_sgd, schedule_free_adamw and not module:Class; did you mean 'adamw'?"),
         ("{hidden: 128}", "{1: 2}", "4:13: task_args.1: expected text, got 1; put quotes around it: '1'"),
         ("digits-mlp", "-x", "2:1: name: expected up to 128 letters, digits, dots, dashes and underscores; "),
         ("storage: runs", "optimizer: {}", "21:1: optimizer: this key stands twice, first in line 14; remove one"),
@@ -411,7 +412,7 @@ def test_every_problem_is_told_at_once(problems: Problems) -> None:
         "train.yaml:3:18: data.seed: expected a number of at least 0, got -1",
         "train.yaml:4:24: optimizer.lr: expected a number greater than 0, got 0",
         "train.yaml:4:31: optimizer: unknown key 'foo'; known keys: "
-        "name, lr, weight_decay, momentum, betas, eps, args, phases",
+        "name, lr, weight_decay, no_decay, momentum, betas, eps, args, phases",
         "train.yaml:5:1: unknown key 'bugdet'; did you mean 'budget'?",
     ]
 

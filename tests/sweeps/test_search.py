@@ -11,7 +11,7 @@ from tests.sweeps.texts import FAIR, SEARCH
 
 from elastrain.errors import SpecError
 from elastrain.spec.sweep import SearchSpec
-from elastrain.sweeps.models import Told, check_installed, suggest
+from elastrain.sweeps.models import Told, _trial, check_installed, suggest
 from elastrain.sweeps.search import Budget, Search, first_points, grid
 from elastrain.sweeps.sobol import MOST_DIMENSIONS, Sobol
 from elastrain.sweeps.space import Arm
@@ -87,8 +87,10 @@ def test_points_do_not_depend_on_what_is_told_or_when(arms: Arms, method: str) -
 def test_arms_get_as_many_points_and_equal_luck(arms: Arms) -> None:
     found = {arm.name: tried(searching(arm, "quasirandom", count=6), value=lambda _: 1.0) for arm in arms(FAIR)}
     assert {name: len(points) for name, points in found.items()} == {"sgd": 6, "nesterov": 6, "adamw": 6}
-    for points in zip(found["sgd"], found["nesterov"], strict=True):
+    for points in zip(found["sgd"], found["nesterov"], found["adamw"], strict=True):
         assert points[0]["optimizer.lr"] == points[1]["optimizer.lr"]
+        assert points[0]["clip_norm"] == points[2]["clip_norm"]
+    assert Sobol(2, seed=4).point(9) == Sobol(5, seed=4).point(9)[:2]
 
 
 # --- a killed sweep
@@ -129,6 +131,16 @@ def test_a_killed_sweep_goes_on_with_the_same_points(arms: Arms, method: str, ki
     second.budget.spent(100, 1.0)
     assert [each.point for each in ledger] + tried(second, value=value) == whole
     assert second.exhausted
+
+
+def test_what_was_spent_before_a_kill_is_still_spent(arms: Arms) -> None:
+    (arm,) = arms(SEARCH)
+    search = searching(arm, "random", count=350, unit="steps")
+    search.restore([trial(arm, 0, {}, "finished", 1.0), trial(arm, 1, {}, "failed"), trial(arm, 2, {}, "running")])
+    assert (search.budget.used, search.budget.running, search.budget.left()) == (200, 0, 150)
+    assert search.ask() == (2, {})
+    assert search.ask()
+    assert search.ask() is None
 
 
 def test_only_the_arms_own_tuning_trials_are_restored(arms: Arms) -> None:
@@ -229,6 +241,27 @@ def test_models_take_trials_that_did_not_finish(arms: Arms, outcome: Outcome) ->
     for entry in entries[::2]:
         entry.outcome, entry.value, entry.step = outcome, entry.value if outcome == "pruned" else None, 20
     assert suggest(arm, SearchSpec(method="tpe"), entries, 20, goal="min")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "value", "state"),
+    [
+        ("finished", 1.0, "COMPLETE"),
+        ("finished", None, "FAIL"),
+        ("pruned", 1.0, "PRUNED"),
+        ("pruned", None, "FAIL"),
+        ("diverged", 1.0, "FAIL"),
+        ("failed", None, "FAIL"),
+        ("running", None, "RUNNING"),
+    ],
+)
+def test_an_outcome_is_told_as_what_it_is(arms: Arms, outcome: Outcome, value: float | None, state: str) -> None:
+    (arm,) = arms(SEARCH)
+    entry = Told(number=0, point=first_points(arm, SearchSpec(), 1)[0], value=value, outcome=outcome, step=20)
+    found = _trial(arm, entry)
+    assert found.state.name == state
+    assert found.intermediate_values == ({20: 1.0} if state == "PRUNED" else {})
+    assert set(found.params) == set(entry.point)
 
 
 @pytest.mark.slow

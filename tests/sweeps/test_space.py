@@ -2,7 +2,9 @@
 
 import math
 import random
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from elastrain.sweeps.space import Arm, decode, defaults, edges, encode, explore
 
 Arms = Callable[..., list[Arm]]
 UNIT = st.floats(0.0, 1.0)
+DOCS = Path(__file__).parents[2] / "docs" / "optimizers.md"
+FIELDS = (("lr", "log"), ("betas.0", "one_minus_log"), ("momentum", "one_minus_log"), ("weight_decay", "log"))
 
 
 @st.composite
@@ -217,13 +221,31 @@ def test_another_name_brings_what_is_its_own(arms: Arms) -> None:
         assert (found.momentum, found.betas) == (fresh[name].momentum, fresh[name].betas), name
 
 
-@pytest.mark.parametrize("name", sorted(set(published.SPACES) & set(OPTIMIZERS)))
-def test_published_spaces_and_settings_fit_the_spec(arms: Arms, name: str) -> None:
-    batch = ["set.data.global_batch=all"] if name == "full_batch" else []
-    sets = [*batch, f"arms.0.optimizer.name={name}"]
-    arm = arms(FAIR.replace("weight_decay: 0.1}", "lr: {log: [0.1, 1]}}").replace(", space: default", ""), *sets)[0]
-    assert set(published.SPACES[name]) == {path.removeprefix("optimizer.") for path in arm.dimensions} - {"clip_norm"}
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_has_a_space_and_settings_that_fit_the_spec(arms: Arms, name: str) -> None:
+    batch = "all" if name == "full_batch" else 64
+    arm = arms(FAIR, f"set.data.global_batch={batch}", f"arms.0.optimizer.name={name}")[0]
+    space = {f"optimizer.{path}" for path in published.SPACES[name] if path != "args"}
+    assert set(arm.dimensions) == {"clip_norm"} | space
     assert math.isclose(arm.base.optimizer.lr, published.SETTINGS[name]["lr"])
+    assert arm.base.optimizer.args == published.SPACES[name].get("args", {})
+
+
+def test_the_spaces_are_those_of_the_docs() -> None:
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \| (.*?) ?\| (.*?) \| .*? \|$", DOCS.read_text(), re.MULTILINE)
+    told = {
+        name: [re.findall(r"[\d.]+(?:e-?\d+)?", cell) if "…" in cell else [] for cell in cells]
+        for names, *cells in rows
+        if "…" in cells[0]
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    ours = {
+        name: [list(space.get(key, {}).get(kind, ())) for key, kind in FIELDS if key in space or key == "betas.0"]
+        for name, space in published.SPACES.items()
+    }
+    assert {name: [list(map(float, cell)) for cell in cells] for name, cells in told.items()} == {
+        name: [found[0], next((each for each in found[1:-1] if each), []), found[-1]] for name, found in ours.items()
+    }
 
 
 def test_pbt_moves_what_a_checkpoint_allows(arms: Arms) -> None:

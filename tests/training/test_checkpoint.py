@@ -1,5 +1,7 @@
 """Checkpoints: bit-exact, whole or not there, and the run that goes on from one is the run that was never cut."""
 
+import base64
+import contextlib
 import errno
 import hashlib
 import json
@@ -30,7 +32,7 @@ from tests.training.harness import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elastrain import storage
+from elastrain import conditional, storage
 from elastrain.errors import ConflictError, DivergedError, SpecError, StorageError
 from elastrain.spec.train import OPTIMIZERS, CheckpointSpec
 from elastrain.training import checkpoint
@@ -82,6 +84,11 @@ def resumed(setup: Setup, step: int) -> TrainState:
     return state
 
 
+def files_in(run: str, step: int) -> dict[str, Path]:
+    """The files in the folder of a step, by their names without what tells writers apart."""
+    return {path.name.rpartition("-")[2]: path for path in Path(folder(run, step)).iterdir()}
+
+
 def bits(state: TrainState) -> dict[str, str]:
     """A digest of each tensor."""
     return {name: digest({name: tensor}) for name, tensor in state.tensors().items()}
@@ -121,7 +128,7 @@ def test_a_state_comes_back_to_the_bit(name: str, tmp_path: Path) -> None:
             assert {k: v.stride() for k, v in held.items() if isinstance(v, Tensor)} == {
                 k: v.stride() for k, v in expected.items() if isinstance(v, Tensor)
             }
-    assert sorted(path.name for path in Path(folder(str(tmp_path), 8)).iterdir()) == sorted(
+    assert sorted(files_in(str(tmp_path), 8)) == sorted(
         ["manifest.json", "state.json", "model.safetensors"]
         + ["average.safetensors"] * bool(setup.spec.ema)
         + ["optimizer.safetensors"] * (name not in ("sgd", "full_batch"))
@@ -162,7 +169,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
 def test_a_flipped_bit_is_refused_and_the_checkpoint_before_is_used(tmp_path: Path) -> None:
     setup, _, _ = trained(SETUPS["adversarial"], tmp_path)
     run, last = setup.run_url, setup.steps
-    files = sorted(Path(folder(run, last)).iterdir())
+    files = sorted(files_in(run, last).values())
     assert len(files) == 5
     rng = random.Random(0)  # noqa: S311 -- positions of a test
     for path in files:
@@ -186,7 +193,7 @@ def test_a_flipped_bit_is_refused_and_the_checkpoint_before_is_used(tmp_path: Pa
 @pytest.mark.parametrize("change", ["removed", "truncated", "emptied", "longer"])
 def test_a_damaged_file_is_refused(name: str, change: str, tmp_path: Path) -> None:
     setup, _, _ = trained(SETUPS["adamw"], tmp_path)
-    path = Path(folder(setup.run_url, 8)) / name
+    path = files_in(setup.run_url, 8)[name]
     data = path.read_bytes()
     if change == "removed":
         path.unlink()
@@ -226,10 +233,14 @@ def test_a_writer_that_is_killed_leaves_the_checkpoint_before(tmp_path: Path) ->
         assert Path(folder(run, 2)).exists(), "it died too early"
         assert newest_whole(run, warn=pytest.fail) == 1
         assert torch.equal(load(run, 1).tensors["model/weight"], small_state()[0]["model/weight"])
-        writer = Writer(run, CheckpointSpec())
+        writer = Writer(run, CheckpointSpec(keep=1))
         writer.commit(small_state()[0], {"step": 2}, {})
         writer.wait()
         assert newest_whole(run, warn=pytest.fail) == 2
+        assert torch.equal(load(run, 2).tensors["model/weight"], small_state()[0]["model/weight"])
+        writer.commit(small_state()[0], {"step": 3}, {})
+        writer.wait()
+        assert not Path(folder(run, 2)).exists(), "what the killed one left goes with the step"
         assert not [path for path in Path(run).rglob("*") if path.name.endswith(".tmp")]
 
 
@@ -312,18 +323,88 @@ def test_what_belongs_to_a_checkpoint_is_safe_before_it_exists(tmp_path: Path) -
     assert newest_whole(str(tmp_path), warn=pytest.fail) == 2
 
 
-def test_a_worker_that_was_given_up_leaves_the_folder_to_the_one_that_leads_now(tmp_path: Path) -> None:
-    def overtaken() -> None:
-        other = Writer(str(tmp_path), CheckpointSpec())
-        other.commit(small_state()[0], {"step": 1}, {})
-        other.wait()
-        raise ConflictError("given up")
+STALE = ("before it writes", "while it writes", "before it asks", "after it has asked", "before it fails")
 
-    writer = Writer(str(tmp_path), CheckpointSpec(), settle=overtaken)
-    writer.commit(small_state()[0], {"step": 1}, {})
-    with pytest.raises(ConflictError, match="given up"):
+
+class Sleeper:
+    """Stands still at a place of a commit, meanwhile another worker commits the same step; then it goes on."""
+
+    def __init__(self, run: str, place: str, spec: CheckpointSpec, patch: pytest.MonkeyPatch) -> None:
+        self._run, self._place, self._spec, self.slept = run, place, spec, False
+        self.theirs = {name: tensor + 1 for name, tensor in small_state()[0].items()}
+        self._placed, check = checkpoint._placed, checkpoint.check_finite
+        put, create = storage.put, conditional.create
+        patch.setattr(checkpoint, "_placed", self._third)
+        patch.setattr(checkpoint, "check_finite", self._before(check, "before it writes"))
+        patch.setattr(storage, "put", self._before(put, "after it has asked"))
+        patch.setattr(conditional, "create", self._before(create, "after it has asked"))
+
+    def _before(self, call: Callable[..., Any], place: str) -> Callable[..., Any]:
+        def done(*given: Any) -> Any:
+            self._at(place)
+            return call(*given)
+
+        return done
+
+    def _at(self, place: str) -> None:
+        if place != self._place or self.slept:
+            return
+        self.slept = True
+        other = Writer(self._run, self._spec)
+        other.commit(self.theirs, {"step": 1}, {})
+        other.wait()
+        if place == "before it fails":
+            raise StorageError("no room")
+
+    def _third(self, url: str, write: Any) -> dict[str, Any]:
+        if url.endswith("optimizer.safetensors"):
+            self._at("while it writes")
+            self._at("before it fails")
+        return self._placed(url, write)
+
+    def settle(self) -> None:
+        """Ask whether its checkpoint may exist."""
+        self._at("before it asks")
+        if self.slept:
+            raise ConflictError("given up")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", STALE)
+def test_who_was_given_up_and_wakes_harms_no_checkpoint_on_s3(
+    place: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = f"{s3_bucket}/woken-{place.replace(' ', '-')}"
+    sleeper = Sleeper(run, place, CheckpointSpec(), monkeypatch)
+    writer = Writer(run, CheckpointSpec(), settle=sleeper.settle)
+    writer.commit(*small_state(), {})
+    with pytest.raises((ConflictError, StorageError)):
         writer.wait()
+    assert sleeper.slept
+    assert newest_whole(run, warn=pytest.fail) == 1
+    assert torch.equal(load(run, 1).tensors["model/weight"], sleeper.theirs["model/weight"])
+    assert len(storage.list_files(folder(run, 1))) == 5, "and nothing of the other is left"
+
+
+@pytest.mark.parametrize("encrypt", [None, "main"])
+@pytest.mark.parametrize("place", STALE)
+def test_who_was_given_up_and_wakes_harms_no_checkpoint_of_the_one_that_leads_now(
+    place: str, encrypt: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ELASTRAIN_KEY_MAIN", base64.b64encode(bytes(32)).decode())
+    spec = CheckpointSpec(encrypt=encrypt)
+    sleeper = Sleeper(str(tmp_path), place, spec, monkeypatch)
+    writer = Writer(str(tmp_path), spec, settle=sleeper.settle)
+    writer.commit(*small_state(), {})
+    too_late = place != "after it has asked"
+    with pytest.raises((ConflictError, StorageError)) if too_late else contextlib.nullcontext():
+        writer.wait()
+    assert sleeper.slept
     assert newest_whole(str(tmp_path), warn=pytest.fail) == 1
+    found, ours = load(str(tmp_path), 1).tensors["model/weight"], small_state()[0]["model/weight"]
+    assert torch.equal(found, sleeper.theirs["model/weight"] if too_late else ours), "whole, whoever wrote it"
+    if too_late:
+        assert len(list(Path(folder(str(tmp_path), 1)).iterdir())) == 5, "and nothing of the other is left"
 
 
 # --- what is not worth keeping
@@ -525,7 +606,7 @@ def test_the_digest_is_over_names_types_shapes_and_bytes() -> None:
 
 def test_numbers_are_json(tmp_path: Path) -> None:
     setup, loop, _ = trained(SETUPS["custom"], tmp_path, every_steps=100)
-    stored = json.loads((Path(folder(setup.run_url, 8)) / "state.json").read_text())
+    stored = json.loads(files_in(setup.run_url, 8)["state.json"].read_text())
     assert stored == loop.state.numbers()
     assert (stored["step"], stored["phase"], stored["samples"]) == (8, 0, 8 * 24 - 20)
     kept = dict(dict(stored["optim"]["loss"]["dict"])["state"]["dict"])

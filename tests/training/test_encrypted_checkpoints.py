@@ -44,7 +44,12 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def files_of(url: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(url).iterdir()}
+    return {path.name.rpartition("-")[2]: path.read_bytes() for path in Path(url).iterdir()}
+
+
+def path_of(url: str, name: str) -> Path:
+    (path,) = Path(url).glob(f"*-{name}")
+    return path
 
 
 def test_an_encrypted_checkpoint_holds_what_a_plain_one_holds_and_shows_nothing(tmp_path: Path) -> None:
@@ -72,14 +77,15 @@ def test_of_fifty_flipped_bits_none_passes_and_none_even_where_the_manifest_says
     for name, bit in random.Random(3).sample(places, 50):  # noqa: S311 -- a seeded choice, no secret
         flipped = bytearray(good[name])
         flipped[bit // 8] ^= 1 << bit % 8
-        Path(url, name).write_bytes(flipped)
+        path_of(url, name).write_bytes(flipped)
         with pytest.raises(StorageError, match=rf"{name}: corrupted \(not the bytes that the checkpoint's manifest"):
             load(str(tmp_path), 1)
         # whoever may write can write the manifest, too, but has no key
-        write_manifest(str(tmp_path), 1, {**manifest["files"], name: described(bytes(flipped))}, manifest["info"])
+        files = {**manifest["files"], name: described(bytes(flipped))}
+        write_manifest(str(tmp_path), 1, files, manifest["info"], part=manifest["part"])
         with pytest.raises(StorageError, match=name):
             load(str(tmp_path), 1)
-        Path(url, name).write_bytes(good[name])
+        path_of(url, name).write_bytes(good[name])
         Path(url, "manifest.json").write_bytes(good["manifest.json"])
     assert load(str(tmp_path), 1).numbers["step"] == 1
 
@@ -87,15 +93,15 @@ def test_of_fifty_flipped_bits_none_passes_and_none_even_where_the_manifest_says
 def test_a_file_of_another_step_run_or_name_does_not_open(tmp_path: Path) -> None:
     url = commit(tmp_path / "a", 1)
     manifest, good = read_manifest(str(tmp_path / "a"), 1), files_of(url)
-    others = [Path(commit(tmp_path / "a", 2), "model.safetensors"), Path(url, "optimizer.safetensors")]
-    for other in others:
+    target, second = path_of(url, "model.safetensors"), commit(tmp_path / "a", 2)
+    for other in (path_of(second, "model.safetensors"), path_of(url, "optimizer.safetensors")):
         data = other.read_bytes()
-        Path(url, "model.safetensors").write_bytes(data)
+        target.write_bytes(data)
         files = {**manifest["files"], "model.safetensors": described(data)}
-        write_manifest(str(tmp_path / "a"), 1, files, {})
+        write_manifest(str(tmp_path / "a"), 1, files, {}, part=manifest["part"])
         with pytest.raises(StorageError, match=r"model.safetensors: corrupted \(not the bytes that were encrypted"):
             load(str(tmp_path / "a"), 1)
-    Path(url, "model.safetensors").write_bytes(good["model.safetensors"])
+    target.write_bytes(good["model.safetensors"])
     Path(url, "manifest.json").write_bytes(good["manifest.json"])
     load(str(tmp_path / "a"), 1)
 

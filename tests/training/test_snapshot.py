@@ -17,7 +17,7 @@ from elastrain.errors import StorageError
 from elastrain.spec.train import CheckpointSpec
 from elastrain.training import snapshot
 from elastrain.training.checkpoint import Writer, load
-from elastrain.training.manifests import adopt, folder, newest_whole, unseal
+from elastrain.training.manifests import adopt, folder, newest_whole, read_manifest, read_verified, unseal
 from elastrain.training.reduce import Solo
 from elastrain.training.snapshot import Snapshots
 
@@ -68,9 +68,10 @@ def test_a_snapshot_has_the_bytes_of_a_checkpoint(shelf: Shelf, tmp_path: Path) 
     writer.wait()
     taken(Snapshots(shelf, settle=lambda: None), tensors, 7)
     manifest, files = shelf.held[7]
-    assert {path.name: path.read_bytes() for path in Path(folder(str(tmp_path), 7)).iterdir()} == {
-        **files,
-        "manifest.json": manifest,
+    written = read_manifest(str(tmp_path), 7)
+    assert {name: read_verified(str(tmp_path), 7, written, name) for name in written["files"]} == files
+    assert {name: written[name] for name in ("step", "files", "info")} == {
+        name: unseal(manifest, 7)[name] for name in ("step", "files", "info")
     }
 
 

@@ -10,12 +10,12 @@ from typing import Any
 from elastrain.data.chunks import Arrays, PackOptions, Removed
 from elastrain.data.columns import Column
 from elastrain.data.duplicates import RowHashes
-from elastrain.data.shards import Sums
+from elastrain.data.statistics import Sums
 from elastrain.errors import DataError
 
 PAGE = "card.md"
 SHOWN_CLASSES = 50  # of the page's table of classes; the manifest has all that were counted
-STEPS = ("nulls", "non-finite", "duplicates")
+STEPS = ("nulls", "non-finite", "empty", "duplicates", "near-duplicates")
 
 
 def label_of(columns: Sequence[Column], label: str | None) -> str | None:
@@ -31,11 +31,15 @@ class Removals:
 
     rows: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def add(self, removed: Removed) -> None:
         """Count rows that a step removed; the first place that is told stays."""
         self.rows[removed.step] = self.rows.get(removed.step, 0) + removed.rows
         self.first.setdefault(removed.step, removed.first)
+        faults = self.columns.setdefault(removed.step, {})
+        for name, rows in removed.columns:
+            faults[name] = faults.get(name, 0) + rows
 
     def steps(self, written: int) -> list[dict[str, Any]]:
         """Return the rows that were read, and for each step that removed some how many and how many it left."""
@@ -63,13 +67,17 @@ def check_labels(arrays: Arrays, label: str | None, classes: int | None, *, name
 def make_card(
     *, written: int, removals: Removals, sums: Sequence[Sums], options: PackOptions, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the card of a split of `written` rows; `facts` (source, parents, tokenizer, …) are noted as they are."""
-    columns = [_column(each) for each in sums]
+    """Return the card of a split of `written` rows; `facts` (source, parents, tokenizer, …) are noted as they are.
+
+    Where there are `documents`, steps count these, not rows.
+    """
+    columns = [_column(each, removals) for each in sums]
     label = label_of([each.column for each in sums], options.label)
     counts = next((each.counts for each in sums if each.column.name == label), None)
     known = {"license": options.prepare.license, "origin": options.prepare.origin, **facts}
     card = {name: value for name, value in known.items() if value}
-    card |= {"rows": written, "steps": removals.steps(written), "columns": columns}
+    counted = facts["documents"]["documents"] if facts.get("documents") else written
+    card |= {"rows": written, "steps": removals.steps(counted), "columns": columns}
     if counts:
         names = (facts.get("classes") or {}).get(label)
         classes = options.prepare.classes or (len(names) if names else max(counts) + 1)
@@ -78,11 +86,13 @@ def make_card(
     return card
 
 
-def _column(sums: Sums) -> dict[str, Any]:
-    column = sums.result()
+def _column(sums: Sums, removals: Removals) -> dict[str, Any]:
+    """Return what a column holds; the rows without a value, or with one that is not finite, are of those read."""
+    column, (distinct, estimated) = sums.result(), sums.different()
     facts = {"name": column.name, "dtype": column.dtype, "shape": list(column.shape), "min": sums.low, "max": sums.high}
-    distinct = None if sums.counts is None else len(sums.counts)
-    return {**facts, "mean": column.mean, "std": column.std, "distinct": distinct}
+    facts |= {"mean": column.mean, "std": column.std, "distinct": distinct, "distinct_is_estimate": estimated}
+    faults = {key: removals.columns.get(key, {}).get(column.name, 0) for key in ("nulls", "non-finite")}
+    return {**facts, "nulls": faults["nulls"], "not_finite": sums.not_finite + faults["non-finite"]}
 
 
 def _labels(name: str, counts: Mapping[int, int], classes: int, names: Sequence[str] | None) -> dict[str, Any]:
@@ -120,16 +130,23 @@ def _place(hashes: RowHashes, starts: Mapping[str, int], row: int, *, dropped: b
 def as_text(cards: Mapping[str, Any]) -> str:
     """Return a line for each step that removed rows or found something, each after a line end."""
     lines = [
-        f"{name}: {step['removed']:,} of {step['removed'] + step['rows']:,} rows removed: {step['step']}"
+        f"{name}: {step['removed']:,} of {step['removed'] + step['rows']:,} {_unit(card)} removed: {step['step']}"
         for name, card in cards.items()
         for step in (card or {}).get("steps", ())[1:]
     ]
     looked = next(((card or {}).get("looked_for") for card in cards.values()), None)
     if looked:
         lines.append(f"duplicates: {looked['duplicates']:,}")
+        if "near" in looked:
+            lines.append(f"near-duplicates, at least {looked['near']:g} alike: {looked['near_duplicates']:,}")
         if "contradictions" in looked:
             lines.append(f"inputs with more than one label: {looked['contradictions']['inputs']:,}")
     return "".join(f"\n{line}" for line in lines)
+
+
+def _unit(card: Mapping[str, Any] | None) -> str:
+    """Return what the steps of a card count."""
+    return "documents" if (card or {}).get("documents") else "rows"
 
 
 def page(name: str, card: Mapping[str, Any]) -> str:
@@ -148,14 +165,20 @@ def _origin(card: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _steps(card: Mapping[str, Any]) -> Iterator[str]:
-    yield from ("## Rows", "", "| step | removed | left | first removed |", "|---|---|---|---|")
+    yield from (f"## {_unit(card).capitalize()}", "", "| step | removed | left | first removed |", "|---|---|---|---|")
     for step in card["steps"]:
         yield f"| {step['step']} | {step.get('removed', 0):,} | {step['rows']:,} | {step.get('first', '')} |"
     yield ""
+    if held := card.get("documents"):
+        end = held["end_of_document"]
+        yield f"{held['documents']:,} documents, {held['tokens']:,} tokens; token {end} ends each one."
+        yield f"The last row is filled up with {held['padding']:,} more of it."
     looked = card.get("looked_for")
     if looked is None:
         return
     yield f"Duplicates in all splits together: {looked['duplicates']:,}."
+    if "near" in looked:
+        yield f"Near-duplicates, at least {looked['near']:g} alike: {looked['near_duplicates']:,}."
     if "contradictions" in looked:
         yield f"Inputs with more than one label: {looked['contradictions']['inputs']:,}."
         for pair in looked["contradictions"]["first"]:
@@ -167,13 +190,15 @@ def _columns(card: Mapping[str, Any]) -> Iterator[str]:
     yield from (
         "## Columns",
         "",
-        "| column | type | min | max | mean | std | distinct |",
-        "|---|---|---|---|---|---|---|",
+        "| column | type | min | max | mean | std | distinct | nulls | not finite |",
+        "|---|---|---|---|---|---|---|---|---|",
     )
     for column in card["columns"]:
         shape = f"{column['dtype']}{column['shape'] or ''}"
-        numbers = " | ".join(_number(column[key]) for key in ("min", "max", "mean", "std", "distinct"))
-        yield f"| {column['name']} | {shape} | {numbers} |"
+        numbers = " | ".join(_number(column[key]) for key in ("min", "max", "mean", "std"))
+        about = "about " if column["distinct_is_estimate"] else ""
+        counts = f"{about}{_number(column['distinct'])} | {column['nulls']} | {column['not_finite']}"
+        yield f"| {column['name']} | {shape} | {numbers} | {counts} |"
     yield ""
 
 

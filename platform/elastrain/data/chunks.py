@@ -84,11 +84,12 @@ class PackOptions:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """Rows that a step took out of a chunk: how many, and the place of the first."""
+    """Rows that a step took out of a chunk: how many, the place of the first, and how many for what is in a column."""
 
     step: str
     rows: int
     first: str
+    columns: tuple[tuple[str, int], ...] = ()
 
 
 class Reader(Protocol):
@@ -103,7 +104,8 @@ class Split:
     """One part of a source: its chunks in order and what reads them.
 
     `rows` is None where only reading tells. With `window` W the pieces are a stream of tokens, and row i holds the
-    tokens [iW, iW + W]: consecutive rows share one token. `files` are to be stored beside the splits.
+    tokens [iW, iW + W]: consecutive rows share one token; `end` is the token after each document, where there are
+    documents. `files` are to be stored beside the splits.
     """
 
     columns: tuple[Column, ...]
@@ -111,6 +113,7 @@ class Split:
     reader: Reader
     rows: int | None = None
     window: int | None = None
+    end: int | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
 

@@ -42,7 +42,7 @@ class CsvReader:
         def decode(batch: pa.RecordBatch) -> Arrays:
             return {column.name: self._column(batch, column, url) for column in self.columns}
 
-        yield from rows_of(_blocks(url, types), self.part, self.columns, decode, url=url, place=(chunk, 0))
+        yield from rows_of(blocks(url, types), self.part, self.columns, decode, url=url, place=(chunk, 0))
 
     def _column(self, batch: pa.RecordBatch, column: Column, url: str) -> Any:
         values = batch.column(column.name)
@@ -81,16 +81,16 @@ def open_csv(source: str, options: PackOptions) -> dict[str, Split]:
 
 def _labels(files: Files, label: str) -> Iterator[tuple[str, pa.Array]]:
     for file in files.files:
-        for batch in _blocks(files.url(file), {label: "string"}):
+        for batch in blocks(files.url(file), {label: "string"}):
             yield files.url(file), batch.column(0)
 
 
 def _types(files: Files, options: PackOptions) -> dict[str, str]:
     """Return the type of each column to pack, decided by the first blocks of all files."""
     first, *others = (files.url(file) for file in files.files)
-    types = _header(first)
+    types = header(first)
     for other in others:
-        found = _header(other)
+        found = header(other)
         if list(found) != list(types):
             raise DataError(
                 f"{other}: columns {', '.join(found)}, but {', '.join(types)} in {first}; make them the same"
@@ -117,15 +117,16 @@ def _wider(name: str, held: str, kind: str, first: str, other: str) -> str:
     raise DataError(f"{other}: column {name!r} is {kind}, but {held} in {first}; a dataset has one type a column")
 
 
-def _header(url: str) -> dict[str, str]:
+def header(url: str) -> dict[str, str]:
+    """Return the type of each column, as the first block tells; raises DataError naming the file."""
     with _stream(url) as stream, _named(url):
         schema = _reader(stream, url, {}).schema
         chosen(url, {}, schema.names, PackOptions())
         return {field.name: str(field.type) for field in schema}
 
 
-def _blocks(url: str, types: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
-    """Yield the blocks of a file, with only these columns and in these types."""
+def blocks(url: str, types: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
+    """Yield the blocks of a file, with only these columns and in these types; raises DataError naming the file."""
     kinds = {name: pa.type_for_alias(kind) for name, kind in types.items()}
     with _stream(url) as stream:
         with _named(url):

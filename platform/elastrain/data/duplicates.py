@@ -4,7 +4,7 @@
 hashes of pieces, in order ─► 256 files by the first byte ─► each sorted ─► a bit for each row that is not the first
 ```
 Memory holds one file at a time: a 256th of the rows, 32 bytes each, and three times that while it is sorted. The disk
-holds 32 bytes a row. No Ray here.
+holds 32 bytes a row, in files without a name: nothing is left of them after a kill. No Ray here.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import heapq
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,7 +26,6 @@ from elastrain.errors import DataError, StorageError
 KEY = "\0key"  # the column of pieces that holds the hash of `--key`; no source has one of that name
 HASH, LABEL = "hash", "label"
 HASH_BYTES = 16
-PARTS = 256
 BUFFER_BYTES = 64 << 10  # of each part's file
 COUNTED_AT_ONCE = 1 << 20
 SHOWN = 20  # contradictions that are listed
@@ -81,6 +79,55 @@ def _rows(arrays: Mapping[str, Array], names: Sequence[str]) -> Iterator[memoryv
     return (view[start : start + width] for start in range(0, joined.size, width))
 
 
+class Parts:
+    """Records on disk, in files by the first bits of a hash: what has the same hash is in the same file.
+
+    The files have no name, so that nothing of them is left when the process is killed. Use it in a `with` block.
+    """
+
+    def __init__(self, kind: "np.dtype[Any]", *, bits: int = 8) -> None:
+        self.kind, self.bits = kind, bits
+        self._files: list[Any] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files:
+            close(file)
+
+    def add(self, records: npt.NDArray[Any], hashes: npt.NDArray[np.uint64]) -> None:
+        """Append each record to the file of its hash; raises OSError."""
+        if not self._files:
+            self._files = [unnamed_file() for _ in range(1 << self.bits)]
+        part = (hashes >> np.uint64(64 - self.bits)).astype(np.int64)
+        order = np.argsort(part, kind="stable")
+        starts = np.searchsorted(part[order], np.arange(len(self._files) + 1))
+        records = records[order]
+        for place in np.flatnonzero(np.diff(starts)).tolist():
+            self._files[place].write(records[starts[place] : starts[place + 1]].data)
+
+    def taken(self) -> Iterator[npt.NDArray[Any]]:
+        """Yield the records of each file in the order they came in, and remove it; raises OSError."""
+        for file in self._files:
+            file.seek(0)  # which writes what is in the buffer
+            yield np.fromfile(file, self.kind)
+            file.close()
+
+
+def unnamed_file() -> Any:
+    """Return a new file to write and read, in the folder that TMPDIR names, which its closing removes."""
+    return tempfile.TemporaryFile(buffering=BUFFER_BYTES)
+
+
+def close(file: Any) -> None:
+    """Close a file of which nothing is needed any more: a full disk refuses what is in buffers, and was told of."""
+    with contextlib.suppress(OSError):
+        file.close()
+
+
 class RowHashes:
     """Takes the hashes of all rows in order, then knows which are there twice; use it in a `with` block.
 
@@ -92,49 +139,35 @@ class RowHashes:
         self.rows = self.duplicates = self.num_contradictions = 0
         self.contradictions: list[dict[str, list[int]]] = []
         self._stack = contextlib.ExitStack()
-        self._files: list[Any] = []
         self._twice: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
 
     def __enter__(self) -> Self:
-        with _named():
-            self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="elastrain-pack-")))
+        self._parts = self._stack.enter_context(Parts(RECORD))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError):  # a full disk refuses what is still in buffers, and has been told
-            for file in self._files:
-                file.close()
         self._stack.close()
 
     def add(self, arrays: Arrays) -> None:
         """Take the next rows, as `HashReader` yields them; raises StorageError if the disk is full."""
-        if not self._files:
-            self._files = [(self._folder / str(part)).open("wb", BUFFER_BYTES) for part in range(PARTS)]
         records = np.empty(len(arrays[HASH]), RECORD)
         records["high"], records["low"] = arrays[HASH].T
         records["label"] = arrays[LABEL]
         records["row"] = np.arange(self.rows, self.rows + len(records))
         self.rows += len(records)
-        part = (records["high"] >> np.uint64(56)).astype(np.int64)
-        order = np.argsort(part, kind="stable")
-        starts = np.searchsorted(part[order], np.arange(PARTS + 1))
-        records = records[order]
-        with _named():
-            for place in np.flatnonzero(np.diff(starts)).tolist():
-                self._files[place].write(records[starts[place] : starts[place + 1]].data)
+        with disk_named("the hashes of the rows", "32 bytes a row"):
+            self._parts.add(records, records["high"])
 
     def finish(self) -> None:
         """Find what is there twice; raises StorageError if the disk is full."""
-        with _named():
-            self._twice = np.lib.format.open_memmap(
-                self._folder / "twice", mode="w+", dtype=np.uint8, shape=(self.rows // 8 + 1,)
-            )
-            for file in self._files:
-                file.close()
-                self._look_through(np.fromfile(file.name, RECORD))
-                Path(file.name).unlink()
+        with disk_named("the hashes of the rows", "32 bytes a row"):
+            file = unnamed_file()
+            self._stack.callback(close, file)
+            self._twice = np.memmap(file, np.uint8, "w+", shape=(self.rows // 8 + 1,))
+            for records in self._parts.taken():
+                self._look_through(records)
         self.contradictions.sort(key=lambda found: found["rows"])
 
     def _look_through(self, records: npt.NDArray[Any]) -> None:
@@ -176,15 +209,20 @@ class RowHashes:
         bits = np.unpackbits(self._twice[first // 8 : (first + rows) // 8 + 1], bitorder="little")
         return bits[first % 8 : first % 8 + rows].astype(np.bool_)
 
+    def are_twice(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Say which of these rows, in any order, are not the first of equals."""
+        found: npt.NDArray[np.bool_] = (self._twice[rows >> 3] >> (rows & 7) & 1).astype(np.bool_)
+        return found
+
 
 @contextlib.contextmanager
-def _named() -> Iterator[None]:
-    """Turn an error of the disk into a sentence."""
+def disk_named(what: str, size: str) -> Iterator[None]:
+    """Turn an error of the disk into a sentence that tells what is kept there, and how large it is."""
     try:
         yield
     except OSError as error:
         place = tempfile.gettempdir()
         raise StorageError(
-            f"cannot keep the hashes of the rows in {place} ({error.strerror}): 32 bytes a row; free space there, or "
+            f"cannot keep {what} in {place} ({error.strerror}): {size}; free space there, or "
             f"choose another place with TMPDIR"
         ) from error

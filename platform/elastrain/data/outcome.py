@@ -18,6 +18,7 @@ from elastrain.data.chunks import Split
 from elastrain.data.dataset import MANIFEST, PACKING, Dataset
 from elastrain.encryption import Encryptor
 from elastrain.errors import ConflictError, DataError, ElastrainError
+from elastrain.uploads import abort
 
 TOKENIZER = "tokenizer.json"
 BESIDE = ".new"  # below OUT, and hidden: shards that will replace those of a finished dataset
@@ -146,6 +147,7 @@ def placed(
             raise ConflictError(f"{url}: there are files that no pack wrote; choose another folder")
     beside = storage.join(out, BESIDE)
     storage.remove(beside)  # of a pack that was killed
+    abort([beside, *(storage.join(out, name) for name in splits)])
     if not any(held.finished for held in there.values()):
         place = Place(out=out, base=out, pack=pack, splits=splits, old=tuple(there))
         _clear(place)

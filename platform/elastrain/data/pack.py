@@ -14,7 +14,7 @@ import logging
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,9 +33,10 @@ from elastrain.data.columns import from_table, to_table
 from elastrain.data.dataset import Dataset, fingerprint
 from elastrain.data.duplicates import KEY, HashReader, RowHashes
 from elastrain.data.lakes import pinned
+from elastrain.data.near_duplicates import Alike, SignatureReader
 from elastrain.data.shards import ShardWriter
 from elastrain.data.sources import identity, open_source, parents, parquet_files, refuse_credentials
-from elastrain.data.tokens import Windows
+from elastrain.data.tokens import DocumentReader, Windows
 from elastrain.errors import DataError, ElastrainError, ResourceError, StorageError, error_named
 from elastrain.keys import check_key
 from elastrain.lease import Hold
@@ -113,6 +114,8 @@ def _pack(
             facts["looked_for"] = duplicates_found(
                 looked.hashes, looked.starts, dropped=options.prepare.duplicates == "drop"
             )
+        if options.prepare.documents is not None and options.prepare.duplicates != "keep":
+            splits, facts["looked_for"] = _without_alike(splits, options, progress)
         job = _Job(source, options, progress, looked, facts)
         packed = {name: job.pack(place.shards(name), name, split) for name, split in splits.items()}
         hold.check()
@@ -150,7 +153,7 @@ def _looked_for(
     splits: Mapping[str, Split], options: PackOptions, progress: Progress | None
 ) -> Iterator[_Looked | None]:
     """Yield the rows that are there twice, found by reading everything once; None if nobody asked."""
-    if options.prepare.duplicates == "keep":
+    if options.prepare.duplicates == "keep" or options.prepare.documents is not None:
         yield None
         return
     with RowHashes(by_key=options.prepare.key is not None) as hashes:
@@ -168,6 +171,25 @@ def _looked_for(
         yield _Looked(hashes, starts)
 
 
+def _without_alike(
+    splits: Mapping[str, Split], options: PackOptions, progress: Progress | None
+) -> tuple[dict[str, Split], dict[str, Any]]:
+    """Return the splits without documents that are there before, if these are to be dropped, and what was found."""
+    prepare = options.prepare
+    with Alike(prepare.near) as alike:
+        for name, split in splits.items():
+            assert isinstance(split.reader, DocumentReader)
+            reader, before = SignatureReader(split.reader.documents, prepare.near is not None), alike.documents
+            for piece in _pieces(replace(split, reader=reader, chunks=tuple(enumerate(split.chunks)))):
+                if not isinstance(piece, Removed):
+                    alike.add(name, piece)
+                    if progress is not None:
+                        progress(f"{name}: duplicates", alike.documents - before, None)
+        alike.finish()
+        kept = {name: replace(split, chunks=alike.marked(name, split.chunks)) for name, split in splits.items()}
+        return (kept if prepare.duplicates == "drop" else dict(splits)), alike.facts()
+
+
 @dataclass
 class _Job:
     """What is the same for all splits of a pack."""
@@ -180,20 +202,23 @@ class _Job:
 
     def pack(self, url: str, name: str, split: Split) -> Dataset:
         """Write the shards of a split; raises DataError if no row is left."""
-        windows = Windows(split.window) if split.window is not None else None
+        windows = Windows(split.window, split.end) if split.window is not None else None
         removals = Removals()
         with ShardWriter(url, split.columns, self.options) as writer:
             for arrays in self._kept(name, split, removals):
                 writer.write({"tokens": windows.push(arrays["tokens"])} if windows else arrays)
                 if self.progress is not None:
                     self.progress(name, writer.rows, split.rows)
+            if windows is not None and len(last := windows.last()):
+                writer.write({"tokens": last})
             shards, columns = writer.finish()
         if not writer.rows:
             why = f" left after {', '.join(removals.rows)}" if removals.rows else ""
             raise DataError(f"{self.source}: the {name} split has no rows{why}; give more data, or another split")
         facts = {**self.facts, **{key: split.info.get(key) for key in ("classes", "tokenizer")}}
+        of_text = {"dropped_tokens": windows.dropped, **windows.facts()} if windows else {}
+        facts["documents"] = windows.facts() if windows else {}
         card = make_card(written=writer.rows, removals=removals, sums=writer.sums(), options=self.options, facts=facts)
-        dropped = {"dropped_tokens": windows.dropped} if windows else {}
         return Dataset(
             url=url,
             columns=columns,
@@ -201,7 +226,7 @@ class _Job:
             fingerprint=fingerprint(columns, shards),
             packed=True,
             key=self.options.encrypt,
-            info={**split.info, **dropped, "card": card},
+            info={**split.info, **of_text, "card": card},
         )
 
     def _kept(self, name: str, split: Split, removals: Removals) -> Iterator[Arrays]:
@@ -299,7 +324,7 @@ class _Read:
             try:
                 for arrays in self.reader.read(pickle.loads(chunk)):  # noqa: S301 -- we pickled it
                     if isinstance(arrays, Removed):
-                        removed.append((arrays.step, arrays.rows, arrays.first))
+                        removed.append(astuple(arrays))
                         continue
                     yield _row(place, piece, data=_stored(arrays))
                     piece += 1

@@ -73,7 +73,7 @@ class ParquetReader:
         columns = [held.column for held in self.held]
         names = [column.name for column in columns]
         rows = max(1, PIECE_BYTES // sum(column.row_bytes for column in columns))
-        batches = _batches(url, range(chunk.start, chunk.stop), [*names, *self.part.helpers(names)], rows)
+        batches = batches_of(url, range(chunk.start, chunk.stop), [*names, *self.part.helpers(names)], rows)
 
         def decode(batch: pa.RecordBatch) -> Arrays:
             return {held.column.name: self._column(batch, held, url) for held in self.held}
@@ -155,10 +155,10 @@ def _held(
 ) -> tuple[tuple[Held, ...], list[str]]:
     """Return how each column is read, and the classes if the label's column holds strings."""
     held, classes = [], []
-    batch = next(iter(_batches(where, None, names, SAMPLED)))
+    batch = next(iter(batches_of(where, None, names, SAMPLED)))
     for name in names:
         field = schema.field(name)
-        if name == options.label and _is_text(field.type):
+        if name == options.label and is_text(field.type):
             classes = class_names(_labels(files, name), name)
             dtype = class_dtype(len(classes))
             held.append(Held(Column(name=name, dtype=dtype, shape=(), num_values=len(classes)), "classes"))
@@ -172,7 +172,7 @@ def _described(where: str, field: pa.Field, values: pa.Array, image_size: int | 
     if _is_image(field.type):
         field = pa.field(field.name, pa.binary())
         values = _encoded(values, field.name, where)
-    elif pa.types.is_struct(field.type) or _is_text(field.type):
+    elif pa.types.is_struct(field.type) or is_text(field.type):
         raise no_numbers(where, field.name, str(field.type))
     try:
         column = describe_values(field, pa.chunked_array([values]), where=where)
@@ -201,14 +201,15 @@ def _is_image(kind: pa.DataType) -> bool:
     return bool(pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Say whether a type holds texts."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _labels(files: Files, label: str) -> Iterator[tuple[str, pa.Array]]:
     for file in files.files:
-        for batch in _batches(files.url(file), None, [label], 65536):
+        for batch in batches_of(files.url(file), None, [label], 65536):
             yield files.url(file), batch.column(0).cast(pa.string())
 
 
@@ -223,7 +224,8 @@ def _stream(url: str) -> Iterator[pa.RecordBatchReader]:
             raise DataError(f"{url}: cannot be read ({first_line(error)}); restore it, or leave it out") from error
 
 
-def _batches(url: str, groups: range | None, names: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
+def batches_of(url: str, groups: range | None, names: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield up to `rows` rows at a time of row groups, None: all; raises DataError naming a file that is broken."""
     if url.endswith(ARROW):
         with _stream(url) as stream:
             for batch in stream:

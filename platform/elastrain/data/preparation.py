@@ -2,6 +2,7 @@
 
 ```
 rows read ─► split ─► nulls ─► non-finite ─► duplicates ─► rows written        a card says what each step removed
+documents ─► split ─► nulls ─► empty ─► duplicates ─► near-duplicates ─► tokens ─► rows of one length
 ```
 """
 
@@ -15,6 +16,7 @@ from elastrain.data.dataset import Column
 from elastrain.errors import DataError, SpecError
 
 NULLS, NON_FINITE, DUPLICATES = ("error", "drop"), ("error", "drop", "keep"), ("keep", "count", "drop")
+NEAR = (0.5, 0.95)  # below, unlike documents would be taken for alike; above, a few words decide
 SPLITS = ("train", "val", "test")
 
 
@@ -24,7 +26,9 @@ class Preparation:
 
     `expect` is what the packed columns must be (`x:float64,image:uint8[8,8]`), `classes` the number of labels. `nulls`
     is error or drop, `non_finite` (NaN and infinity in float columns) error, drop or keep. `duplicates` is keep, count
-    or drop, and two rows are the same if their packed columns are, or their `key`. `split` gives shares such as
+    or drop, and two rows are the same if their packed columns are, or their `key`. `documents` says what a document of
+    a text is (file, blank, line or column:NAME); two are the same if all their text is, or with `near` if that share of
+    what occurs in either occurs in both. `split` gives shares such as
     `train=0.9,test=0.1`, by a hash of each row's place or, with `by`, of its value in that column. `license` and
     `origin` are noted in the card.
     """
@@ -33,6 +37,8 @@ class Preparation:
     non_finite: str = "error"
     duplicates: str = "keep"
     key: str | None = None
+    documents: str | None = None
+    near: float | None = None
     split: str | None = None
     by: str | None = None
     expect: str | None = None
@@ -49,8 +55,21 @@ class Preparation:
             raise SpecError("--key says which rows are duplicates; give --duplicates count or drop with it")
         if self.classes is not None and self.classes < 1:
             raise SpecError(f"--classes {self.classes} is not positive")
+        self._check_documents()
         shares(self.split)
         expected(self.expect)
+
+    def _check_documents(self) -> None:
+        if self.documents is not None and not re.fullmatch(r"file|blank|line|column:.+", self.documents):
+            raise SpecError(f"--documents {self.documents!r} is not file, blank, line or column:NAME")
+        if self.near is None:
+            return
+        if not NEAR[0] <= self.near <= NEAR[1]:
+            raise SpecError(f"--near {self.near} is not in {NEAR[0]} to {NEAR[1]}; 0.8 is a good start")
+        if self.documents is None or self.duplicates == "keep":
+            raise SpecError(
+                "--near says which documents are duplicates; give --documents, and --duplicates count or drop"
+            )
 
     def identity(self) -> dict[str, Any]:
         """Return what was asked for, as a JSON object; what was not is left out, as in packs made before it was."""

@@ -11,12 +11,10 @@ import contextlib
 import errno
 import hashlib
 import io
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,88 +25,13 @@ import pyarrow.parquet as pq
 
 from elastrain import storage
 from elastrain.data.chunks import Arrays, PackOptions, first_line
-from elastrain.data.columns import Array, Column, encode, from_table
+from elastrain.data.columns import Column, encode, from_table
 from elastrain.data.dataset import Shard, read_footer
 from elastrain.data.parquet_encryption import decryption, encryption_of
+from elastrain.data.statistics import Sums
 from elastrain.errors import DataError, StorageError
 
 PAGE_BYTES = 1 << 20
-EXACT = 1 << 63
-COUNTED_VALUES = 4096  # more different values than this of an integer column are not counted one by one
-
-
-class Sums:
-    """Mean, deviation and range over all elements of a column: exact for integers, in row-group order for floats."""
-
-    def __init__(self, column: Column) -> None:
-        self.column = column
-        self.count = 0
-        self.total = self.squares = 0
-        self.low: float | None = None
-        self.high: float | None = None
-        self.mean = self.spread = 0.0
-        self.counts: dict[int, int] | None = {} if not column.shape and np.dtype(column.dtype).kind in "iu" else None
-
-    def add(self, values: Array) -> None:
-        """Take the values of one row group into account."""
-        if not values.size:
-            return
-        if np.issubdtype(values.dtype, np.integer):
-            self._add_integers(values.reshape(-1))
-        else:
-            self._add_floats(values.reshape(-1).astype(np.float64))
-        self.count += values.size
-
-    def _add_integers(self, values: Array) -> None:
-        low, high = int(values.min()), int(values.max())
-        self._widen(low, high)
-        self._add_counts(values)
-        if max(abs(low), abs(high)) ** 2 * values.size < EXACT:
-            wide = values.astype(np.int64)
-            self.total += int(wide.sum())
-            self.squares += int(np.dot(wide, wide))
-        else:
-            numbers = values.tolist()
-            self.total += sum(numbers)
-            self.squares += sum(number * number for number in numbers)
-
-    def _widen(self, low: float, high: float) -> None:
-        self.low = low if self.low is None else min(self.low, low)
-        self.high = high if self.high is None else max(self.high, high)
-
-    def _add_counts(self, values: Array) -> None:
-        if self.counts is None:
-            return
-        found, times = np.unique(values, return_counts=True)
-        for value, count in zip(found.tolist(), times.tolist(), strict=True):
-            self.counts[value] = self.counts.get(value, 0) + count
-            if len(self.counts) > COUNTED_VALUES:
-                self.counts = None
-                return
-
-    def _add_floats(self, values: Array) -> None:
-        # Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983: no cancellation.
-        with np.errstate(invalid="ignore", over="ignore"):
-            mean = float(values.mean())
-            spread = float(np.square(values - mean).sum())
-        finite = values if math.isfinite(mean) else values[np.isfinite(values)]
-        if finite.size:
-            self._widen(float(finite.min()), float(finite.max()))
-        shift, total = mean - self.mean, self.count + values.size
-        self.mean += shift * values.size / total
-        self.spread += spread + shift * shift * self.count * values.size / total
-
-    def result(self) -> Column:
-        """Return the column with its statistics; those that are no finite numbers are None."""
-        mean, deviation = self.mean, math.sqrt(self.spread / max(self.count, 1)) if self.spread >= 0 else math.nan
-        values = self.column.num_values
-        if np.issubdtype(np.dtype(self.column.dtype), np.integer) and self.count:
-            mean = self.total / self.count
-            deviation = math.sqrt(Fraction(self.count * self.squares - self.total**2, self.count**2))
-            low, high = int(self.low or 0), int(self.high or 0)
-            values = high + 1 if values is None and low >= 0 else values
-        finite = math.isfinite(mean) and math.isfinite(deviation)
-        return replace(self.column, num_values=values, mean=mean if finite else None, std=deviation if finite else None)
 
 
 class HashOnly(io.RawIOBase):

@@ -60,10 +60,18 @@ def open_source(source: str, options: PackOptions) -> dict[str, Split]:
 def _refuse_inapplicable(kind: str, options: PackOptions) -> None:
     """Raise SpecError if an option is given that means nothing for this kind of source."""
     asked, tables = options.prepare.identity(), kind in ("csv", "parquet", "hf", "delta", "iceberg")
-    refused = () if tables else ("nulls", "non_finite", "key", "split", "by")
-    for name in (*refused, *(("duplicates", "classes") if kind == "text" else ())):
+    refused: tuple[str, ...] = () if tables else ("nulls", "non_finite", "key", "split", "by")
+    if kind != "text":
+        refused += ("documents", "near")
+    elif "documents" in asked:
+        refused = ("non_finite", "key", "by", "classes")
+        refused += () if asked["documents"].startswith("column:") else ("nulls",)
+    else:
+        refused += ("duplicates", "classes")
+    for name in refused:
         if name in asked:
-            raise SpecError(f"--{name.replace('_', '-')} does not apply to {kind}; leave it out")
+            hint = ", or say what a document is with --documents" if kind == "text" and name == "duplicates" else ""
+            raise SpecError(f"--{name.replace('_', '-')} does not apply to {kind}; leave it out{hint}")
 
 
 def identity(source: str) -> dict[str, str]:

@@ -98,6 +98,7 @@ class _Faults:
     def __init__(self, step: str, words: str, policy: str) -> None:
         self.step, self.words, self.policy = step, words, policy
         self.rows, self.first, self.column = 0, -1, ""
+        self.columns: dict[str, int] = {}
 
     @property
     def stops(self) -> bool:
@@ -116,6 +117,9 @@ class _Faults:
             self.first = int(places[place])
             self.column = next(name for name, mask in masks.items() if mask is not None and mask[place])
         self.rows += int(counted.sum())
+        for name, mask in masks.items():
+            if mask is not None:
+                self.columns[name] = self.columns.get(name, 0) + int((mask & among).sum())
         return every
 
     def removed(self, url: str) -> Iterator[Removed]:
@@ -126,7 +130,8 @@ class _Faults:
                 f"correct them, or leave such rows out with --{self.step} drop"
             )
         if self.rows:
-            yield Removed(self.step, self.rows, f"{url}, row {self.first}, column {self.column!r}")
+            where = f"{url}, row {self.first}, column {self.column!r}"
+            yield Removed(self.step, self.rows, where, tuple(sorted(self.columns.items())))
 
 
 def _missing(batch: pa.RecordBatch, name: str, part: Part) -> Mask | None:

@@ -9,9 +9,11 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
+import ray._private.parameter
 import ray._private.state
 import ray._private.worker
 from ray._private.authentication import authentication_token_setup as token
@@ -127,3 +129,19 @@ def deaths_untold() -> Iterator[None]:
         yield
     finally:
         worker.print_to_stdstream = before
+
+
+@contextlib.contextmanager
+def without_monitors() -> Iterator[None]:
+    """Have `ray.init` start no autoscaler and no reader of logs: a Ray of one node to itself needs neither.
+
+    Each is a process that imports Ray while the workers do. Stands on `ray._private.parameter.RayParams`, which
+    `ray.init` calls by that name.
+    """
+    parameter: Any = ray._private.parameter  # noqa: SLF001
+    before = parameter.RayParams
+    parameter.RayParams = partial(before, no_monitor=True, include_log_monitor=False)
+    try:
+        yield
+    finally:
+        parameter.RayParams = before

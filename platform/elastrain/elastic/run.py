@@ -42,6 +42,7 @@ from elastrain.observe.report import TRAIN_KEYS, read_report, write_html
 from elastrain.spec.document import resolve
 from elastrain.spec.train import TrainSpec
 from elastrain.training.manifests import revoke
+from elastrain.uploads import abort
 
 BACK_OFF_S = 2.0
 END_S = 15.0
@@ -121,6 +122,7 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
         check_transforms(spec.data.transforms, train_data, evaluation)
     with locked(run_url, remedy="give this run another name") as hold, LiveLine() as line:
         revoke(run_url)
+        abort(storage.join(run_url, name) for name in ("checkpoints", "audit", "metrics"))
         data = {"train": train_data} | ({"eval": evaluation} if evaluation else {})
         left_out: dict[str, Note] = {}
         if spec.data.on_bad_shard == "quarantine":
@@ -288,6 +290,7 @@ def _watched(job: Job, host: Any, fleet: Fleet) -> dict[str, Any]:
         line=job.line,
         host=host,
         fleet=fleet,
+        data=[job.train, *([job.evaluation] if job.evaluation else [])],
         stops=job.stop.is_set,
         stepped=lambda now: _note_recovery(job, host, now),
         script=job.script,

@@ -22,6 +22,7 @@ from elastrain.elastic.ray_inner import (
     draining_nodes,
     enable_token_auth,
     node_types,
+    without_monitors,
 )
 from elastrain.errors import ResourceError
 from elastrain.spec.train import WorkersSpec
@@ -48,8 +49,9 @@ def ray_session(address: str | None, *, cpus: float) -> Iterator[None]:
             enable_token_auth()
             ray.init(address=target, **quiet)
         else:
-            ray.init(address="local", num_cpus=math.ceil(cpus), include_dashboard=False, **_quoted(), **quiet)
-    except (OSError, ValueError, RuntimeError) as error:
+            with without_monitors():
+                ray.init(address="local", num_cpus=math.ceil(cpus), include_dashboard=False, **_quoted(), **quiet)
+    except Exception as error:  # a bare one where a node does not start in time
         where = f"no Ray answers at {target}" if target else "a local Ray did not start"
         raise ResourceError(f"{where}: {error}") from error
     try:

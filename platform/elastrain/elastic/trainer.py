@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import RayTrainCallback  # type: ignore[attr-defined]
@@ -27,6 +28,7 @@ from elastrain.elastic.ray_inner import NODE_ID_LABEL
 SILENT_S = 60.0  # who does not answer for so long while another is replaced counts as dead
 CALM_S = 10.0  # a failure after so long a peace is the first one again
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 15.0
+HELPERS = (DatasetsCallback, PlacementGroupCleanerCallback)  # each would start a process that does nothing here
 TRIES, TRIES_S = 2, 60.0  # of a cell none of whose workers stays: in a row, each not longer after the one before
 
 
@@ -138,11 +140,12 @@ class CellController(TrainController):
 class CellTrainer(DataParallelTrainer):
     """A DataParallelTrainer whose controller runs in this process, which must be an actor; it names the run.
 
-    A controller of its own would cost the start a process and its imports. Its helper, the detached process that frees
-    the placement group after a controller's death, costs another one and without Ray's dashboard holds up the end of
-    every run for 12 s (it asks the dashboard's state API whether the controller is alive). Ray itself frees the group
-    only when the whole job ends, so whoever ends the actor frees it: `cells.end_cell`. It also takes back what the run
-    has asked of the autoscaler, under the actor's id.
+    A controller of its own would cost the start a process and its imports; so would the one that shares out Ray's
+    datasets, of which there are none. The third helper, the detached process that frees the placement group after a
+    controller's death, without Ray's dashboard also holds up the end of every run for 12 s (it asks the dashboard's
+    state API whether the controller is alive). Ray itself frees the group only when the whole job ends, so whoever ends
+    the actor frees it: `cells.end_cell`. It also takes back what the run has asked of the autoscaler, under the actor's
+    id.
     """
 
     def __init__(self, work: Callable[[dict[str, Any]], None], config: Any, *, run: Any, scaling: Any) -> None:
@@ -154,7 +157,7 @@ class CellTrainer(DataParallelTrainer):
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         made: list[RayTrainCallback] = super()._create_default_callbacks()
-        return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
+        return [callback for callback in made if not isinstance(callback, HELPERS)]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Result:
         controller: Any = CellController(**(parts | {"failure_policy": self._patience}))

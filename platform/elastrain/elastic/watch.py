@@ -1,21 +1,26 @@
 """What the driver does while a run runs: look at host and cells, act on what it sees, and show it."""
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
+from elastrain import s3, storage
+from elastrain.data.dataset import Dataset
 from elastrain.data.plan import Plan
 from elastrain.elastic.fleet import Event, Fleet, Seated, Seen
 from elastrain.elastic.script import Member, Script
 from elastrain.elastic.script import Seen as Sight
-from elastrain.errors import ResourceError, error_named
+from elastrain.errors import ElastrainError, ResourceError, error_named
 from elastrain.observe.progress import LiveLine, Status
 from elastrain.spec.train import WorkersSpec
 
 POLL_S = 0.1
+ASK_S = 2.0  # between two looks whether the store of the data answers
 OUTAGE_S = 2.0  # storage that fails for longer is waited for, and the line says so
 ENOUGH_S = 2.0  # steps of so long tell how fast the run is
 COMPLETE_S = 60.0  # after this a run begins without those who have not come, if there are enough
@@ -39,6 +44,7 @@ class Watch:
     line: LiveLine
     host: Any
     fleet: Fleet
+    data: Sequence[Dataset]
     stops: Callable[[], bool]
     stepped: Callable[[dict[str, Any]], None]  # is told of each look
     script: Script | None = None
@@ -52,6 +58,10 @@ class Watch:
 
     def run(self) -> dict[str, Any]:
         """Watch to the end; raises what ended the run, WorkerLost if nobody is left to go on."""
+        with asking(self.data):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         while True:
             now = ray.get(self.host.poll.remote())
             now["step"] = self._reached = max(self._reached, now["step"])
@@ -99,7 +109,7 @@ class Watch:
         running = list(now["spent"].values())
         waited = sum(s["data"] for s in running)
         worked = sum(sum(s.values()) - s["start"] for s in running)
-        waits = ", waiting for storage" if now["storage_s"] > OUTAGE_S else ""
+        waits = ", waiting for storage" if max(now["storage_s"], s3.waiting_s()) > OUTAGE_S else ""
         short = now["missing"] if now["generation"] else 0
         return Status(
             phase=("training" if last else "starting workers") + waits,
@@ -114,6 +124,29 @@ class Watch:
             last_checkpoint=now["checkpoint"],
             message=f"waiting for {short} more worker" + "s" * (short > 1) if short else "",
         )
+
+
+@contextlib.contextmanager
+def asking(data: Sequence[Dataset]) -> Iterator[None]:
+    """Look meanwhile whether the stores of the data answer; since when one does not, `s3.waiting_s` tells.
+
+    Read tasks wait for it in processes of their own, in which nobody looks.
+    """
+    buckets = {s3.place(each.url).split("/")[0]: each for each in data if s3.is_s3(each.url)}
+    ended = threading.Event()
+
+    def ask(url: str) -> None:
+        while not ended.wait(ASK_S):
+            with contextlib.suppress(ElastrainError):  # what is wrong is said by who reads the data
+                storage.exists(url)
+
+    for each in buckets.values():
+        url = storage.join(each.url, each.shards[0].path)
+        threading.Thread(target=ask, args=(url,), daemon=True, name="asking").start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 class Speed:

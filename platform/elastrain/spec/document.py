@@ -61,11 +61,16 @@ def read_train(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> T
     """
     source = override(_whole(load(path)), overrides, exclusive=_EXCLUSIVE)
     spec = _checked(source.data, source.where)
+    cwd = working_folder()
+    return _resolved(spec, base=(cwd / path).parent, cwd=cwd, where=source.where)
+
+
+def working_folder() -> Path:
+    """Return the working folder; raises SpecError where somebody removed it."""
     try:
-        cwd = Path.cwd()
+        return Path.cwd()
     except OSError:
         raise SpecError("the working folder is gone, and data are looked for in it; go to another") from None
-    return _resolved(spec, base=(cwd / path).parent, cwd=cwd, where=source.where)
 
 
 def parse_train(text: str, *, name: str = "spec.yaml") -> TrainSpec:

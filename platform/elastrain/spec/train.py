@@ -12,7 +12,28 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 from elastrain.keys import KEY_NAMES, named
 from elastrain.spec.problems import nearest
 
-OPTIMIZERS = ("sgd", "momentum", "nesterov", "full_batch", "adam", "adamw")
+# Names of the spec, and what is published for them where that differs from the fields' defaults.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "momentum": {},
+    "nesterov": {},
+    "full_batch": {},
+    "adam": {},
+    "adamw": {},
+    "nadam": {},
+    "radam": {},
+    "adagrad": {"eps": 1e-10},
+    "rmsprop": {"momentum": 0.0},
+    "adafactor": {},
+    "lion": {"betas": (0.9, 0.99)},
+    "muon": {"momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-10},
+    "shampoo": {"eps": 1e-6},
+    "soap": {"betas": (0.95, 0.95)},
+    "schedule_free_sgd": {},
+    "schedule_free_adamw": {},
+}
+OPTIMIZERS = tuple(PUBLISHED)
+RULE_FIELDS = ("momentum", "betas", "eps")  # fields whose default is the optimizer's own
 
 
 def _not_a_bool(value: Any) -> Any:
@@ -131,16 +152,31 @@ class DataSpec(Model):
 
 
 class OptimizerSpec(Model):
-    """The update rule. `args` goes as it is to a `module:Class`; `phases` overrides settings for single phases."""
+    """The update rule. `args` goes as it is to the class; `phases` overrides settings for single phases.
+
+    `momentum`, `betas` and `eps` are those published for the name where they are not set (`PUBLISHED`).
+    """
 
     name: str = Field(description=f"{', '.join(OPTIMIZERS)}, file.py:Class or module:Class")
     lr: PositiveFloat = Field(description="learning rate, before the schedule's factor")
     weight_decay: NonNegativeFloat = Field(default=0.0, description="decay of the weights")
-    momentum: Fraction = Field(default=0.9, description="momentum, nesterov: share of the last update kept")
-    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="adam, adamw: decay of both moments")
-    eps: PositiveFloat = Field(default=1e-8, description="adam, adamw: added to the divisor")
-    args: dict[str, Any] = Field(default={}, description="goes as it is to a file.py:Class or module:Class")
+    no_decay: tuple[Literal["norms", "biases", "embeddings"], ...] = Field(
+        default=(), description="kinds of parameters without decay; all decay where unset"
+    )
+    momentum: Fraction = Field(default=0.9, description="share of the last update kept, by those that keep one")
+    betas: tuple[Fraction, Fraction] = Field(
+        default=(0.9, 0.999), description="decay of both moments: adam and its kin"
+    )
+    eps: PositiveFloat = Field(default=1e-8, description="added to the divisor: adam and its kin")
+    args: dict[str, Any] = Field(default={}, description="goes as it is to the optimizer's class")
     phases: dict[str, dict[str, Any]] = Field(default={}, description="settings that differ in a phase, by its name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published(cls, data: Any) -> Any:
+        """Put in what is published for the name, so that a stored spec says it and a later default changes no run."""
+        name = data.get("name") if isinstance(data, dict) else None
+        return {**PUBLISHED.get(name, {}), **data} if isinstance(name, str) else data
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -148,6 +184,17 @@ class OptimizerSpec(Model):
             known = f"none of {', '.join(OPTIMIZERS)} and not module:Class"
             raise wrong(f"optimizer {self.name!r} is {known}{nearest(self.name, OPTIMIZERS)}", "name")
         return self
+
+    def with_settings(self, own: dict[str, Any]) -> "OptimizerSpec":
+        """Return the spec with some settings of its own; another `name` brings what is published for it along.
+
+        Raises ValueError if they are wrong.
+        """
+        mine = self.model_dump(exclude={"phases"})
+        if own.get("name", self.name) != self.name:
+            fresh = type(self)(name=self.name, lr=self.lr)
+            mine = {key: v for key, v in mine.items() if key not in RULE_FIELDS or v != getattr(fresh, key)}
+        return type(self).model_validate({**mine, **own})
 
 
 class ScheduleSpec(Model):
@@ -161,6 +208,7 @@ class ScheduleSpec(Model):
     decay: Annotated[float, Field(gt=0.0, le=1.0), _Number] = Field(
         default=0.2, description="wsd: share of the steps that decay"
     )
+    shape: Literal["linear", "cosine", "sqrt"] = Field(default="linear", description="wsd: the curve of the decay")
 
 
 class BudgetSpec(Model):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from elastrain.errors import SpecError
-from elastrain.spec.document import absolute, located, placed, plain, read_train
+from elastrain.spec.document import absolute, located, placed, plain, read_train, working_folder
 from elastrain.spec.problems import Keys, Problem, Where, dotted, nowhere, refuse, shown, validate
 from elastrain.spec.source import Source, load, override, parse
 from elastrain.spec.sweep import KINDS, LISTS, SweepSpec
@@ -34,7 +34,7 @@ def read_sweep(path: str | os.PathLike[str], sets: Sequence[str] = ()) -> SweepS
     for keys in source.sets:
         _forget_dotted(source.data, keys)
     spec = sweep_spec(source.data, source.where)
-    return _resolved(spec, base=(Path.cwd() / path).parent, where=source.where)
+    return _resolved(spec, base=(working_folder() / path).parent, where=source.where)
 
 
 def parse_sweep(text: str, *, name: str = "sweep.yaml") -> SweepSpec:
@@ -102,7 +102,7 @@ def _forget_dotted(data: Any, keys: Keys) -> None:
 def _resolved(spec: SweepSpec, *, base: Path, where: Where) -> SweepSpec:
     data: dict[str, Any] = plain(spec.model_dump(), where)
     problems: list[Problem] = []
-    cwd = Path.cwd()
+    cwd = working_folder()
     _change(data, ("base",), lambda value: _file(value, base), problems)
     _change(data, ("storage",), lambda value: placed(value, cwd), problems)
     for keys, prefix in (("set",), ()), (("space",), ()):
@@ -131,7 +131,7 @@ def _relocate(data: dict[str, Any], keys: Keys, path: Keys, base: Path, problems
     elif isinstance(here, str) and _is_code(path) and ".py:" in here:
         _change(data, keys, lambda value: located(value, base), problems)
     elif isinstance(here, str) and path in _FOLDERS:
-        _change(data, keys, lambda value: placed(value, Path.cwd()), problems)
+        _change(data, keys, lambda value: placed(value, working_folder()), problems)
 
 
 def _is_code(path: Keys) -> bool:

@@ -104,13 +104,14 @@ def as_text(found: dict[str, Any]) -> str:
     beside = "".join(f", {phase} {trials[phase]:,}" for phase in ("defaults", "confirm") if trials[phase])
     at_once = "the cluster decides" if found["slots"] is None else f"{found['slots']:,} on this machine"
     workers = found["workers"]
+    size = f"{workers['max']}" if workers["min"] == workers["max"] else f"{workers['min']} to {workers['max']}"
     gpus = f" and {workers['gpus']:g} GPUs" if workers["gpus"] else ""
     lines = [
         ("sweep", f"{found['name']}: {found['mode']}, {found['method']}, seed {found['seed']}"),
         ("objective", f"{aim['metric']} ({aim['goal']}) every {aim['every']:,} of {aim['max_steps']:,} steps{target}"),
         ("budget", f"{found['budget']['per_arm']:g} {found['budget']['unit'].replace('_', ' ')} an arm"),
         ("trials", f"tune {_count(trials['tune'])}{beside}"),
-        ("workers", f"{workers['min']} to {workers['max']} a trial, of {workers['cpus']:g} CPUs{gpus} each"),
+        ("workers", f"{size} a trial, of {workers['cpus']:g} CPUs{gpus} each"),
         ("at once", at_once),
         *([("compared at", ", ".join(f"{step:,}" for step in found["rungs"][:8]))] if found["rungs"] else []),
         *(

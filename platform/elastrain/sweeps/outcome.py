@@ -28,9 +28,7 @@ def scoring_of(spec: SweepSpec, arms: Sequence[Arm], trials: Sequence[Trial] = (
         target=objective.target,
         max_steps=objective.max_steps,
         baseline=next((arm.name for arm in arms if arm.baseline), "") if spec.mode == "fair" else "",
-        edges={
-            arm.name if spec.mode == "fair" else "": edges(arm, best.point) for arm, best in found if best is not None
-        },
+        edges={arm.name: edges(arm, best.point) for arm, best in found if best is not None},
     )
 
 

@@ -90,6 +90,7 @@ class Pool:
 
     def _run(self) -> None:
         try:
+            self._grow()  # cells start while the desk does
             while not self._closing.wait(POLL_S):
                 self._tend()
         except Exception as error:  # noqa: BLE001 -- the main thread has to hear of it
@@ -166,6 +167,7 @@ class Pool:
             work=work_of_trials,
         )
         self._cells[name] = cell = _Cell(actor, ended, node)
+        config.desk.event.remote("cell", {"cell": name, "node": node, "workers": config.size})
         return cell
 
 

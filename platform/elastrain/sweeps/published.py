@@ -1,44 +1,54 @@
 """What is published of optimizers: the settings that they come with, and the spaces in which others tuned them.
 
-Spaces of adamw, nesterov and shampoo are those of AlgoPerf's external tuning (Dahl et al., "Benchmarking Neural
-Network Training Algorithms", arXiv 2306.07179); an optimizer beside them has the space of the nearest of the three, its
-learning rate as far from it as its publication says (lion: a third to a tenth of adamw's; arXiv 2302.06675). Settings
-are those of the paper, or of the library's default.
+Spaces of adamw, nadam, nesterov, shampoo and adafactor are those of AlgoPerf's baselines (Dahl et al., "Benchmarking
+Neural Network Training Algorithms", arXiv 2306.07179); the others are ours, and docs/optimizers.md says after what.
+Settings are those of the paper, or of the library's default.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-Space = Mapping[str, Mapping[str, Any]]
+Range = tuple[float, float]
 
-_ADAM_LR, _ADAM_BETA1 = {"log": [1e-4, 1e-2]}, {"one_minus_log": [0.02, 0.5]}
-_SGD_LR, _SGD_MOMENTUM = {"log": [0.02, 5.0]}, {"one_minus_log": [5e-3, 0.3]}
-_SGD_DECAY, _ADAM_DECAY = {"log": [1e-7, 5e-5]}, {"log": [5e-3, 1.0]}
-_SGD: Space = {"lr": _SGD_LR, "weight_decay": _SGD_DECAY}
-_MOMENTUM: Space = {"lr": _SGD_LR, "momentum": _SGD_MOMENTUM, "weight_decay": _SGD_DECAY}
-_ADAM: Space = {"lr": _ADAM_LR, "betas.0": _ADAM_BETA1}
-_ADAMW: Space = {"lr": _ADAM_LR, "betas.0": _ADAM_BETA1, "weight_decay": _ADAM_DECAY}
 
-SPACES: Mapping[str, Space] = MappingProxyType(
+def _space(lr: Range, weight_decay: Range, **kept: Range) -> dict[str, Any]:
+    """Return a space: `beta1` or `momentum` as the range of what is not kept."""
+    field = {"beta1": "betas.0", "momentum": "momentum"}
+    inverse = {field[name]: {"one_minus_log": each} for name, each in kept.items()}
+    return {"lr": {"log": lr}, **inverse, "weight_decay": {"log": weight_decay}}
+
+
+_ADAM_LR, _ADAM_DECAY = (1e-4, 1e-2), (5e-3, 1.0)
+_SGD_LR, _SGD_DECAY = (2e-2, 5.0), (1e-7, 5e-5)
+_COUPLED = (1e-7, 1e-3)
+_SGD = _space(_SGD_LR, _SGD_DECAY)
+_MOMENTUM = _space(_SGD_LR, _SGD_DECAY, momentum=(5e-3, 0.3))
+_ADAM = _space(_ADAM_LR, _COUPLED, beta1=(0.02, 0.5))
+
+# By name, the optimizer's fields as an arm's `optimizer` has them.
+SPACES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "sgd": _SGD,
         "full_batch": _SGD,
         "momentum": _MOMENTUM,
         "nesterov": _MOMENTUM,
         "adam": _ADAM,
-        "adamw": _ADAMW,
-        "nadam": _ADAM,
         "radam": _ADAM,
-        "adagrad": {"lr": {"log": [1e-3, 1e-1]}},
-        "rmsprop": {"lr": _ADAM_LR},
-        "adafactor": {"lr": {"log": [1e-3, 1e-1]}},
-        "lion": {**_ADAMW, "lr": {"log": [1e-5, 3e-3]}},
-        "muon": {"lr": _ADAM_LR, "momentum": {"one_minus_log": [0.01, 0.2]}, "weight_decay": _ADAM_DECAY},
-        "shampoo": {"lr": _ADAM_LR, "betas.0": {"one_minus_log": [1e-2, 0.15]}},
-        "soap": _ADAMW,
-        "schedule_free_sgd": {"lr": {"log": [0.1, 50.0]}, "momentum": {"one_minus_log": [0.02, 0.5]}},
-        "schedule_free_adamw": {**_ADAMW, "lr": {"log": [5e-4, 5e-2]}},
+        "adamw": _space(_ADAM_LR, _ADAM_DECAY, beta1=(0.02, 0.5)),
+        "nadam": {
+            **_space(_ADAM_LR, _ADAM_DECAY, beta1=(4e-3, 0.1)),
+            "args": {"decoupled_weight_decay": True},
+        },
+        "adagrad": _space((1e-3, 1.0), _COUPLED),
+        "rmsprop": _space((1e-5, 1e-2), _COUPLED, momentum=(0.02, 0.5)),
+        "adafactor": _space(_ADAM_LR, (1e-3, 1.0)),
+        "lion": _space((1e-5, 1e-3), (5e-2, 10.0), beta1=(0.02, 0.5)),
+        "muon": _space((1e-4, 1e-1), _ADAM_DECAY, momentum=(0.01, 0.2)),
+        "shampoo": _space(_ADAM_LR, _ADAM_DECAY, beta1=(0.01, 0.15)),
+        "soap": _space(_ADAM_LR, _ADAM_DECAY, beta1=(0.01, 0.15)),
+        "schedule_free_sgd": _space((0.1, 50.0), _SGD_DECAY, momentum=(0.02, 0.3)),
+        "schedule_free_adamw": _space((1e-4, 3e-2), _ADAM_DECAY, beta1=(0.02, 0.2)),
     }
 )
 

@@ -204,9 +204,9 @@ def _run(job: _Job, objective: Objective) -> None:
     pool = Pool(config, job.workers, most=job.spec.max_concurrent or 1 << 20, left=job.agenda.left)
     outcome: dict[str, Any] = {"outcome": "failed", "error": "the driver broke off"}
     try:
-        ray.get(desk.open.remote())
-        desk.event.remote("start", {"versions": versions()})
+        begun = [desk.open.remote(), desk.event.remote("start", {"versions": versions()})]
         pool.start()
+        ray.get(begun)
         scheduler = PerArm(lambda: scheduler_of(job.spec, _explorer(job)), desk.leave.remote)
         tune_trials(
             job.agenda,
@@ -257,7 +257,8 @@ def _given(job: _Job, proposal: Proposal, desk_name: str, desk: Any) -> dict[str
     }
     begin: dict[str, Any] = {"resume": None, "spent_s": 0.0, "recorded": []}
     if known is None:
-        desk.event.remote("trial", {"trial": proposal.trial, "number": proposal.number, **told})
+        # Before anything that the trial itself reports: calls of an actor of many may overtake others.
+        ray.get(desk.event.remote("trial", {"trial": proposal.trial, "number": proposal.number, **told}))
         return {**given, **begin}
     run, decides = storage.join(job.folder, proposal.trial), proposal.phase == "tune" and not job.pauses
     step = None if known.outcome != "running" else _newest(run)

@@ -163,7 +163,7 @@ def grid(arm: Arm) -> list[Point]:
 
 
 def sobol_of(arm: Arm, seed: int) -> Sobol:
-    """Return the sequence of an arm's points; arms of equal dimensions share it: their luck is equal.
+    """Return the sequence of an arm's points: arms share it, as far as their dimensions go, so their luck is equal.
 
     Raises:
         SpecError: The arm has more dimensions than the sequence.

@@ -44,8 +44,10 @@ class Sobol:
         self._shift = [0] * dimensions
         if seed is not None:
             chance = random.Random(seed)  # noqa: S311 -- points, no secrets
-            self._directions = [_scrambled(row, chance) for row in self._directions]
-            self._shift = [chance.getrandbits(BITS) for _ in range(dimensions)]
+            # One dimension after the other: the first ones are the same however many follow.
+            for at, row in enumerate(self._directions):
+                self._directions[at] = _scrambled(row, chance)
+                self._shift[at] = chance.getrandbits(BITS)
 
     def point(self, number: int) -> list[float]:
         """Return point `number`, from 0 and below 2^30, each coordinate from 0 to below 1."""

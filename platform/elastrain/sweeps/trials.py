@@ -4,6 +4,7 @@ A sweep's ledger holds, besides `start` and `end` of each attempt, these kinds o
 
 - `trial`: `trial` (its id), `arm`, `phase`, `number`, `point` (dotted field → value), `seed`
 - `eval`: `trial`, `step`, `samples`, `value` (of the objective; None: not finite), `metrics`, `device_s`
+- `cell`: `cell`, `node`, `workers` (started) · `lost`: `trial`, `cell`, `reason`: it goes on elsewhere
 - `exploit`: `trial`, `donor`, `step`, `point`: it goes on with another one's weights, from that step, at this point
 - `ended`: `trial`, `outcome`, `step`, `device_s`, `error`, `error_kind` (the class of an error of ours)
 """
@@ -45,8 +46,8 @@ class Trial:
     step: int = 0
     device_s: float = 0.0
     error: str = ""
-    error_kind: str = ""
     evaluations: tuple[Evaluation, ...] = field(default=())
+    error_kind: str = ""
 
     @property
     def value(self) -> float | None:

@@ -227,7 +227,9 @@ def scheduler_of(spec: SweepSpec, explore: Callable[[dict[str, Any]], dict[str, 
                 **compared,
             )
         case "median":
-            return MedianStoppingRule(time_attr="step", grace_period=early.grace, **compared)
+            # It would have trials pause, without a checkpoint, until there are enough to compare with.
+            never: Any = math.inf
+            return MedianStoppingRule(time_attr="step", grace_period=early.grace, min_time_slice=never, **compared)
         case "hyperband":
             rounds = -(-objective.max_steps // objective.every)
             return HyperBandScheduler(time_attr="round", max_t=rounds, reduction_factor=early.factor, **compared)

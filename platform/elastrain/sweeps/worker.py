@@ -41,6 +41,7 @@ from elastrain.training.task import make_task
 
 TRAINING = ("data", "compute", "reduce")  # what device-seconds are made of
 LIMITS = {"compute": 1.0, "evaluate": 1.0, "start": 10.0}  # how long a worker may be at it, in workers.timeout_s
+SETTINGS = ("weight_decay", "momentum", "betas", "eps")  # of an optimizer; the schedule sets lr at each step
 LOOK_S = 0.002
 COMMIT_S = 600.0
 
@@ -141,12 +142,7 @@ class CellWorker:
         steps = spec.budget.steps or (spec.budget.epochs or 0) * plan.steps_per_epoch
         state = TrainState(spec, make_task(spec, train), self._device)
         if order.resume is not None:
-            saved = checkpoint.load(*order.resume)
-            state.load(saved.tensors, saved.numbers)
-            if order.resume[0] != order.run_url and self._rank == 0:
-                told = {"donor": order.resume[0].rsplit("/", 1)[-1], "step": state.step, "point": dict(order.point)}
-                told["weights_sha256"] = digest(state.model.state_dict())
-                self._desk.event.remote("exploit", {"trial": order.trial, **told})
+            self._load(order, state)
         feed = DirectFeed(_feed_spec(spec, plan, (train, evaluation), (state.step, steps)), self._kept)
         self._running = running = Running(self._desk, self._cell, order, self._group)
         versions = {"plan": plan.identity(), "arithmetic": arithmetic(self._device), **self._config.info}
@@ -168,9 +164,27 @@ class CellWorker:
             result = loop.run()
         finally:
             feed.close()
+            running.arrived()
         if result["stopped"]:
             raise Broken("it was told to stop, and committed")  # it goes on elsewhere, from there
         return {"step": result["step"], "device_s": running.device_s(), "weights_sha256": result["weights_sha256"]}
+
+    def _load(self, order: Order, state: TrainState) -> None:
+        """Go on from the trial's own checkpoint, or take over another one's weights with settings of its own."""
+        assert order.resume is not None
+        run, step = order.resume
+        own = [[_settings(group) for group in phase.optimizer.param_groups] for phase in state.phases]
+        saved = checkpoint.load(run, step)
+        state.load(saved.tensors, saved.numbers)
+        if run == order.run_url:
+            return
+        for phase, groups in zip(state.phases, own, strict=True):
+            for group, settings in zip(phase.optimizer.param_groups, groups, strict=True):
+                group.update(settings)
+        if self._rank == 0:
+            told = {"donor": run.rsplit("/", 1)[-1], "step": step, "point": dict(order.point)}
+            told["weights_sha256"] = digest(state.model.state_dict())
+            self._desk.event.remote("exploit", {"trial": order.trial, **told})
 
     def _dataset(self, spec: TrainSpec, url: str) -> Dataset:
         key = (url, spec.data.columns)
@@ -202,6 +216,7 @@ class Running:
         self.order, self.clock, self.stop = order, Clock(), False
         self._desk, self._cell, self._group = desk, cell, group
         self._told = order.resume[1] if order.resume else 0
+        self._sent: Any = None  # the last evaluation that was reported
 
     def device_s(self) -> float:
         """Return what the trial has cost up to now, in seconds of all its workers."""
@@ -227,6 +242,7 @@ class Running:
         decides = step in objective.decisions and step > self.order.decided
         stops = False
         if self._group.rank == 0:
+            self.arrived()
             told = {"step": step, "samples": state.samples, "value": value if math.isfinite(value) else None}
             fields = {**told, "metrics": dict(state.metrics), "device_s": self.device_s()}
             if decides and math.isfinite(value):
@@ -234,11 +250,17 @@ class Running:
                     self._wait_for_checkpoint(step)
                 stops = ray.get(self._desk.decide.remote(self.order.trial, fields)) == STOP
             else:
-                self._desk.evaluated.remote(self.order.trial, fields)
+                self._sent = self._desk.evaluated.remote(self.order.trial, fields)
         if not math.isfinite(value):
             raise DivergedError(f"step {step}: {objective.metric} is {value}; lower optimizer.lr or warm up longer")
         if decides and broadcast_object(self._group, stops, 0, state.device):
             raise Stopped
+
+    def arrived(self) -> None:
+        """Wait until what was reported has arrived, as it mostly has: calls of an actor of many may overtake others."""
+        if self._sent is not None:
+            ray.get(self._sent)
+            self._sent = None
 
     def _wait_for_checkpoint(self, step: int) -> None:
         """Wait until the commit of this boundary, which goes on beside, is whole."""
@@ -287,6 +309,11 @@ class Running:
 
     def result(self, found: Mapping[str, Any]) -> None:
         """Nothing: whoever runs the loop returns it."""
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the spec has set of an optimizer's group."""
+    return {name: group[name] for name in SETTINGS if name in group}
 
 
 def _is_committed(run: str, step: int) -> bool:

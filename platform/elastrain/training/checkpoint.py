@@ -1,15 +1,16 @@
 """Checkpoints: written beside the training, whole or not at all, verified when read.
 
 ```
-<run>/checkpoints/step-00000100/model.safetensors   weights and buffers
-                                optimizer.safetensors, average.safetensors, state.json
-                                manifest.json       sizes and hashes of the others; written last
+<run>/checkpoints/step-00000100/3f0c…-model.safetensors   weights and buffers
+                                3f0c…-optimizer.safetensors, 3f0c…-average.safetensors, 3f0c…-state.json
+                                manifest.json             names, sizes and hashes of the others; written last
 ```
-A checkpoint exists if and only if its manifest does. Nothing in it is code: safetensors and JSON only. With
-`checkpoint.encrypt` each of its files but the manifest is encrypted (`encryption`), which the file itself tells.
+A checkpoint exists if and only if its manifest does. The files of each writer have names of their own, so that one that
+was given up or taken over and wakes again touches nobody else's; what killed ones leave goes with the step. Nothing in
+it is code: safetensors and JSON only. With `checkpoint.encrypt` each of its files but the manifest is encrypted
+(`encryption`), which the file itself tells.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -31,12 +32,14 @@ from torch import Tensor
 
 from elastrain import storage
 from elastrain.encryption import Encryptor, decrypt, is_encrypted
-from elastrain.errors import ConflictError, DivergedError, ElastrainError, StorageError
+from elastrain.errors import DivergedError, ElastrainError, StorageError
 from elastrain.spec.train import CheckpointSpec
 from elastrain.training.manifests import (
     MANIFEST,
-    clear,
+    discard,
+    file_url,
     folder,
+    new_part,
     read_manifest,
     read_verified,
     retain,
@@ -84,14 +87,14 @@ def load(run: str, step: int) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for name in manifest["files"]:
-        data = read_verified(url, manifest, name)
+        data, path = read_verified(run, step, manifest, name), file_url(run, step, manifest.get("part", ""), name)
         if is_encrypted(data):
-            data = _decrypted(data, step, name, storage.join(url, name))
+            data = _decrypted(data, step, name, path)
         if name.endswith(".json"):
-            numbers = _numbers(data, storage.join(url, name))
+            numbers = _numbers(data, path)
         else:
             prefix = next(key for key, file in FILES.items() if file == name)
-            tensors |= {f"{prefix}/{key}": tensor for key, tensor in _tensors(data, storage.join(url, name)).items()}
+            tensors |= {f"{prefix}/{key}": tensor for key, tensor in _tensors(data, path).items()}
     return Checkpoint(url=url, step=step, tensors=tensors, numbers=numbers, info=manifest["info"])
 
 
@@ -224,24 +227,20 @@ class Writer:
             self._error = StorageError(f"cannot write the checkpoint of step {step}: {error!r}")
 
     def _put(self, tensors: dict[str, Tensor], numbers: str, info: dict[str, Any], step: int) -> int:
-        url = folder(self._run, step)
-        clear(self._run, step)  # what a writer that was killed left there
+        part = new_part()
         try:
-            files = self._put_files(tensors, numbers, step)
-            write_manifest(self._run, step, files, info, self._settle)
-        except ConflictError:
-            raise  # by now the folder may be another worker's
-        except Exception:
-            with contextlib.suppress(StorageError):
-                storage.remove(url)  # on a full disk half a checkpoint would be in the way
+            files = self._put_files(tensors, numbers, step, part)
+            write_manifest(self._run, step, files, info, self._settle, part)
+        except BaseException:
+            discard(self._run, step, part)  # on a full disk half a checkpoint would be in the way
             raise
         return sum(file["bytes"] for file in files.values())
 
-    def _put_files(self, tensors: dict[str, Tensor], numbers: str, step: int) -> dict[str, dict[str, Any]]:
+    def _put_files(self, tensors: dict[str, Tensor], numbers: str, step: int, part: str) -> dict[str, dict[str, Any]]:
         files = {}
         encryptor = None if self._spec.encrypt is None else Encryptor(self._spec.encrypt)
         for name, content in contents(tensors, numbers):
-            target = storage.join(folder(self._run, step), name)
+            target = file_url(self._run, step, part, name)
             write = partial(_write_content, content, target)
             if encryptor is not None:  # from memory: nothing that is not encrypted may touch the disk
                 pieces = encryptor.pieces(as_bytes(content), context=context_of(step, name))

@@ -100,15 +100,16 @@ def _sums(state: TrainState, batch: Batch) -> dict[str, tuple[float, float]]:
 
 @contextmanager
 def _evaluating(state: TrainState) -> Iterator[None]:
-    """Put the model into evaluation mode, with the averaged weights where the run keeps them; nothing in it moves."""
+    """Put the model into evaluation mode, with the averaged weights where the run has them; nothing in it moves."""
     state.buffers.begin(moving=False)
-    kept = {name: p.detach().clone() for name, p in state.model.named_parameters()} if state.ema else {}
+    averages = state.averages()
+    kept = {name: p.detach().clone() for name, p in state.model.named_parameters()} if averages else {}
     state.model.eval()
     try:
         with torch.no_grad():
             for name, parameter in state.model.named_parameters():
-                if state.ema:
-                    parameter.copy_(state.ema[name])
+                if averages:
+                    parameter.copy_(averages[name])
         yield
     finally:
         with torch.no_grad():

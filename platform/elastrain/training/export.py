@@ -12,7 +12,8 @@ from elastrain.training.state import digest
 def export_weights(run: str, out: str, *, step: int | None, weights: str) -> dict[str, Any]:
     """Write the weights of a checkpoint (the newest whole one if `step` is None) to `out`.
 
-    `weights` is `model`, or `ema` for the averaged parameters with the model's buffers. Returns file, step and digest.
+    `weights` is `model`, or `ema` for the averaged parameters (those of the run's `ema`, or a schedule-free
+    optimizer's) with the model's buffers. Returns file, step and digest.
     Raises SpecError if the run has no such checkpoint or keeps no averages, StorageError if files cannot be used.
     """
     if weights not in ("model", "ema"):
@@ -25,7 +26,7 @@ def export_weights(run: str, out: str, *, step: int | None, weights: str) -> dic
     if weights == "ema":
         averages = {name.removeprefix("ema/"): t for name, t in saved.tensors.items() if name.startswith("ema/")}
         if not averages:
-            raise SpecError(f"{run}: the run keeps no averaged weights; set ema in its spec")
+            raise SpecError(f"{run}: the run keeps no averaged weights; set ema in its spec, or train schedule-free")
         tensors |= averages
     write_weights(storage.absolute(out), tensors)
     return {"file": storage.absolute(out), "step": chosen, "weights_sha256": digest(tensors)}

@@ -1,7 +1,8 @@
 """Which checkpoints a run has, from their manifests alone: no torch here, so that a driver need not load it.
 
-On S3 manifests are created, and where one is in the way only that one is replaced: `revoke` can make impossible what
-has not come into being yet.
+Each writer of a checkpoint gives its files names of their own, which the manifest tells: whoever wakes up after others
+have gone on can neither remove nor overwrite what they have committed. On S3 manifests are created, and where
+one is in the way only that one is replaced: `revoke` can make impossible what has not come into being yet.
 """
 
 import contextlib
@@ -31,9 +32,23 @@ def folder(run: str, step: int) -> str:
     return storage.join(run, "checkpoints", f"step-{step:08d}")
 
 
-def seal(step: int, files: Mapping[str, Any], info: Mapping[str, Any]) -> bytes:
-    """Return the manifest of a checkpoint; its last entry is the hash of all before it."""
-    text = json.dumps({"step": step, "files": files, "info": info}, indent=1).removesuffix("\n}")
+def file_url(run: str, step: int, part: str, name: str) -> str:
+    """Return where a file of a checkpoint lies; `part` is what tells its writer from others, empty in old ones."""
+    return storage.join(folder(run, step), f"{part}-{name}" if part else name)
+
+
+def new_part() -> str:
+    """Return what the names of one writer's files begin with, unlike any other's."""
+    return secrets.token_hex(8)
+
+
+def seal(step: int, files: Mapping[str, Any], info: Mapping[str, Any], part: str = "") -> bytes:
+    """Return the manifest of a checkpoint; its last entry is the hash of all before it.
+
+    `part` is what the names of its files begin with (`file_url`).
+    """
+    where = {"part": part} if part else {}
+    text = json.dumps({"step": step, **where, "files": files, "info": info}, indent=1).removesuffix("\n}")
     return _sealed(text)
 
 
@@ -72,18 +87,19 @@ def described(data: bytes) -> dict[str, Any]:
 
 
 def write_manifest(
-    run: str, step: int, files: Mapping[str, Any], info: Mapping[str, Any], settle: Callable[[], None] = lambda: None
+    run: str,
+    step: int,
+    files: Mapping[str, Any],
+    info: Mapping[str, Any],
+    settle: Callable[[], None] = lambda: None,
+    part: str = "",
 ) -> None:
-    """Write the manifest of a checkpoint whose files are there: from now on it exists.
+    """Write the manifest of a checkpoint whose files are there, as `part`: from now on it exists.
 
     `settle` raises if it may not; it is called at least once. Raises ConflictError if another process has taken the
     run over or writes the same checkpoint, StorageError.
     """
-    _commit(run, step, seal(step, files, info), settle)
-
-
-def _commit(run: str, step: int, manifest: bytes, settle: Callable[[], None]) -> None:
-    url = storage.join(folder(run, step), MANIFEST)
+    url, manifest = storage.join(folder(run, step), MANIFEST), seal(step, files, info, part)
     settle()
     if not is_s3(url):
         storage.put(url, manifest)
@@ -97,6 +113,25 @@ def _commit(run: str, step: int, manifest: bytes, settle: Callable[[], None]) ->
     settle()
     if there is None or conditional.replace(url, manifest, there.etag) is None:
         raise ConflictError(f"{url}: another process writes this checkpoint at the same time; stop all but one")
+
+
+def discard(run: str, step: int, part: str) -> None:
+    """Remove the files of a writer whose checkpoint came to nothing, and no others; nothing if it exists after all.
+
+    Raises nothing: whatever went wrong before tells more, and what is left goes with the folder of the step.
+    """
+    url = folder(run, step)
+    with contextlib.suppress(StorageError):
+        with contextlib.suppress(FileNotFoundError):
+            if f'"part": "{part}"'.encode() in storage.read_bytes(storage.join(url, MANIFEST)):
+                return  # the answer to its last write got lost
+        with contextlib.suppress(FileNotFoundError):
+            for file in storage.list_files(url):
+                if file.path.startswith(part):
+                    storage.remove(storage.join(url, file.path))
+        if storage.is_local(url):
+            with contextlib.suppress(OSError):  # others write there, too
+                storage.local_path(url).rmdir()
 
 
 def revoke(run: str) -> None:
@@ -151,7 +186,7 @@ def newest_whole(run: str, *, warn: Callable[[str], None]) -> int | None:
 def verify(run: str, step: int, manifest: Mapping[str, Any]) -> None:
     """Compare every file of a checkpoint with its manifest; raises StorageError, naming the first that differs."""
     for name in manifest["files"]:
-        read_verified(folder(run, step), manifest, name)
+        read_verified(run, step, manifest, name)
 
 
 def is_whole(run: str, step: int, manifest: Mapping[str, Any]) -> bool:
@@ -163,9 +198,9 @@ def is_whole(run: str, step: int, manifest: Mapping[str, Any]) -> bool:
     return True
 
 
-def read_verified(url: str, manifest: Mapping[str, Any], name: str) -> bytes:
+def read_verified(run: str, step: int, manifest: Mapping[str, Any], name: str) -> bytes:
     """Return the bytes of a checkpoint's file; raises StorageError, naming it, if they are not the manifest's."""
-    path, expected = storage.join(url, name), manifest["files"][name]
+    path, expected = file_url(run, step, manifest.get("part", ""), name), manifest["files"][name]
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError as error:
@@ -194,18 +229,14 @@ def adopt(
     Raises ValueError if they are not the bytes that the manifest names, StorageError if they cannot be written; nothing
     is left then. `settle` and ConflictError are as in `write_manifest`.
     """
-    files = unseal(manifest, step)["files"]
-    clear(run, step)
+    made, part = unseal(manifest, step), new_part()
     try:
-        for name, expected in files.items():
-            if _written(storage.join(folder(run, step), name), read(name)) != expected:
+        for name, expected in made["files"].items():
+            if _written(file_url(run, step, part, name), read(name)) != expected:
                 raise ValueError(f"{name}: corrupted (not the bytes that the manifest names)")
-        _commit(run, step, manifest, settle)
-    except ConflictError:
-        raise  # by now the folder may be another process's
+        write_manifest(run, step, made["files"], made["info"], settle, part)
     except BaseException:
-        with contextlib.suppress(StorageError):
-            clear(run, step)
+        discard(run, step, part)
         raise
 
 

@@ -3,9 +3,11 @@
 Also what an optimizer keeps, taken apart into tensors by name and JSON, and put together again to the bit.
 """
 
+import importlib
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -18,6 +20,9 @@ from elastrain.data.transforms import load_object
 from elastrain.errors import SpecError
 from elastrain.spec.problems import nearest
 from elastrain.spec.train import OptimizerSpec, ScheduleSpec
+from elastrain.training.groups import Kind, decay_groups, hidden_matrices
+from elastrain.training.muon import MuonAdamW
+from elastrain.training.shampoo import Shampoo
 
 PLAIN = (type(None), bool, int, float, str)  # what JSON holds as it is
 SET_ANEW = ("params", "lr")  # entries of a group that whoever resumes has, or sets at each step
@@ -35,55 +40,148 @@ def check_phase_names(spec: OptimizerSpec, phases: Sequence[str]) -> None:
 
 def for_phase(spec: OptimizerSpec, phase: str) -> OptimizerSpec:
     """Return the optimizer of a phase: the spec with the phase's own settings; raises SpecError if they are wrong."""
-    own = spec.phases.get(phase, {})
     try:
-        return OptimizerSpec.model_validate({**spec.model_dump(exclude={"phases"}), **own})
+        return spec.with_settings(spec.phases.get(phase, {}))
     except ValueError as error:
         raise SpecError(f"optimizer.phases.{phase}: {error}") from error
 
 
-def make_optimizer(spec: OptimizerSpec, parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """Return the optimizer that the spec names over `parameters`; raises SpecError for arguments it does not take.
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How an optimizer is made from its name: a class, or the name of one in the extra, and what it takes of a spec."""
 
-    torch's own are used in their fused form: one kernel an update, on CPU and GPU.
+    kind: type[Optimizer] | str
+    takes: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+FUSED = {"fused": True}  # one kernel an update, on CPU and GPU
+ADAM = ("betas", "eps")
+RULES = {
+    "sgd": Rule(torch.optim.SGD, (), FUSED),
+    "full_batch": Rule(torch.optim.SGD, (), FUSED),
+    "momentum": Rule(torch.optim.SGD, ("momentum",), FUSED),
+    "nesterov": Rule(torch.optim.SGD, ("momentum",), {**FUSED, "nesterov": True}),
+    "adam": Rule(torch.optim.Adam, ADAM, FUSED),
+    "adamw": Rule(torch.optim.AdamW, ADAM, FUSED),
+    "nadam": Rule(torch.optim.NAdam, ADAM),
+    "radam": Rule(torch.optim.RAdam, ADAM),
+    "adagrad": Rule(torch.optim.Adagrad, ("eps",), FUSED),
+    "rmsprop": Rule(torch.optim.RMSprop, ("momentum", "eps")),
+    "adafactor": Rule(torch.optim.Adafactor),
+    "muon": Rule(MuonAdamW, ("momentum", *ADAM)),
+    "shampoo": Rule(Shampoo, ADAM),
+    "lion": Rule("Lion", ("betas",)),
+    "soap": Rule("SOAP", ADAM),
+    "schedule_free_sgd": Rule("ScheduleFreeSGD", ("momentum",)),
+    "schedule_free_adamw": Rule("ScheduleFreeAdamW", ADAM),
+}
+
+
+def make_optimizer(spec: OptimizerSpec, named: Mapping[str, nn.Parameter], kinds: Mapping[str, Kind]) -> Optimizer:
+    """Return the optimizer that the spec names over the parameters `named`, whose `kinds` are those of `kinds_of`.
+
+    Groups may have an `lr_ratio`, their share of the learning rate. Raises SpecError for arguments that it does not
+    take, for a missing extra, and where there is nothing of the kind that it is for.
     """
-    common: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay}
-    match spec.name:
-        case "sgd" | "full_batch":
-            return torch.optim.SGD(parameters, **common, fused=True)
-        case "momentum" | "nesterov":
-            return torch.optim.SGD(
-                parameters, **common, momentum=spec.momentum, nesterov=spec.name == "nesterov", fused=True
-            )
-        case "adam":
-            return torch.optim.Adam(parameters, **common, betas=spec.betas, eps=spec.eps, fused=True)
-        case "adamw":
-            return torch.optim.AdamW(parameters, **common, betas=spec.betas, eps=spec.eps, fused=True)
-        case _:
-            return _custom(spec, parameters)
-
-
-def _custom(spec: OptimizerSpec, parameters: Sequence[nn.Parameter]) -> Optimizer:
-    kind = load_object(spec.name, where="optimizer.name")
-    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
-        raise SpecError(f"optimizer {spec.name}: not a class derived from torch.optim.Optimizer")
-    given = {"lr": spec.lr, **spec.args}
-    if "weight_decay" in inspect.signature(kind).parameters:
-        given.setdefault("weight_decay", spec.weight_decay)
+    rule = RULES.get(spec.name)
+    kind = _class(spec.name, rule)
+    given: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay}
+    if rule is not None:
+        given |= {name: getattr(spec, name) for name in rule.takes} | dict(rule.fixed)
+    elif "weight_decay" not in inspect.signature(kind).parameters:
+        del given["weight_decay"]
+    given |= spec.args
+    _check_arguments(spec, kind, given)
     try:
-        optimizer = kind(parameters, **given)
+        optimizer = _made(spec, kind, given, named, kinds)
         inspect.signature(optimizer.step).bind()
     except (TypeError, ValueError, RuntimeError) as error:
         why = "its step() needs a closure" if "closure" in str(error) else error
         raise SpecError(f"optimizer {spec.name}: {why}; check lr and optimizer.args, or choose another") from error
+    if averages_weights(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
     return optimizer
+
+
+def _class(name: str, rule: Rule | None) -> type[Optimizer]:
+    """Return an optimizer's class; raises SpecError if it is none, or of an extra that is not installed."""
+    if rule is None:
+        kind = load_object(name, where="optimizer.name")
+        if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+            raise SpecError(f"optimizer {name}: not a class derived from torch.optim.Optimizer")
+        return kind
+    if isinstance(rule.kind, str):
+        try:
+            found: type[Optimizer] = getattr(importlib.import_module("pytorch_optimizer"), rule.kind)
+        except ImportError as error:
+            raise SpecError(
+                f"optimizer {name}: it is in the pytorch-optimizer package: pip install 'elastrain[optimizers]'"
+            ) from error
+        return found
+    return rule.kind
+
+
+def _check_arguments(spec: OptimizerSpec, kind: type[Optimizer], given: Mapping[str, Any]) -> None:
+    """Refuse what a class would drop in silence: the extra's classes take any keyword."""
+    if "lr" in spec.args:
+        raise SpecError(f"optimizer {spec.name}: args holds lr, which the schedule moves; set optimizer.lr")
+    if spec.name in RULES and isinstance(RULES[spec.name].kind, str):
+        known = [name for name, p in inspect.signature(kind).parameters.items() if p.kind is not p.VAR_KEYWORD]
+        for name in given:
+            if name not in known:
+                raise SpecError(f"optimizer {spec.name}: no argument {name!r} in optimizer.args{nearest(name, known)}")
+    if spec.no_decay and "weight_decay" not in given:
+        raise SpecError(f"optimizer {spec.name}: it takes no weight_decay; remove optimizer.no_decay")
+
+
+def _made(
+    spec: OptimizerSpec,
+    kind: type[Optimizer],
+    given: dict[str, Any],
+    named: Mapping[str, nn.Parameter],
+    kinds: Mapping[str, Kind],
+) -> Optimizer:
+    """Return the optimizer over its groups; a single group is given as parameters, which every class takes."""
+    if kind is not MuonAdamW:
+        groups = decay_groups(named, kinds, spec.no_decay)
+        single = len(groups) == 1 and "weight_decay" not in groups[0]
+        return kind(list(named.values()) if single else groups, **given)
+    hidden = hidden_matrices(kinds, given.pop("not_hidden", ()))
+    if not hidden:
+        raise SpecError(f"optimizer {spec.name}: the model has no hidden matrix for it to train; choose adamw")
+    parts = [{n: p for n, p in named.items() if (n in hidden) == matrix} for matrix in (True, False)]
+    matrices, others = (decay_groups(part, kinds, spec.no_decay) for part in parts)
+    return MuonAdamW(matrices, others, **given)
+
+
+def averages_weights(optimizer: Optimizer) -> bool:
+    """Say whether an optimizer trains at other weights than those it stands for: schedule-free ones do."""
+    return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
+
+
+@torch.no_grad()
+def averaged(optimizer: Optimizer) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return each parameter of an optimizer that averages weights, and a new tensor with its average.
+
+    The parameters are left as they were, to the bit, which the optimizer's own way back does not do.
+    """
+    parameters = _parameters(optimizer)
+    kept = [parameter.detach().clone() for parameter in parameters]
+    optimizer.eval()  # type: ignore[attr-defined]
+    found = [parameter.detach().clone() for parameter in parameters]
+    optimizer.train()  # type: ignore[attr-defined]
+    for parameter, before in zip(parameters, kept, strict=True):
+        parameter.copy_(before)
+    return list(zip(parameters, found, strict=True))
 
 
 def learning_factor(schedule: ScheduleSpec, step: int, num_steps: int) -> float:
     """Return the factor of the learning rate at a step of 0…num_steps−1; warm-up rises linearly from 1/warmup.
 
     Sources: cosine, Loshchilov and Hutter 2017 (arXiv 1608.03983); one_cycle, Smith and Topin 2018 (arXiv 1708.07120),
-    rising over the first 30 %; wsd, Hu et al. 2024 (arXiv 2404.06395), linear decay; inverse_sqrt, Vaswani et al. 2017.
+    rising over the first 30 %; wsd, Hu et al. 2024 (arXiv 2404.06395), `shape` sqrt as in Hägele et al. 2024 (arXiv
+    2405.18392); inverse_sqrt, Vaswani et al. 2017 (arXiv 1706.03762).
 
     >>> [round(learning_factor(ScheduleSpec(name="linear", warmup_steps=2), k, 6), 2) for k in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
@@ -100,13 +198,20 @@ def learning_factor(schedule: ScheduleSpec, step: int, num_steps: int) -> float:
         case "cosine":
             factor = _cosine(1.0, final, done)
         case "wsd":
-            factor = 1.0 + (final - 1.0) * max(0.0, (done - (1.0 - schedule.decay)) / schedule.decay)
+            factor = _decayed(schedule, min(1.0, max(0.0, (done - (1.0 - schedule.decay)) / schedule.decay)))
         case "inverse_sqrt":
             factor = math.sqrt(max(warm, 1) / max(step, warm, 1))
         case "one_cycle":
             rise = done / 0.3
             factor = _cosine(0.04, 1.0, rise) if rise < 1.0 else _cosine(1.0, final, (done - 0.3) / 0.7)
     return factor
+
+
+def _decayed(schedule: ScheduleSpec, done: float) -> float:
+    """Return where the decay of wsd is when `done` of it (0 to 1) is behind."""
+    if schedule.shape == "cosine":
+        return _cosine(1.0, schedule.final, done)
+    return 1.0 + (schedule.final - 1.0) * (math.sqrt(done) if schedule.shape == "sqrt" else done)
 
 
 def _cosine(start: float, stop: float, done: float) -> float:

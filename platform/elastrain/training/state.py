@@ -14,11 +14,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elastrain.data.plan import hash64
-from elastrain.errors import ConflictError
+from elastrain.errors import ConflictError, SpecError
 from elastrain.spec.train import TrainSpec
 from elastrain.training.buffers import MovingBuffers
+from elastrain.training.groups import kinds_of
 from elastrain.training.norm import BatchNorms
-from elastrain.training.optim import check_phase_names, for_phase, make_optimizer, pack, unpack
+from elastrain.training.optim import (
+    averaged,
+    averages_weights,
+    check_phase_names,
+    for_phase,
+    make_optimizer,
+    pack,
+    unpack,
+)
 from elastrain.training.precision import LossScale
 from elastrain.training.reduce import FlatGradients, Group
 from elastrain.training.slotsum import SlotSum, slot_sum
@@ -75,7 +84,8 @@ class TrainState:
         check_phases(task, self.model)
         self.forward = self._compiled() if spec.compile else self.model
         self.phases = [self._phase(name) for name in task.phases]
-        self.ema = self._averages() if spec.ema else {}
+        self.ema = self._first_averages() if spec.ema else {}
+        self._check_averages()
         self.scale = LossScale.of(spec.precision)
         self.step, self.phase, self.samples = 0, 0, 0
         self.done: list[Tensor] = []
@@ -104,24 +114,47 @@ class TrainState:
             self.model.get_submodule(name).compile()
         return self.model
 
-    def _averages(self) -> dict[str, Tensor]:
+    def _first_averages(self) -> dict[str, Tensor]:
         """Return the parameters' averages at the start, under each name of a tied one."""
         averages = {id(parameter): parameter.detach().clone() for parameter in self.model.parameters()}
         return {name: averages[id(p)] for name, p in self.model.named_parameters(remove_duplicate=False)}
 
+    def _check_averages(self) -> None:
+        """Raise SpecError if weights would be averaged twice."""
+        twice = [phase.name for phase in self.phases if self.ema and averages_weights(phase.optimizer)]
+        if twice:
+            raise SpecError(
+                f"ema: the optimizer of phase {twice[0]} averages the weights itself; remove ema, or choose an "
+                f"optimizer that is not schedule-free"
+            )
+
+    def averages(self) -> dict[str, Tensor]:
+        """Return the weights to evaluate, under each name of a tied one; nothing if they are those of `model`.
+
+        They are `ema`'s, or what schedule-free optimizers stand for, beside the weights of other phases.
+        """
+        optimizers = [phase.optimizer for phase in self.phases if averages_weights(phase.optimizer)]
+        if not optimizers:
+            return self.ema
+        found = {id(parameter): average for optimizer in optimizers for parameter, average in averaged(optimizer)}
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {name: found.get(id(parameter), parameter.detach()) for name, parameter in named}
+
     def _phase(self, name: str) -> Phase:
         settings = for_phase(self.spec.optimizer, name)
         names, parameters = zip(*phase_parameters(self.task, self.model, name), strict=True)
+        named = dict(zip(names, parameters, strict=True))
+        optimizer = make_optimizer(settings, named, kinds_of(self.model, named))
         gradients = FlatGradients(parameters, slots=self.spec.num_slots, width=STATS + self.norms.width)
         total = slot_sum(gradients.buffer, self.spec.num_slots, self.spec.consistency)
-        phase = Phase(name, names, make_optimizer(settings, parameters), gradients, total, settings.lr)
+        phase = Phase(name, names, optimizer, gradients, total, settings.lr)
         phase.pack()  # what cannot be stored is refused here, not at the first commit
         return phase
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state's tensors by name (`model/…`, `ema/…`, `optim/<phase>/…`), no copies."""
         named = {f"model/{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
-        named |= {f"ema/{name}": tensor for name, tensor in self.ema.items()}
+        named |= {f"ema/{name}": tensor for name, tensor in self.averages().items()}
         for phase in self.phases:
             named |= phase.pack()[1]
         return named
@@ -150,8 +183,8 @@ class TrainState:
                 f"task {self.spec.task}: its model is not the one whose weights were stored; undo the change, give the "
                 f"run another name, or start over with --fresh ({' '.join(str(error).split())[:300]})"
             ) from error
-        for name, average in _under(tensors, "ema/").items():
-            self.ema[name].copy_(average)
+        for name, average in self.ema.items():
+            average.copy_(tensors[f"ema/{name}"])
         for phase, moves in zip(self.phases, numbers["moves"], strict=True):
             unpack(phase.optimizer, numbers["optim"][phase.name], tensors)
             phase.moves = moves

@@ -154,7 +154,7 @@ def _update(state: TrainState, phase: Phase, lr: float) -> Tensor | None:
 
 def _move_weights(state: TrainState, phase: Phase, lr: float) -> None:
     for group in phase.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
     phase.optimizer.step()
     if not phase.checked:
         phase.pack()

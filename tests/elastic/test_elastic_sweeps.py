@@ -1,0 +1,59 @@
+"""A sweep on nodes that come and go: more trials at once where there is room, and none lost with a node."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.elastic.test_sweep_runs import SWEEP, TASK, wait_for
+
+from elastrain.elastic.local_cluster import LocalCluster, start_cluster
+from elastrain.observe.ledger import read_ledger
+from elastrain.sweeps.trials import trials_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+PIPELINE = ROOT / "pipelines" / "digits_mlp"
+
+
+@pytest.fixture
+def cluster() -> Iterator[LocalCluster]:
+    with start_cluster(nodes=1, cpus=1) as made:
+        yield made
+
+
+def test_trials_at_once_follow_the_nodes_and_a_lost_node_costs_no_trial(
+    cluster: LocalCluster, start: Callable[..., Any], workspace: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "train.yaml"
+    base.write_text((PIPELINE / "train.yaml").read_text().replace("task.py:DigitsMLP", "moody.py:Moody"))
+    (tmp_path / "moody.py").write_text((PIPELINE / "task.py").read_text() + TASK)
+    path = tmp_path / "sweep.yaml"
+    path.write_text(SWEEP.format(name="nodes-of-a-sweep", base=base).replace("cpus: 4", "cpus: 1"))
+    changes = ("set.task_args={pause: 0.05}", "objective.max_steps=200", "set.checkpoint.every_steps=20")
+    sets = [part for change in (*changes, "budget.per_arm=3") for part in ("--set", change)]
+    process = start("sweep", str(path), *sets, "--address", cluster.address, "--json")
+    url = str(workspace / "runs" / "nodes-of-a-sweep")
+
+    def events(kind: str) -> list[dict[str, Any]]:
+        assert process.poll() is None, process.communicate()
+        return [event for event in read_ledger(url) if event["kind"] == kind] if Path(url).exists() else []
+
+    wait_for(lambda: len(events("eval")) > 2, seconds=240)
+    assert len(events("trial")) == 1, "one node, one trial at once"
+    cluster.add()
+    wait_for(lambda: {event["trial"] for event in events("eval")} == {"search-0000", "search-0001"}, seconds=240)
+    cluster.lose(events("cell")[0]["node"])
+    wait_for(lambda: events("lost"), seconds=120)
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert json.loads(said.splitlines()[-1])["trials"]["finished"] == 3
+    told = read_ledger(url)
+    assert [event["reason"] for event in told if event["kind"] == "lost"] == ["its node is gone"]
+    for trial in trials_of(told):
+        assert [entry.step for entry in trial.evaluations] == list(range(20, 201, 20))
+    # what was done after the last checkpoint is all that is done again
+    steps = [event["step"] for event in told if event["kind"] == "eval" and event["trial"] == "search-0000"]
+    assert len(steps) <= 10 + 2
