@@ -270,7 +270,6 @@ def cluster_check(spec: ClusterPath, sets: Sets = None, as_json: Json = False) -
 def cluster_plan(
     spec: ClusterPath,
     run_spec: Annotated[str, typer.Argument(metavar="RUN", help="YAML file of a run")],
-    accelerator: Annotated[str | None, typer.Option(help="the kind of GPU for its workers: H100, A100, …")] = None,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
@@ -287,7 +286,7 @@ def cluster_plan(
 
         document = read_cluster(spec)
         check_cluster(document)
-        found = forecast_cluster(document.spec, read_train(run_spec, sets or []), accelerator=accelerator)
+        found = forecast_cluster(document.spec, read_train(run_spec, sets or []))
         return found, as_text(found)
 
     _print(run, as_json=as_json)

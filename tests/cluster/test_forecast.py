@@ -17,6 +17,7 @@ from elastrain.spec.document import train_spec
 from elastrain.spec.train import TrainSpec
 
 ROOT = Path(__file__).parents[2]
+T4, H100 = ({"gpus": 1, "accelerator": kind} for kind in ("T4", "H100"))
 
 
 def cluster(name: str, *sets: str) -> ClusterSpec:
@@ -42,7 +43,7 @@ def nodes_of(found: dict[str, Any]) -> dict[str, int]:
 
 
 def test_a_run_of_gpus_starts_the_pool_that_comes_first() -> None:
-    found = forecast_cluster(cluster("aws"), a_run(min=8, max=20, cpus=4, gpus=1), accelerator="H100")
+    found = forecast_cluster(cluster("aws"), a_run(min=8, max=20, cpus=4, gpus=1, accelerator="H100"))
     assert nodes_of(found) == {"h100-spot": 3}
     assert found["cells"] == [8, 8, 4]
     assert found["workers"] == {"min": 8, "max": 20, "held": 20}
@@ -56,7 +57,7 @@ def test_a_run_of_gpus_starts_the_pool_that_comes_first() -> None:
 
 
 def test_where_a_pool_is_full_the_next_one_goes_on() -> None:
-    found = forecast_cluster(cluster("aws"), a_run(min=8, max=80, cpus=4, gpus=1), accelerator="H100")
+    found = forecast_cluster(cluster("aws"), a_run(min=8, max=80, cpus=4, gpus=1, accelerator="H100"))
     assert nodes_of(found) == {"h100-spot": 8, "h100": 2}
 
 
@@ -67,40 +68,48 @@ def test_kinds_of_gpus_are_never_mixed_by_accident() -> None:
     # What Ray would do if nobody asked: the demand of one gang, unpacked, goes to whatever fits it best.
     loose = [Cell(size=1, resources={"CPU": 1, "GPU": 1})] * 8
     assert len(launches(cluster("aws").pools, loose).nodes) > 1
-    named = [Cell(size=1, resources={"CPU": 1, "GPU": 1}, accelerator="H100")] * 8
+    named = [Cell(size=1, resources=a_run(**H100).workers.needs())] * 8
     assert launches(cluster("aws").pools, named).nodes == {"h100-spot": 1}
     # One kind needs no choice.
     assert nodes_of(forecast_cluster(cluster("onprem"), run)) == {"h100": 4}
 
 
 @pytest.mark.parametrize(
-    ("workers", "accelerator", "error", "text"),
+    ("workers", "error", "text"),
     [
-        ({"gpus": 1}, "H200", SpecError, "aws has T4, L4, A100, H100"),
-        ({"gpus": 1}, "H10", SpecError, "did you mean 'H100'"),
-        ({}, "H100", SpecError, "the run asks for no GPU"),
-        ({"gpus": 9}, "H100", ResourceError, "can ever hold a worker of 1 CPUs and 9 GPUs: they lend h100"),
-        ({"cpus": 193}, None, ResourceError, "can ever hold a worker of 193 CPUs"),
-        ({"min": 5, "max": 5, "gpus": 1}, "T4", ResourceError, "hold 4 workers of planned at most"),
+        ({**H100, "accelerator": "H200"}, SpecError, "aws has T4, L4, A100, H100"),
+        ({**H100, "gpus": 9}, ResourceError, "hold a worker of 1 CPUs and 9 GPUs (H100): they lend cpu-data 32"),
+        ({"cpus": 193}, ResourceError, "can ever hold a worker of 193 CPUs"),
+        ({**T4, "min": 5, "max": 5}, ResourceError, "hold 4 workers of planned at most"),
     ],
 )  # fmt: skip
-def test_what_never_fits_is_an_error(
-    workers: dict[str, Any], accelerator: str | None, error: type[Exception], text: str
-) -> None:
+def test_what_never_fits_is_an_error(workers: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error) as caught:
-        forecast_cluster(cluster("aws"), a_run(**workers), accelerator=accelerator)
+        forecast_cluster(cluster("aws"), a_run(**workers))
     assert text in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("workers", "text"),
+    [
+        ({"gpus": 1, "accelerator": "H10"}, "did you mean 'H100'"),
+        ({"accelerator": "H100"}, "accelerator H100 needs gpus"),
+    ],
+)
+def test_a_run_names_a_gpu_that_ray_knows(workers: dict[str, Any], text: str) -> None:
+    with pytest.raises(SpecError, match=text):
+        a_run(**workers)
+
+
 def test_more_workers_than_the_pools_hold_are_told() -> None:
-    found = forecast_cluster(cluster("aws"), a_run(min=2, max=6, cpus=1, gpus=1), accelerator="T4")
+    found = forecast_cluster(cluster("aws"), a_run(min=2, max=6, cpus=1, gpus=1, accelerator="T4"))
     assert nodes_of(found) == {"t4-dev": 4}
     assert (found["workers"]["held"], found["never_fit"]) == (4, 2)
     assert any("2 workers never fit" in each for each in found["warnings"])
 
 
 def test_cells_are_asked_for_one_after_the_other() -> None:
-    one, three = (forecast_cluster(cluster("aws"), a_run(min=n, max=3, gpus=1), accelerator="T4") for n in (1, 3))
+    one, three = (forecast_cluster(cluster("aws"), a_run(min=n, max=3, **T4)) for n in (1, 3))
     assert three["first_step_s"] == 3 * one["first_step_s"]
 
 
@@ -130,8 +139,8 @@ def plan(*arguments: str) -> Result:
 
 
 def test_the_verb_prints_one_object_or_a_text() -> None:
-    gpus = ("--set", "workers={min: 1, max: 4, cpus: 4, gpus: 1}", "--accelerator", "A100")
+    gpus = ("--set", "workers={min: 1, max: 4, cpus: 4, gpus: 1, accelerator: A100}")
     done = plan("--json", *gpus)
     assert json.loads(done.stdout)["nodes"][0]["pool"] == "a100"
     assert "1 x a100" in plan(*gpus).stdout
-    assert isinstance(plan("--set", "workers={gpus: 9}", "--accelerator", "A100").exception, ResourceError)
+    assert isinstance(plan("--set", "workers={gpus: 9, accelerator: A100}").exception, ResourceError)

@@ -58,7 +58,7 @@ def start(node: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start
             (folder / name).touch()
         actor, name = start_cell(), folder.name
         config = Config(run_url=str(folder), cell="one")
-        ended = actor.run.remote(config, name=name, size=size, cpus=1.0, gpus=0.0, node=node, work=stand_in())
+        ended = actor.run.remote(config, name=name, size=size, resources={"CPU": 1.0}, node=node, work=stand_in())
         started.append(Running(folder, actor, ended))
         return started[-1]
 

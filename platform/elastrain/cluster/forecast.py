@@ -11,7 +11,6 @@ from typing import Any
 from elastrain.cluster.node_types import NodeTable, node_table, type_of
 from elastrain.errors import ResourceError, SpecError
 from elastrain.spec.cluster import ClusterSpec, Pool
-from elastrain.spec.problems import nearest
 from elastrain.spec.train import TrainSpec, WorkersSpec
 
 # From a node that is up to the first step: the autoscaler's loop, and processes that start and import torch.
@@ -19,24 +18,23 @@ _BEGIN_S = 20.0
 _GPUS = "GPU"
 
 
-def forecast_cluster(spec: ClusterSpec, run: TrainSpec, *, accelerator: str | None = None) -> dict[str, Any]:
+def forecast_cluster(spec: ClusterSpec, run: TrainSpec) -> dict[str, Any]:
     """Return what `run` would start on the cluster of `spec`, from nothing, at its full size.
 
-    `accelerator` is the kind that its workers are to be on. `per_h` and `watts` are of all nodes and the head; None
+    `per_h` and `watts` are of all nodes and the head; None
     where the table of types does not say. `first_step_s` is from the submission, with the head up.
 
     Raises:
-        SpecError: The run wants GPUs, the cluster has several kinds, and none is named; or one that is not there.
+        SpecError: The run wants GPUs, the cluster has several kinds, and it names none; or one that is not there.
         ResourceError: No pool can ever hold a worker, or all of them fewer workers than the run needs.
     """
     workers = run.workers
-    kind = _kind(spec, workers, accelerator)
-    pools = _fitting(spec, workers, kind)
+    _check_kind(spec, workers)
+    pools = _fitting(spec, workers)
     from elastrain.cluster.scheduling import Cell, launches  # noqa: PLC0415 -- Ray, once the run is known to fit
 
-    needs = {"CPU": workers.cpus} | ({_GPUS: workers.gpus} if workers.gpus else {})
     sizes = _cells(min(workers.max, run.num_slots), max(fits(pool, workers) for pool in pools))
-    asked = [Cell(size=size, resources=needs, accelerator=kind) for size in sizes]
+    asked = [Cell(size=size, resources=workers.needs()) for size in sizes]
     found = launches(spec.pools, asked)
     held = sum(sizes) - _unplaced(sizes, found.num_infeasible)
     if held < workers.min:
@@ -49,7 +47,7 @@ def forecast_cluster(spec: ClusterSpec, run: TrainSpec, *, accelerator: str | No
     return {
         "run": run.name,
         "cluster": spec.name,
-        "accelerator": kind,
+        "accelerator": workers.accelerator,
         "workers": {"min": workers.min, "max": workers.max, "held": held},
         "cells": sizes,
         "never_fit": sum(sizes) - held,
@@ -76,10 +74,7 @@ def fits(pool: Pool, workers: WorkersSpec) -> int:
     (4, 1, 0)
     """
     resources = pool.resources()
-    held = resources["CPU"] / workers.cpus
-    if workers.gpus:
-        held = min(held, resources.get(_GPUS, 0) / workers.gpus)
-    return math.floor(held + 1e-9)
+    return math.floor(min(resources.get(name, 0) / need for name, need in workers.needs().items()) + 1e-9)
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -107,33 +102,29 @@ def as_text(found: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"warning: {each}" for each in found["warnings"])])
 
 
-def _kind(spec: ClusterSpec, workers: WorkersSpec, accelerator: str | None) -> str | None:
-    """Return the kind of accelerator that the run's workers are to be on; None where there is no choice."""
+def _check_kind(spec: ClusterSpec, workers: WorkersSpec) -> None:
+    """Raise SpecError where the run could be put on several kinds of GPU, or wants one that the cluster lacks."""
     kinds = list(dict.fromkeys(pool.accelerator.type for pool in _with_gpus(spec)))
-    if accelerator is not None and not workers.gpus:
-        raise SpecError(f"--accelerator {accelerator}: the run asks for no GPU; set workers.gpus")
-    if accelerator is not None and accelerator not in kinds:
+    kind = workers.accelerator
+    if kind is not None and kind not in kinds:
         there = f"{spec.name} has {', '.join(kinds)}" if kinds else f"{spec.name} has no GPUs"
-        raise SpecError(f"--accelerator {accelerator}: {there}{nearest(accelerator, kinds)}")
-    if workers.gpus and accelerator is None and len(kinds) > 1:
+        raise SpecError(f"workers.accelerator {kind}: {there}")
+    if workers.gpus and kind is None and len(kinds) > 1:
         text = f"{spec.name} has {', '.join(kinds)}, and a run must not mix them: name one"
-        raise SpecError(f"{text}, as in --accelerator {kinds[-1]}")
-    return accelerator
+        raise SpecError(f"{text}, as in --set workers.accelerator={kinds[-1]}")
 
 
 def _with_gpus(spec: ClusterSpec) -> list[Any]:
     return [pool for pool in spec.pools if pool.accelerator and pool.accelerator.resource == _GPUS]
 
 
-def _fitting(spec: ClusterSpec, workers: WorkersSpec, kind: str | None) -> list[Pool]:
+def _fitting(spec: ClusterSpec, workers: WorkersSpec) -> list[Pool]:
     """Return the pools that hold at least one worker; raises ResourceError where there is none."""
-    pools = [pool for pool in spec.pools if kind is None or (pool.accelerator and pool.accelerator.type == kind)]
-    found = [pool for pool in pools if fits(pool, workers)]
+    found = [pool for pool in spec.pools if fits(pool, workers)]
     if not found:
-        gpus = f" and {workers.gpus:g} GPUs" if workers.gpus else ""
-        lent = ", ".join(f"{pool.name} {_lent(pool)}" for pool in pools)
+        lent = ", ".join(f"{pool.name} {_lent(pool)}" for pool in spec.pools)
         raise ResourceError(
-            f"no pool of {spec.name} can ever hold a worker of {workers.cpus:g} CPUs{gpus}: they lend {lent}; "
+            f"no pool of {spec.name} can ever hold a worker of {workers.in_words()}: they lend {lent}; "
             f"lower workers.cpus or workers.gpus, or add a pool"
         )
     return found

@@ -154,6 +154,8 @@ def _group(spec: ClusterSpec, pool: Pool) -> dict[str, Any]:
     extra: dict[str, str] = {}
     if accelerator:
         extra = {_device(accelerator): str(accelerator.count)}
+        # From zero pods the autoscaler knows a kind only if told; it is written as text in text.
+        start["resources"] = f'"{{\\"accelerator_type:{accelerator.type}\\": 1}}"'
         start |= {"num-gpus": str(accelerator.count)} if accelerator.resource == "GPU" else {}
     group: dict[str, Any] = {
         "groupName": pool.name,

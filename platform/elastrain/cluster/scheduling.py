@@ -11,18 +11,17 @@ from typing import Any
 from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
-from ray.core.generated import autoscaler_pb2, common_pb2
+from ray.core.generated import autoscaler_pb2
 
 from elastrain.spec.cluster import Pool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """So many workers of so much each, all on one node; of the kind `accelerator`, where one is asked for."""
+    """So many workers of so much each, all on one node."""
 
     size: int
     resources: Mapping[str, float]
-    accelerator: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,10 +63,6 @@ def launches(pools: Sequence[Pool], cells: Sequence[Cell]) -> Launches:
 def _gang(cell: Cell, name: str) -> Any:
     """Return a placement group that is packed on one node, as Ray describes it to its autoscaler."""
     messages: Any = autoscaler_pb2  # made at run time, so unknown to types
-    within: Any = common_pb2
     together = (ResourceRequestUtil.PlacementConstraintType.AFFINITY, "_PG", name)
-    selectors = None
-    if cell.accelerator is not None:
-        selectors = [[("ray.io/accelerator-type", within.LabelSelectorOperator.LABEL_OPERATOR_IN, [cell.accelerator])]]
-    worker = ResourceRequestUtil.make(dict(cell.resources), [together], selectors)
+    worker = ResourceRequestUtil.make(dict(cell.resources), [together])
     return messages.GangResourceRequest(requests=[worker] * cell.size)

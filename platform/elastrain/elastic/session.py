@@ -135,12 +135,11 @@ def find_room(
 
 
 def _never(workers: WorkersSpec) -> str:
-    need = f"{workers.cpus:g} CPUs" + (f" and {workers.gpus:g} GPUs" if workers.gpus else "")
     no_gpu = bool(workers.gpus) and not ray.cluster_resources().get("GPU")
     hint = "; Ray sees no GPU here: set workers.gpus: 0" if no_gpu else ""
     holds = fitting(workers, "total") + addable(workers)
     return (
-        f"workers.min {workers.min} of {need} each: the cluster can hold {holds}; lower "
+        f"workers.min {workers.min} of {workers.in_words()} each: the cluster can hold {holds}; lower "
         f"workers.min, workers.cpus or workers.gpus, or add nodes{hint}"
     )
 
@@ -188,7 +187,11 @@ def _unbounded(kinds: list[NodeType], enough: int) -> list[NodeType]:
 
 
 def _fits(workers: WorkersSpec, held: Mapping[str, float]) -> int:
-    fits = held.get("CPU", 0.0) / workers.cpus
-    if workers.gpus:
-        fits = min(fits, held.get("GPU", 0.0) / workers.gpus)
+    """Return how many workers what is `held` is enough for; none where a kind of GPU is wanted and another is there.
+
+    >>> h100 = {"CPU": 8.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
+    >>> [_fits(WorkersSpec(gpus=1, accelerator=kind), h100) for kind in (None, "H100", "T4")]
+    [8, 8, 0]
+    """
+    fits = min(held.get(name, 0.0) / need for name, need in workers.needs().items())
     return math.floor(fits + 1e-9)
