@@ -113,12 +113,15 @@ def test_cells_are_asked_for_one_after_the_other() -> None:
     assert three["first_step_s"] == 3 * one["first_step_s"]
 
 
-def test_gpu_nodes_for_work_on_cpus_are_warned_of() -> None:
+def test_work_on_cpus_starts_no_gpus_where_other_pools_hold_it() -> None:
     small = forecast_cluster(cluster("aws"), a_run(min=1, max=2))
     assert nodes_of(small) == {"cpu-data": 1}
     assert small["warnings"] == []
-    large = forecast_cluster(cluster("aws"), a_run(min=1, max=190))
-    assert any("for CPUs alone" in each for each in large["warnings"])
+    large = forecast_cluster(cluster("aws"), a_run(min=1, max=300))
+    assert nodes_of(large) == {"cpu-data": 8}
+    assert (large["workers"]["held"], large["never_fit"]) == (256, 44)
+    forced = forecast_cluster(cluster("aws"), a_run(min=257, max=300))
+    assert any("for CPUs alone" in each for each in forced["warnings"])
 
 
 def test_nodes_that_are_always_up_are_counted_and_warned_of() -> None:

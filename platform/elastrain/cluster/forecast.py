@@ -33,7 +33,8 @@ def forecast_cluster(spec: ClusterSpec, run: TrainSpec) -> dict[str, Any]:
     pools = _fitting(spec, workers)
     from elastrain.cluster.scheduling import Cell, launches  # noqa: PLC0415 -- Ray, once the run is known to fit
 
-    sizes = _cells(min(workers.max, run.num_slots), max(fits(pool, workers) for pool in pools))
+    wanted, room = min(workers.max, run.num_slots), sum(fits(pool, workers) * pool.most for pool in pools)
+    sizes = _cells(min(wanted, room), max(fits(pool, workers) for pool in pools))
     asked = [Cell(size=size, resources=workers.needs()) for size in sizes]
     found = launches(spec.pools, asked)
     held = sum(sizes) - _unplaced(sizes, found.num_infeasible)
@@ -50,19 +51,19 @@ def forecast_cluster(spec: ClusterSpec, run: TrainSpec) -> dict[str, Any]:
         "accelerator": workers.accelerator,
         "workers": {"min": workers.min, "max": workers.max, "held": held},
         "cells": sizes,
-        "never_fit": sum(sizes) - held,
+        "never_fit": wanted - held,
         "nodes": [_nodes(spec, table, pool, found.nodes[pool.name]) for pool in started],
         **_totals(spec, table, found.nodes),
         "without_spot": fallback
         and {
             "nodes": fallback.nodes,
-            "never_fit": _unplaced(sizes, fallback.num_infeasible),
+            "never_fit": wanted - sum(sizes) + _unplaced(sizes, fallback.num_infeasible),
             **_totals(spec, table, fallback.nodes),
         },
         "first_step_s": _first_step_s(spec, table, sizes, workers, started),
         "prices_of": table.date,
         "currency": table.currency,
-        "warnings": list(_warnings(spec, workers, started, sum(sizes) - held)),
+        "warnings": list(_warnings(spec, workers, started, wanted - held)),
     }
 
 
@@ -119,8 +120,14 @@ def _with_gpus(spec: ClusterSpec) -> list[Any]:
 
 
 def _fitting(spec: ClusterSpec, workers: WorkersSpec) -> list[Pool]:
-    """Return the pools that hold at least one worker; raises ResourceError where there is none."""
+    """Return the pools that a run's workers may be on, which hold at least one; raises ResourceError without any.
+
+    As in `elastic.session`: work on CPUs is not put where GPUs are, if the other pools hold `workers.min`.
+    """
     found = [pool for pool in spec.pools if fits(pool, workers)]
+    plain = [pool for pool in found if not pool.resources().get(_GPUS)]
+    if not workers.gpus and sum(fits(pool, workers) * pool.most for pool in plain) >= workers.min:
+        found = plain
     if not found:
         lent = ", ".join(f"{pool.name} {_lent(pool)}" for pool in spec.pools)
         raise ResourceError(
@@ -195,6 +202,7 @@ def _warnings(spec: ClusterSpec, workers: WorkersSpec, started: Sequence[Pool], 
     if lost:
         yield f"{lost} workers never fit: the pools that could hold them have reached their max"
     if not workers.gpus:
+        # Only where the pools without GPUs do not hold workers.min.
         idle = [pool.name for pool in started if pool.accelerator and not pool.least]
         if idle:
             yield f"nodes of {', '.join(idle)} would be started for CPUs alone; raise max of a pool without GPUs"
