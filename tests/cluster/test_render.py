@@ -47,6 +47,19 @@ def test_rendered_files_are_those_that_lie_there(name: str) -> None:
         assert YAML(typ="safe", pure=True).load(there) == data, "YAML 1.2 reads something else than was meant"
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_ray_and_kubernetes_read_what_was_meant(name: str) -> None:
+    """They read YAML 1.1, where a bare `yes` is true and `1:30` a number."""
+    import yaml  # type: ignore[import-untyped] # Ray brings it along
+
+    words = ("yes", "off", "~", "1e3", "0x1F", "012", "1:30", "2026-11-27", "", "=", ".5", "-1", "null", "a: b", "*x")
+    spec = spec_of(name).model_copy(update={"env": {f"V{at}": word for at, word in enumerate(words)}})
+    for data in manifests(spec).values():
+        text = as_yaml(data, spec_name=name)
+        assert yaml.safe_load(text) == data
+        assert "&id" not in text
+
+
 def test_no_other_file_lies_there() -> None:
     made = {file for name in SPECS for file in manifests(spec_of(name))}
     assert {path.name for path in (CLUSTERS / "rendered").iterdir()} == made

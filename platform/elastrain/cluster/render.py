@@ -6,12 +6,32 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.representer import SafeRepresenter
 
 from elastrain.cluster.kuberay import network_policy, raycluster, rayjob
 from elastrain.cluster.ray_up import launcher_file
 from elastrain.errors import StorageError
 from elastrain.spec.cluster import ClusterSpec
 from elastrain.spec.providers import KubeRay
+
+# Ray and Kubernetes read YAML 1.1, in which these words and what begins like a number may be no text.
+_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "~", "", "=", "<<"}
+
+
+class _Representer(SafeRepresenter):
+    """Writes text that any version of YAML reads as text, and what stands twice in full."""
+
+    def represent_str(self, data: str) -> Any:
+        """Return the node of a text."""
+        plain = data.lower() not in _WORDS and data[:1] not in "0123456789+-." and data.isprintable()
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if plain else '"')
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 -- ruamel's own
+        """Say that nothing is written as a reference."""
+        return True
+
+
+_Representer.add_representer(str, _Representer.represent_str)
 
 
 def manifests(spec: ClusterSpec) -> dict[str, dict[str, Any]]:
@@ -31,6 +51,7 @@ def manifests(spec: ClusterSpec) -> dict[str, dict[str, Any]]:
 def as_yaml(data: Mapping[str, Any], *, spec_name: str) -> str:
     """Return plain data as YAML that says from which spec it comes."""
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment] # ruamel types it as None only
     yaml.width = 1 << 30  # one line a text, for diff and grep
