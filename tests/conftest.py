@@ -3,8 +3,12 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from tests.fault_proxy import Proxy, proxying
 from tests.s3_server import serving
+
+settings.register_profile("steady", deadline=None)  # a loaded machine is no failure
+settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ def test_an_evaluation_is_sent_only_when_the_one_before_has_arrived(monkeypatch:
     done: list[Any] = []
     monkeypatch.setattr(ray, "get", lambda sent: done.append(f"{sent} arrived"))
 
-    def send(trial: str, fields: dict[str, Any]) -> int:
+    def send(cell: str, trial: str, fields: dict[str, Any]) -> int:
+        assert cell == "cell"
         done.append(f"{trial} {fields['step']} sent")
         return int(fields["step"])
 

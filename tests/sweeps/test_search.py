@@ -106,50 +106,6 @@ def trial(arm: Arm, number: int, point: dict[str, Any], outcome: Outcome, value:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["random", "quasirandom", "tpe"])
-@pytest.mark.parametrize("killed_after", [3, 12])
-def test_a_killed_sweep_goes_on_with_the_same_points(arms: Arms, method: str, killed_after: int) -> None:
-    (arm,) = arms(SEARCH)
-
-    def value(point: dict[str, Any]) -> float:
-        return float(abs(np.log10(point["optimizer.lr"]) + 2.0))
-
-    whole = tried(searching(arm, method, count=14), value=value)
-    first = searching(arm, method, count=14)
-    ledger = []
-    for _ in range(killed_after):
-        number, point = first.ask() or pytest.fail("exhausted")
-        first.tell(number, value(point), "finished", step=100)
-        first.budget.spent(100, 1.0)
-        ledger.append(trial(arm, number, point, "finished", value(point)))
-    number, point = first.ask() or pytest.fail("exhausted")
-    ledger.append(trial(arm, number, point, "running"))
-    second = searching(arm, method, count=14)
-    second.restore(ledger)
-    assert second.ask() == (number, point)
-    second.tell(number, value(point), "finished", step=100)
-    second.budget.spent(100, 1.0)
-    assert [each.point for each in ledger] + tried(second, value=value) == whole
-    assert second.exhausted
-
-
-def test_what_was_spent_before_a_kill_is_still_spent(arms: Arms) -> None:
-    (arm,) = arms(SEARCH)
-    search = searching(arm, "random", count=350, unit="steps")
-    search.restore([trial(arm, 0, {}, "finished", 1.0), trial(arm, 1, {}, "failed"), trial(arm, 2, {}, "running")])
-    assert (search.budget.used, search.budget.running, search.budget.left()) == (200, 0, 150)
-    assert search.ask() == (2, {})
-    assert search.ask()
-    assert search.ask() is None
-
-
-def test_only_the_arms_own_tuning_trials_are_restored(arms: Arms) -> None:
-    sgd, nesterov, _ = arms(FAIR)
-    search = searching(sgd, "quasirandom")
-    search.restore([trial(nesterov, 0, {}, "finished", 1.0)])
-    assert search.ask() == searching(sgd, "quasirandom").ask()
-
-
 # --- budgets
 
 

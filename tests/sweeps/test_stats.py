@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastrain.sweeps import stats
@@ -74,6 +74,7 @@ def test_profile_and_score_of_two_workloads() -> None:
     assert profile_score(ratios["c"]) == 0
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1, 8) | st.just(inf), min_size=1, max_size=6))
 def test_the_score_is_the_integral_of_the_profile(ratios: list[float]) -> None:
     grid = np.linspace(1, 4, 3001)
@@ -164,6 +165,7 @@ def test_misses_are_the_longest_times_and_equal_among_themselves() -> None:
     assert p_value(seeds(*[inf] * 4), seeds(*[inf] * 4)) == 1
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(0, 9) | st.just(inf), min_size=1, max_size=8), st.lists(st.floats(0, 9), min_size=1, max_size=8)
 )

@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from elastrain.data.blocks import EVALUATION, Address, FeedSpec, arrays_of, block_size, task_of
 from elastrain.data.columns import Array
-from elastrain.data.dataset import Dataset
 
 KEPT_BYTES = 256 << 20
 THREADS = 2
@@ -52,9 +51,10 @@ class DirectFeed:
         self._spec, self._kept = spec, kept
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="direct-feed")
         self._pending: dict[Address, Future[Arrays]] = {}
-        shared = (repr(spec.transforms), tuple(column.name for column in spec.train.columns))
+        # Evaluation data are transformed with the statistics of the training data.
+        shared = (repr(spec.transforms), tuple(column.name for column in spec.train.columns), spec.train.fingerprint)
         self._key = (*shared, *spec.plan.identity().values())
-        self._eval_key = (*shared, _identity(spec.evaluation), spec.plan.seed)
+        self._eval_key = (*shared, spec.evaluation.fingerprint if spec.evaluation else "", spec.plan.seed)
 
     def prefetch(self, slots: Sequence[int], block: int) -> None:
         """Start to read the blocks (slot, block) of these slots."""
@@ -94,10 +94,6 @@ class DirectFeed:
             span = (max(spec.begin, block * steps), min(spec.end, (block + 1) * steps))
             key = (*self._key, address, span)
         return self._kept.get(key, lambda: arrays_of(task_of(spec, address)(), where=f"block {address}"))
-
-
-def _identity(dataset: Dataset | None) -> str:
-    return "" if dataset is None else dataset.fingerprint
 
 
 def _size(arrays: Arrays) -> int:

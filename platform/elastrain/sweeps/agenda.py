@@ -77,7 +77,9 @@ class Agenda:
     def left(self) -> float:
         """Return how many trials are still to be run, those under way among them, as far as that is known."""
         tuned = sum(_trials_left(search) for search in self._searches.values())
-        confirm = 0 if self._confirmed or self._confirm is None else self._confirm.seeds * len(self._searches)
+        confirm = 0
+        if not self._confirmed and self._confirm is not None:
+            confirm = self._confirm.seeds * self._confirm.top_k * len(self._searches)
         return len(self._under_way) + len(self._queue) + tuned + confirm
 
     @property

@@ -8,65 +8,20 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from elastrain.elastic.protocol import Worker
-from elastrain.errors import ElastrainError, SpecError
+from elastrain.errors import ElastrainError, SpecError, ours
 from elastrain.lease import Hold
 from elastrain.observe.ledger import Ledger
-from elastrain.sweeps.orders import Blueprint, Order, Task
+from elastrain.sweeps.orders import Blueprint, Task
+from elastrain.sweeps.places import Cell, Entry, Message
 
 FLUSH_S = 1.0
-LOOK_S = 1.0  # how long a worker's question whether to stop is held back
+LOOK_S = 1.0  # how long a worker's question what has become of its trial is held back
 MAX_LOSSES = 3  # of a trial's workers in a row without an evaluation in between: then it is the trial's fault
-GO_ON, STOP = "go on", "stop"
-
-Message = dict[str, Any]
-
-
-@dataclass(slots=True, eq=False)
-class Cell:
-    """A cell's workers by rank, those of them that wait for an order, and the trial that it runs."""
-
-    name: str
-    size: int
-    members: dict[int, Worker] = field(default_factory=dict)
-    waiting: dict[int, asyncio.Future[Task | None]] = field(default_factory=dict)
-    generation: int = 0
-    trial: str = ""
-    beat: float = field(default_factory=time.monotonic)
-    step: int = 0
-    stopping: bool = False  # at the next boundary, after a commit
-    drains: bool = False  # it gets no other trial
-
-    def is_ready(self) -> bool:
-        """Say whether all workers wait for an order."""
-        return len(self.members) == self.size == len(self.waiting)
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """A trial that is under way: its order, what Tune's side has not taken yet, and the worker that waits for a word.
-
-    `step`, `value` and `device_s` are those of its last evaluation.
-    """
-
-    order: Order
-    cell: str = ""
-    inbox: deque[Message] = field(default_factory=deque)
-    reader: asyncio.Future[None] | None = None
-    decision: asyncio.Future[str] | None = None
-    decided: int = 0
-    step: int = 0
-    value: float | None = None
-    device_s: float = 0.0
-    losses: int = 0
-
-    def told(self, outcome: str, error: str = "") -> Message:
-        """Return what Tune's side is told: an evaluation to decide on, or with an outcome the end."""
-        where = {"run": self.order.run_url, "step": self.step, "device_s": self.device_s}
-        return {**where, "value": self.value, "outcome": outcome, "error": error}
+GO_ON, STOP, LEAVE = "go on", "stop", "leave"
 
 
 class Desk:
@@ -78,87 +33,91 @@ class Desk:
         self._blueprint, self._newest = blueprint, newest
         self._cells: dict[str, Cell] = {}
         self._entries: dict[str, Entry] = {}
+        self._paused: dict[str, Entry] = {}
+        self._gone: set[str] = set()  # cells that were dropped: what is left of them gets nothing
         self._queue: deque[str] = deque()  # trials that wait for a cell
         self._events: list[Mapping[str, Any]] = []
         self._finished = False
         self._failure: tuple[str, str] | None = None
         self._flushing: asyncio.Task[None] | None = None
         self._writing: asyncio.Lock | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     # --- Tune's side
 
     async def next(self, trial: str, begin: Mapping[str, Any] | None) -> Message:
         """Begin a trial (see `Blueprint.order`) or let it go on; return what is to be decided next, or its end."""
-        if begin is not None:
-            try:
-                order = self._blueprint.order(trial, begin)
-            except SpecError as error:
-                nothing = {"run": "", "step": 0, "device_s": 0.0, "value": None}
-                ended = {"step": 0, "device_s": 0.0, "error": str(error), "error_kind": SpecError.__name__}
-                self._note("ended", trial=trial, outcome="failed", **ended)
-                return {**nothing, "outcome": "failed", "error": str(error)}
-            self._entries[trial] = Entry(order, decided=order.decided, step=order.decided, device_s=order.spent_s)
-            self._queue.append(trial)
-            self._match()
+        if begin is not None and (ended := self._begin(trial, begin)) is not None:
+            return ended
         entry = self._entries[trial]
-        self._decide(entry, GO_ON)
+        if not entry.inbox:  # else the word is on what was told before: its cell was lost meanwhile
+            self._decide(entry, GO_ON)
         while not entry.inbox and not self._finished:
             entry.reader = asyncio.get_running_loop().create_future()
             await entry.reader
         message = entry.inbox.popleft() if entry.inbox else entry.told("interrupted")
-        if message["outcome"]:
+        if entry.ended and not entry.inbox:
             self._entries.pop(trial, None)
         return message
 
     async def leave(self, trial: str, outcome: str) -> None:
-        """Stop a trial, since it was decided so: for good with an outcome, for now with none."""
-        entry = self._entries.pop(trial, None)
+        """Stop a trial, since it was decided so: for good with an outcome, for now with none; one that pauses, too."""
+        entry = self._entries.pop(trial, None) or self._paused.pop(trial, None)
         if entry is None:
+            return
+        if entry.ended:  # meanwhile: the word is on what was told before that
+            if not outcome:
+                self._paused[trial] = entry
             return
         with contextlib.suppress(ValueError):
             self._queue.remove(trial)
         if entry.decision is None and entry.cell:
             self._cells[entry.cell].stopping = True
         self._decide(entry, STOP)
-        if outcome:
-            self._note_end(entry, outcome, {})
+        entry.cell = ""
+        if not outcome:
+            self._paused[trial] = entry
+            return
+        self._note_end(entry, outcome, {"error": "its place in Ray Tune was lost"} if outcome == "failed" else {})
 
     # --- workers
 
     async def join(self, cell: str, rank: int, size: int, worker: Worker) -> None:
         """Take in a worker; one that stands in for another ends what the cell did."""
+        if cell in self._gone:
+            return
         place = self._cells.setdefault(cell, Cell(cell, size))
-        place.generation += 1
         if rank in place.members:
+            place.broken = place.generation
             self._lose(place, f"worker {rank} was replaced")
         place.waiting.pop(rank, None)
+        place.held.pop(rank, None)
         place.members[rank] = worker
 
-    async def take(self, cell: str, rank: int) -> Task | None:
-        """Wait for an order; None: there is nothing more to do."""
+    async def take(self, cell: str, rank: int, held: int | None) -> Task | None:
+        """Wait for an order, as one who is in the group of generation `held`; None: there is nothing more to do."""
         place = self._cells.get(cell)
         if place is None or self._finished:
             return None
         order: asyncio.Future[Task | None] = asyncio.get_running_loop().create_future()
-        place.waiting[rank] = order
+        place.waiting[rank], place.held[rank] = order, held
         if place.is_ready():
             self._lose(place, "its workers broke off")  # or it has ended, and this does nothing
+            self._release(place)
             self._match()
         return await order
 
-    async def evaluated(self, trial: str, fields: Mapping[str, Any]) -> None:
-        """Note an evaluation."""
-        self._note("eval", trial=trial, **fields)
-        if entry := self._entries.get(trial):
-            entry.step, entry.value, entry.device_s = fields["step"], fields["value"], fields["device_s"]
-            entry.losses = 0
+    async def evaluated(self, cell: str, trial: str, fields: Mapping[str, Any]) -> None:
+        """Note an evaluation, unless the trial has been taken from the cell."""
+        self._evaluated(cell, trial, fields)
 
-    async def decide(self, trial: str, fields: Mapping[str, Any]) -> str:
+    async def decide(self, cell: str, trial: str, fields: Mapping[str, Any]) -> str:
         """Note an evaluation, tell Tune's side of it and wait for the word: go on, or stop."""
-        await self.evaluated(trial, fields)
-        entry = self._entries.get(trial)
+        entry = self._evaluated(cell, trial, fields)
         if entry is None:
             return STOP
+        if self._finished:
+            return GO_ON  # to the next boundary, where it commits and stops
         entry.decided = entry.step
         entry.decision = asyncio.get_running_loop().create_future()
         self._tell(entry, entry.told(""))
@@ -170,7 +129,8 @@ class Desk:
         if place is None or place.trial != trial:
             return
         place.trial = ""
-        place.generation += outcome == "failed"  # who failed has left its group, so that the others need not wait
+        if outcome == "failed":
+            place.broken = place.generation  # who failed leaves its group; the others are not to wait for it
         if entry is not None and entry.cell == cell and outcome:
             entry.cell = ""
             self._note_end(entry, outcome, fields)
@@ -179,7 +139,7 @@ class Desk:
         """Note that a worker cannot go on with a trial: its group is broken, or it was told to stop."""
         place = self._cells.get(cell)
         if place is not None and place.trial == trial:
-            place.generation += 1
+            place.broken = place.generation
             self._lose(place, why)
 
     async def beat(self, cell: str, step: int) -> None:
@@ -187,17 +147,22 @@ class Desk:
         if place := self._cells.get(cell):
             place.beat, place.step = time.monotonic(), step
 
-    async def is_stopping(self, cell: str, trial: str) -> bool:
-        """Say whether a trial is to commit and stop at the next boundary; held back for a second while not."""
+    async def look(self, cell: str, trial: str, generation: int) -> str:
+        """Say what has become of a trial in a cell; held back for a second while there is nothing to say.
+
+        STOP: commit and stop at the next boundary. LEAVE: the group of this generation lacks a member; leave it.
+        """
         deadline = time.monotonic() + LOOK_S
         while time.monotonic() < deadline:
             place = self._cells.get(cell)
-            if place is None or place.trial != trial:
-                return False
+            if place is None or generation <= place.broken:
+                return LEAVE
+            if place.trial != trial:
+                return GO_ON
             if place.stopping:
-                return True
+                return STOP
             await asyncio.sleep(0.02)
-        return False
+        return GO_ON
 
     async def settled(self) -> None:
         """Write what has been noted to storage; raises ConflictError, StorageError."""
@@ -233,18 +198,18 @@ class Desk:
         return {"cells": cells, "queued": len(self._queue), "failure": self._failure}
 
     async def drain(self, cell: str) -> None:
-        """Have a cell stop its trial at the next boundary, after a commit, and take no other."""
+        """Have a cell stop its trial at the next boundary, after a commit, and end."""
         if place := self._cells.get(cell):
             place.stopping = place.drains = True
+            self._release(place)
 
     async def drop(self, cell: str, why: str) -> None:
         """Forget a cell that is no more; its trial goes on elsewhere."""
+        self._gone.add(cell)
         place = self._cells.pop(cell, None)
         if place is not None:
             self._lose(place, why)
-            for waiting in place.waiting.values():
-                if not waiting.done():
-                    waiting.set_result(None)
+            place.answer(None)
             self._match()
 
     async def finish(self) -> None:
@@ -252,11 +217,9 @@ class Desk:
         self._finished = True
         for place in self._cells.values():
             place.stopping = True
-            for waiting in place.waiting.values():
-                if not waiting.done():
-                    waiting.set_result(None)
+            place.answer(None)
         for entry in list(self._entries.values()):
-            self._decide(entry, STOP)
+            self._decide(entry, GO_ON)  # to the next boundary: nothing is committed where a decision is waited for
             self._wake(entry)
 
     async def close(self, outcome: str, fields: Mapping[str, Any]) -> None:
@@ -268,9 +231,41 @@ class Desk:
 
     # --- what follows
 
+    def _begin(self, trial: str, begin: Mapping[str, Any]) -> Message | None:
+        """Queue a trial; return its end if it has ended before it was paused, or its run refuses its point."""
+        paused = self._paused.pop(trial, None)
+        if paused is not None and paused.ended:
+            return paused.inbox[-1]
+        try:
+            order = self._blueprint.order(trial, begin)
+        except SpecError as error:
+            step, spent_s = begin["resume"][1] if begin["resume"] else 0, begin["spent_s"]
+            ended = {"step": step, "device_s": spent_s, "error": str(error), "error_kind": SpecError.__name__}
+            self._note("ended", trial=trial, outcome="failed", **ended)
+            return {**ended, "run": "", "value": None, "outcome": "failed"}
+        self._entries[trial] = Entry(order, decided=order.decided, step=order.decided, device_s=order.spent_s)
+        self._queue.append(trial)
+        self._match()
+        return None
+
     def _note(self, kind: str, **fields: Any) -> None:
         self._ledger.event(kind, **fields)
         self._events.append({"kind": kind, **fields})
+
+    def _evaluated(self, cell: str, trial: str, fields: Mapping[str, Any]) -> Entry | None:
+        entry = self._entries.get(trial)
+        if entry is None or entry.cell != cell:
+            return None
+        self._note("eval", trial=trial, **fields)
+        entry.step, entry.value, entry.device_s = fields["step"], fields["value"], fields["device_s"]
+        entry.losses = 0
+        return entry
+
+    @staticmethod
+    def _release(place: Cell) -> None:
+        """Send a cell's workers home that is to take no trial any more, once all of them wait."""
+        if place.drains and place.is_ready():
+            place.answer(None)
 
     def _match(self) -> None:
         """Give waiting trials to cells that have nothing to do."""
@@ -283,10 +278,7 @@ class Desk:
             place.trial, place.stopping, place.beat = entry.order.trial, False, time.monotonic()
             entry.cell = place.name
             members = tuple(place.members[rank] for rank in range(place.size))
-            task = Task(order=entry.order, generation=place.generation, members=members)
-            for waiting in place.waiting.values():
-                waiting.set_result(task)
-            place.waiting = {}
+            place.answer(Task(order=entry.order, generation=place.renew(), members=members))
 
     def _lose(self, place: Cell, why: str) -> None:
         """Put the trial that a cell has not ended back into the queue, first of all, from its newest checkpoint."""
@@ -301,23 +293,32 @@ class Desk:
             error = f"{why}, {entry.losses} times since its last evaluation; see to its memory, or mend its task"
             self._note_end(entry, "failed", {"error": error})
         else:
-            asyncio.get_running_loop().create_task(self._requeue(entry))
+            task = asyncio.get_running_loop().create_task(self._requeue(entry))
+            self._tasks.add(task)  # or it might be collected
+            task.add_done_callback(self._tasks.discard)
 
     async def _requeue(self, entry: Entry) -> None:
         """Put a trial back into the queue, first of all, from its newest checkpoint."""
         order = entry.order
-        step = await asyncio.to_thread(self._newest, order.run_url)
+        try:
+            step = await asyncio.to_thread(self._newest, order.run_url)
+        except Exception as error:  # noqa: BLE001 -- the trial ends, or nobody would ever run it
+            if self._entries.get(order.trial) is entry:
+                kind = type(ours(error) or ElastrainError()).__name__
+                self._note_end(entry, "failed", {"error": str(error) or repr(error), "error_kind": kind})
+            return
         if self._entries.get(order.trial) is not entry:
             return
         if step is not None and (order.resume is None or step > order.resume[1]):
             spent_s = entry.device_s if entry.step <= step else entry.device_s * step / entry.step
-            decided = min(step, entry.decided)
-            entry.order = replace(order, resume=(order.run_url, step), decided=decided, spent_s=spent_s)
+            entry.order = order = replace(order, resume=(order.run_url, step), spent_s=spent_s)
+        entry.order = replace(order, decided=entry.decided)  # nothing is decided on twice
         self._queue.appendleft(order.trial)
         self._match()
 
     def _note_end(self, entry: Entry, outcome: str, fields: Mapping[str, Any]) -> None:
         ended = {"step": entry.step, "device_s": entry.device_s, "error": "", "error_kind": "", **fields}
+        entry.ended, entry.step, entry.device_s = True, ended["step"], ended["device_s"]
         self._note("ended", trial=entry.order.trial, outcome=outcome, **ended)
         self._tell(entry, entry.told(outcome, ended["error"]))
 
@@ -341,8 +342,8 @@ class Desk:
             await asyncio.sleep(FLUSH_S)
             try:
                 await self._flush()
-            except ElastrainError as error:
-                self._failure = (type(error).__name__, str(error))
+            except Exception as error:  # noqa: BLE001 -- the driver has to hear of it
+                self._failure = (type(ours(error) or ElastrainError()).__name__, str(error) or repr(error))
                 return
 
     async def _flush(self) -> None:

@@ -15,6 +15,7 @@ from elastrain.sweeps.leaderboard import Leaderboard, Scoring, fair, search, tal
 from elastrain.sweeps.page import write_html
 from elastrain.sweeps.results import as_json, write_results
 from elastrain.sweeps.space import Arm, edges, trial_spec
+from elastrain.sweeps.tensorboard import write_tensorboard
 from elastrain.sweeps.trials import Trial, trials_of
 
 
@@ -71,6 +72,8 @@ def conclude(
     board = _board(spec, arms, trials, scoring)
     write_results(url, board, trials)
     write_html(url, board, trials, times=_times(events))
+    if storage.is_local(url):
+        write_tensorboard(trials, storage.join(url, "tensorboard"), scoring.metric)
     best = best_of(trials, None, spec.objective.goal)
     if best is None:
         raise _nothing(url, trials)

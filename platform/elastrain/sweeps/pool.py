@@ -57,7 +57,8 @@ class Pool:
         self.view: Mapping[str, Any] = {"cells": {}, "queued": 0, "failure": None}
 
     def start(self) -> None:
-        """Begin."""
+        """Begin; `capacity` says from then on what the cluster has room for. Raises what Ray does."""
+        self._tend()
         self._thread.start()
 
     @property
@@ -120,7 +121,8 @@ class Pool:
             del self._cells[name]
             free_cell(cell.actor)
             self._config.desk.drop.remote(name, why or "its cell ended")
-            self._fruitless = 0 if cell.came else self._fruitless + 1
+            others = any(other.came for other in self._cells.values())  # what has no room now may have it later
+            self._fruitless = 0 if cell.came or others else self._fruitless + 1
             if self._fruitless >= FRUITLESS:
                 raise ResourceError(f"{FRUITLESS} cells in a row broke before their workers had come: {why}")
 

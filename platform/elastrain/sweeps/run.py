@@ -38,11 +38,12 @@ from elastrain.sweeps.results import as_table, as_text, curve_rows, trial_rows
 from elastrain.sweeps.space import Arm, arms_of, explore
 from elastrain.sweeps.trials import Trial, trials_of
 from elastrain.sweeps.tuning import WORST, PerArm, decisions, scheduler_of, tune_trials
-from elastrain.training.manifests import newest_whole
+from elastrain.training.manifests import newest_whole, read_manifests
 
 SPEC, TRIALS = "spec.yaml", "trials"
 END_S = 15.0
 SHOW_S = 0.5
+MOST_CALLS = 100_000  # at the desk: each worker has one that waits, and so has each trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +115,13 @@ def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False) -
     for arm in arms:
         for url in (arm.base.data.train, arm.base.data.eval):
             Dataset.open(str(url))
+    steps, saves = decisions(spec)
     url = storage.absolute(storage.join(spec.storage, spec.name))
     start = time.monotonic()
     scoring = scoring_of(spec, arms)
     with locked(url, remedy="give this sweep another name") as hold, LiveView(scoring) as view:
         before = _begin(url, spec, fresh=fresh)
         known = trials_of(before)
-        steps, saves = decisions(spec)
         job = _Job(
             spec=spec,
             url=url,
@@ -190,7 +191,7 @@ def _run(job: _Job, objective: Objective) -> None:
     name = f"elastrain-desk-{uuid.uuid4().hex[:8]}"
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote: Any = ray.remote
-    kind = remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=here, name=name)(Desk)
+    kind = remote(num_cpus=0, max_concurrency=MOST_CALLS, scheduling_strategy=here, name=name)(Desk)
     desk = kind.remote(job.hold, Ledger.next_attempt(job.url), blueprint, _newest)
     config = CellConfig(
         desk=desk,
@@ -207,7 +208,10 @@ def _run(job: _Job, objective: Objective) -> None:
         begun = [desk.open.remote(), desk.event.remote("start", {"versions": versions()})]
         pool.start()
         ray.get(begun)
-        scheduler = PerArm(lambda: scheduler_of(job.spec, _explorer(job)), desk.leave.remote)
+        scheduler = PerArm(
+            lambda: scheduler_of(job.spec, _explorer(job)),
+            lambda trial, outcome: ray.get(desk.leave.remote(trial, outcome)),
+        )
         tune_trials(
             job.agenda,
             scheduler,
@@ -260,21 +264,36 @@ def _given(job: _Job, proposal: Proposal, desk_name: str, desk: Any) -> dict[str
         # Before anything that the trial itself reports: calls of an actor of many may overtake others.
         ray.get(desk.event.remote("trial", {"trial": proposal.trial, "number": proposal.number, **told}))
         return {**given, **begin}
-    run, decides = storage.join(job.folder, proposal.trial), proposal.phase == "tune" and not job.pauses
-    step = None if known.outcome != "running" else _newest(run)
-    upto = known.step if known.outcome != "running" else step or 0
+    decides = job.decisions if proposal.phase == "tune" and not job.pauses else frozenset()
+    return {**given, **begin, **_recorded(job, known, decides)}
+
+
+def _recorded(job: _Job, known: Trial, decides: frozenset[int]) -> dict[str, Any]:
+    """Return what earlier attempts left of a trial: its decisions again, and its end or from where it goes on."""
+    run = storage.join(job.folder, known.id)
+    source = None if known.outcome != "running" else _source(job, known.id, run)
+    upto = known.step if known.outcome != "running" else (source or ("", 0))[1]
     before = [entry for entry in known.evaluations if entry.step <= upto]
     messages: list[dict[str, Any]] = [
         {"run": run, "step": e.step, "device_s": e.device_s, "value": e.value, "outcome": ""}
         for e in before
-        if decides and e.step in job.decisions
+        if e.step in decides
     ]
     if known.outcome != "running":
-        end: dict[str, Any] = {"run": run, "step": known.step, "device_s": known.device_s, "value": known.value}
-        messages.append({**end, "outcome": known.outcome})
-    elif step is not None:
-        begin |= {"resume": (run, step), "spent_s": before[-1].device_s if before else 0.0}
-    return {**given, **begin, "recorded": messages}
+        end = {"step": known.step, "device_s": known.device_s, "value": known.value, "outcome": known.outcome}
+        return {"recorded": [*messages, {"run": run, **end}]}
+    return {"recorded": messages, "resume": source, "spent_s": before[-1].device_s if source and before else 0.0}
+
+
+def _source(job: _Job, trial: str, run: str) -> tuple[str, int] | None:
+    """Return the checkpoint that a trial goes on from: its newest one, or the one that it had just taken over."""
+    step = _newest(run)
+    taken = [event for event in job.before if event["kind"] == "exploit" and event["trial"] == trial]
+    if taken and taken[-1]["step"] >= (step or 0):
+        donor, at = storage.join(job.folder, taken[-1]["donor"]), int(taken[-1]["step"])
+        if at in read_manifests(donor):
+            return donor, at
+    return None if step is None else (run, step)
 
 
 def _look(job: _Job, pool: Pool, desk: Any) -> bool:

@@ -6,7 +6,6 @@ was killed goes on with the same points once the trials of its ledger are told a
 
 import itertools
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from elastrain.errors import SpecError
@@ -14,7 +13,7 @@ from elastrain.spec.sweep import SearchSpec, SweepSpec
 from elastrain.sweeps.models import MODELS, Told, check_installed, suggest
 from elastrain.sweeps.sobol import MOST_DIMENSIONS, Sobol
 from elastrain.sweeps.space import Arm, Point, decode, draw, mutable
-from elastrain.sweeps.trials import Outcome, Trial
+from elastrain.sweeps.trials import Outcome
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,7 +68,6 @@ class Search:
 
     def __post_init__(self) -> None:
         check_installed(self.spec.method)
-        self._again: list[int] = []
         self._grid = list(grid(self.arm)) if self.spec.method == "grid" else []
         if self.spec.method in ("quasirandom", "pbt"):
             self._sobol = sobol_of(self.arm, self.spec.seed)
@@ -77,14 +75,7 @@ class Search:
             mutable(self.arm)
 
     def ask(self) -> tuple[int, Point] | None:
-        """Return the next number and point; None where the budget has no room now: see `exhausted`.
-
-        Trials that a killed sweep had not ended come first, with their numbers and points.
-        """
-        if self._again:
-            number = self._again.pop(0)
-            self.budget.begin()
-            return number, dict(self.told[number].point)
+        """Return the next number and point; None where the budget has no room now: see `exhausted`."""
         number = max(self.told, default=-1) + 1
         if self.budget.left() <= 0 or self._out_of_grid(number):
             return None
@@ -101,25 +92,9 @@ class Search:
         entry = self.told[number]
         entry.value, entry.outcome, entry.step = value, outcome, step
 
-    def restore(self, trials: Iterable[Trial]) -> None:
-        """Take the arm's tuning trials of a ledger: ended ones as told and paid, the others for `ask` to give again."""
-        for trial in trials:
-            if trial.arm != self.arm.name or trial.phase != "tune":
-                continue
-            self.told[trial.number] = Told(number=trial.number, point=dict(trial.point))
-            if trial.outcome == "running":
-                self._again.append(trial.number)
-                continue
-            self.tell(trial.number, trial.value, trial.outcome, step=trial.step)
-            self.budget.begin()
-            self.budget.spent(trial.step, trial.device_s)
-        self._again.sort()
-
     @property
     def exhausted(self) -> bool:
         """Whether `ask` gives nothing any more, whatever the running trials still leave of the budget."""
-        if self._again:
-            return False
         return self.budget.exhausted or self._out_of_grid(max(self.told, default=-1) + 1)
 
     def _out_of_grid(self, number: int) -> bool:

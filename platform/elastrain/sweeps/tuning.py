@@ -6,6 +6,7 @@ Which trials there are is said by an `Agenda`; Tune's own state is not stored, s
 This module alone stands on Tune's developer interfaces; `tests/sweeps/test_tuning.py` uses them all.
 """
 
+import logging
 import math
 import os
 import random
@@ -32,6 +33,7 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
+from elastrain.errors import SpecError
 from elastrain.spec.sweep import SweepSpec
 from elastrain.sweeps.agenda import Agenda, Proposal
 from elastrain.sweeps.trials import Outcome
@@ -52,6 +54,7 @@ class TrialActor(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Begin with a trial."""
+        logging.getLogger("ray").setLevel(logging.ERROR)  # which tells of each checkpoint
         self._desk = ray.get_actor(config["desk"])
         self.reset_config(config)
 
@@ -63,7 +66,10 @@ class TrialActor(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Return the next result: `step`, `round` (evaluations), `objective`, and `outcome` once it has ended."""
+        """Return the next result: `step`, `round` (evaluations), `objective`, and `outcome` once it has ended.
+
+        `recorded`: an earlier attempt at the sweep had it, and what it decided then stands.
+        """
         if self._recorded:
             return self._result(self._recorded.popleft())
         begin = None if self._begun else {key: self._given[key] for key in BEGIN}
@@ -71,13 +77,13 @@ class TrialActor(tune.Trainable):
         desk: Any = self._desk
         message: dict[str, Any] = ray.get(desk.next.remote(self.trial_id, begin))
         self._saved = {"run": message["run"], "step": message["step"], "spent_s": message["device_s"]}
-        return self._result(message)
+        return self._result(message) | {"recorded": False}
 
     def _result(self, message: Mapping[str, Any]) -> dict[str, Any]:
         outcome, value, worst = message["outcome"], message["value"], self._given["worst"]
         counts = value is not None and outcome in ("", "finished", "pruned")
         rounds = message["step"] // self._given["every"]
-        told = {"step": message["step"], "round": rounds, "objective": value if counts else worst}
+        told = {"step": message["step"], "round": rounds, "objective": value if counts else worst, "recorded": True}
         return {**told, "outcome": outcome, "device_s": message["device_s"], "done": bool(outcome)}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
@@ -113,6 +119,7 @@ class Proposals(SearchAlgorithm):
         self._agenda, self._storage, self._begin, self._capacity = agenda, storage, begin, capacity
         # Trials that pause wait for others to come: all begin, and as many as there are cells get an actor at a time.
         self._pauses = pauses
+        self._trials: dict[str, TuneTrial] = {}
         share = max(0.001, math.floor(1e4 / capacity()) / 1e4) if pauses else 0.001
         self._resources = PlacementGroupFactory([{f"node:{ray.util.get_node_ip_address()}": share}])
 
@@ -123,7 +130,7 @@ class Proposals(SearchAlgorithm):
         proposal = self._agenda.next()
         if proposal is None:
             return None
-        return TuneTrial(
+        trial = self._trials[proposal.trial] = TuneTrial(
             NAME,
             config=self._begin(proposal),
             trial_id=proposal.trial,
@@ -131,10 +138,11 @@ class Proposals(SearchAlgorithm):
             storage=self._storage,
             placement_group_factory=self._resources,
         )
+        return trial
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002 -- Tune's signature
-        """Take note of a trial's end."""
-        found = result or {}
+        """Take note of a trial's end; one that ends while it pauses, or with its actor, comes without a result."""
+        found = result or self._trials[trial_id].last_result or {}
         outcome: Outcome = "failed" if error else found.get("outcome") or "pruned"
         value = found.get("objective") if outcome in ("finished", "pruned") else None
         self._agenda.ended(trial_id, outcome, value, step=found.get("step", 0), device_s=found.get("device_s", 0.0))
@@ -144,15 +152,36 @@ class Proposals(SearchAlgorithm):
         return bool(self._finished) or self._agenda.is_finished()
 
 
+class OfArm:
+    """Tune's controller as the scheduler of one arm sees it: with the trials of that arm alone."""
+
+    def __init__(self, controller: Any, is_mine: Callable[[TuneTrial], bool]) -> None:
+        self._controller, self._is_mine = controller, is_mine
+
+    def get_trials(self) -> list[TuneTrial]:
+        """Return the arm's trials."""
+        return [trial for trial in self._controller.get_trials() if self._is_mine(trial)]
+
+    def get_live_trials(self) -> set[TuneTrial]:
+        """Return those of them that have not ended."""
+        return {trial for trial in self._controller.get_live_trials() if self._is_mine(trial)}
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the controller has of this name."""
+        return getattr(self._controller, name)
+
+
 class PerArm(TrialScheduler):
     """A scheduler for each arm, so that only trials of one arm are compared; what is confirmed is never stopped.
 
-    `leave(trial, outcome)` is called as soon as a trial is to stop ("pruned") or to pause (""): its workers wait.
+    `leave(trial, outcome)` is called as soon as a trial is to stop ("pruned"), to pause ("") or has lost its actor
+    ("failed"): its workers wait. What was recorded is compared with, and not decided on again. A trial without a value
+    at its end is not compared with: as a very bad one it would raise the mean of those who are left.
     """
 
     _supports_buffered_results = False
 
-    def __init__(self, make: Callable[[], TrialScheduler], leave: Callable[[str, str], None]) -> None:
+    def __init__(self, make: Callable[[], TrialScheduler], leave: Callable[[str, str], object]) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # Tune's
         self._make, self._leave = make, leave
         self._schedulers: dict[str, TrialScheduler] = {}
@@ -167,17 +196,31 @@ class PerArm(TrialScheduler):
             self._schedulers[arm] = self._make()
         return self._schedulers[arm]
 
+    def _seen(self, controller: Any, scheduler: TrialScheduler) -> Any:
+        return OfArm(controller, lambda trial: self._of(trial) is scheduler)
+
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
         """Hand on."""
-        self._of(trial).on_trial_add(tune_controller, trial)
+        scheduler = self._of(trial)
+        scheduler.on_trial_add(self._seen(tune_controller, scheduler), trial)
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
-        """Hand on."""
-        self._of(trial).on_trial_error(tune_controller, trial)
+        """Hand on, and have the desk end the trial, which nobody else would."""
+        scheduler = self._of(trial)
+        scheduler.on_trial_error(self._seen(tune_controller, scheduler), trial)
+        self._leave(trial.trial_id, "failed")
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """Decide, and have the desk tell the workers at once."""
-        decision = self._of(trial).on_trial_result(tune_controller, trial, result)
+        scheduler = self._of(trial)
+        seen = self._seen(tune_controller, scheduler)
+        if result["recorded"]:
+            if isinstance(scheduler, MedianStoppingRule):
+                scheduler.on_trial_complete(seen, trial, result)  # which only takes note of it
+            else:
+                scheduler.on_trial_result(seen, trial, result)
+            return TrialScheduler.CONTINUE
+        decision = scheduler.on_trial_result(seen, trial, result)
         if decision == TrialScheduler.STOP:
             self._leave(trial.trial_id, "pruned")
         elif decision == TrialScheduler.PAUSE or trial.status == TuneTrial.PAUSED:
@@ -185,21 +228,94 @@ class PerArm(TrialScheduler):
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
-        """Hand on."""
-        self._of(trial).on_trial_complete(tune_controller, trial, result)
+        """Hand on; without a value it counts as one that is no more."""
+        scheduler = self._of(trial)
+        seen = self._seen(tune_controller, scheduler)
+        if result.get("outcome", "") in ("", "finished", "pruned"):
+            scheduler.on_trial_complete(seen, trial, result)
+        else:
+            scheduler.on_trial_remove(seen, trial)
 
     def on_trial_remove(self, tune_controller: Any, trial: TuneTrial) -> None:
         """Hand on; a paused trial that is not taken up again has been pruned."""
-        self._of(trial).on_trial_remove(tune_controller, trial)
+        scheduler = self._of(trial)
+        scheduler.on_trial_remove(self._seen(tune_controller, scheduler), trial)
+        self._leave(trial.trial_id, "pruned")
 
     def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
         """Return a paused trial that an arm wants to go on with, if any; Tune starts pending ones by itself."""
-        chosen = (scheduler.choose_trial_to_run(tune_controller) for scheduler in self._schedulers.values())
-        return next((trial for trial in chosen if trial is not None), None)
+        for scheduler in self._schedulers.values():
+            chosen = scheduler.choose_trial_to_run(self._seen(tune_controller, scheduler))
+            if chosen is not None:
+                return chosen
+        return None
 
     def debug_string(self) -> str:
         """Return what Tune would print."""
         return "per arm"
+
+
+class Population(PopulationBasedTraining):
+    """Tune's PBT in step; where all wait for one that has ended since, they go on without an exchange."""
+
+    def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
+        """Return the paused trial that is furthest behind."""
+        chosen = super().choose_trial_to_run(tune_controller)
+        live = [trial for trial in tune_controller.get_live_trials() if not trial.is_finished()]
+        if chosen is None and live and all(trial.status == TuneTrial.PAUSED for trial in live):
+            behind = min(self._trial_state[trial].last_train_time for trial in live)
+            self._next_perturbation_sync = behind + self._perturbation_interval
+            chosen = super().choose_trial_to_run(tune_controller)
+        return chosen
+
+
+class Brackets(HyperBandScheduler):
+    """Tune's HyperBand where it does not fit few, short trials that may end by themselves.
+
+    It begins with the bracket that prunes most (Li et al. 2018), of trials that get `grace` steps at least; Tune's
+    begins with those that prune nobody. Who is good enough runs to its end, Tune's up to the last power of `factor`.
+    What waited for a trial that ended by itself goes on; in Tune's it waits for ever after a bracket's first round.
+    """
+
+    def __init__(self, spec: SweepSpec) -> None:
+        assert spec.early_stop is not None
+        rounds, factor = spec.objective.max_steps // spec.objective.every, spec.early_stop.factor
+        super().__init__(
+            time_attr="round",
+            metric="objective",
+            mode=spec.objective.goal,
+            max_t=rounds,
+            reduction_factor=factor,
+            stop_last_trials=False,
+        )
+        self._s_max_1 = len(firsts(spec))
+        self._get_r0 = lambda s: rounds // factor**s  # in whole numbers: 49 * 7**-2 is less than 1 in floats
+
+    def _create_bracket(self, s: int) -> Any:
+        return super()._create_bracket(self._s_max_1 - 1 - s)  # type: ignore[no-untyped-call] # Tune's
+
+    def _process_bracket(self, tune_controller: Any, bracket: Any) -> str:
+        if bracket.is_being_processed or not bracket.current_trials():
+            return str(TrialScheduler.PAUSE)
+        try:
+            return str(super()._process_bracket(tune_controller, bracket))
+        finally:
+            bracket.is_being_processed = False
+
+
+def firsts(spec: SweepSpec) -> list[int]:
+    """Return after how many evaluations each bracket prunes first, the first one never; SpecError if none ever does."""
+    objective, early = spec.objective, spec.early_stop
+    assert early is not None
+    rounds = objective.max_steps // objective.every
+    found = [rounds]
+    while (first := rounds // early.factor ** len(found)) * objective.every >= early.grace:
+        found.append(first)
+    if len(found) == 1:
+        when = f"after {first * objective.every} of {objective.max_steps} steps at the latest"
+        text = f"early_stop.grace {early.grace}: hyperband with factor {early.factor} prunes {when}"
+        raise SpecError(f"{text}; lower grace or factor")
+    return found
 
 
 def scheduler_of(spec: SweepSpec, explore: Callable[[dict[str, Any]], dict[str, Any]]) -> TrialScheduler:
@@ -207,14 +323,8 @@ def scheduler_of(spec: SweepSpec, explore: Callable[[dict[str, Any]], dict[str, 
     objective, early = spec.objective, spec.early_stop
     compared: dict[str, Any] = {"metric": "objective", "mode": objective.goal}
     if spec.search.method == "pbt":
-        return PopulationBasedTraining(
-            time_attr="step",
-            perturbation_interval=objective.every,
-            custom_explore_fn=explore,
-            synch=True,
-            log_config=False,
-            **compared,
-        )
+        synch: dict[str, Any] = {"synch": True, "log_config": False, "perturbation_interval": objective.every}
+        return Population(time_attr="step", custom_explore_fn=explore, **synch, **compared)
     if early is None:
         return FIFOScheduler()
     match early.method:
@@ -227,12 +337,11 @@ def scheduler_of(spec: SweepSpec, explore: Callable[[dict[str, Any]], dict[str, 
                 **compared,
             )
         case "median":
-            # It would have trials pause, without a checkpoint, until there are enough to compare with.
+            # It would have trials pause, of which no checkpoint is there, while others wait for their actors.
             never: Any = math.inf
             return MedianStoppingRule(time_attr="step", grace_period=early.grace, min_time_slice=never, **compared)
         case "hyperband":
-            rounds = -(-objective.max_steps // objective.every)
-            return HyperBandScheduler(time_attr="round", max_t=rounds, reduction_factor=early.factor, **compared)
+            return Brackets(spec)
 
 
 def tune_trials(
@@ -246,6 +355,7 @@ def tune_trials(
 ) -> None:
     """Run the agenda's trials to their end; `look()` is called many times a second and says whether to break off."""
     os.environ.update(QUIET)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
     random.seed(agenda.seed)
     np.random.seed(agenda.seed)  # noqa: NPY002 -- what Tune's schedulers draw from
     register_trainable(NAME, TrialActor)
@@ -282,4 +392,7 @@ def decisions(spec: SweepSpec) -> tuple[frozenset[int], bool]:
             rungs.add(-(-rung // every) * every)
             rung *= early.factor
         return frozenset(step for step in rungs if step < most), False
-    return frozenset(step for step in evaluations if step >= early.grace), early.method == "hyperband"
+    if early.method == "hyperband":
+        halvings = enumerate(firsts(spec))
+        return frozenset(first * early.factor**k * every for s, first in halvings for k in range(s)), True
+    return frozenset(step for step in evaluations if step >= early.grace), False

@@ -29,7 +29,7 @@ from elastrain.elastic.protocol import Generation, Member, Worker
 from elastrain.errors import DivergedError, ElastrainError, SpecError, StorageError, ours
 from elastrain.observe.ledger import Clock
 from elastrain.spec.train import TrainSpec
-from elastrain.sweeps.desk import STOP
+from elastrain.sweeps.desk import LEAVE, STOP
 from elastrain.sweeps.orders import CellConfig, Order, Task
 from elastrain.training import checkpoint
 from elastrain.training.loop import Decision, Loop, choose_device, fix_threads
@@ -81,20 +81,29 @@ class CellWorker:
         self._data: dict[tuple[str, Any], Dataset] = {}
         self._group: Group | None = None
         self._lost = threading.Event()
+        self._task: Task | None = None
         self._running: Running | None = None
 
     def run(self) -> None:
         """Take orders until there are none."""
         ray.get(self._desk.join.remote(self._cell, self._rank, self._config.size, self._me))
         threading.Thread(target=self._watch, daemon=True, name="watch").start()
-        while (task := ray.get(self._desk.take.remote(self._cell, self._rank))) is not None:
+        while (task := ray.get(self._desk.take.remote(self._cell, self._rank, self._held()))) is not None:
+            self._task = task
             outcome, fields = self._outcome(task)
+            self._task = None
             if outcome == "lost":
                 self._leave_group()
                 ray.get(self._desk.lost.remote(self._cell, task.order.trial, fields["error"]))
             elif self._rank == 0 or outcome == "failed":
                 ray.get(self._desk.over.remote(self._cell, task.order.trial, outcome, fields))
+            if outcome == "failed":
+                self._leave_group()  # only now: the others, who then are lost, would be heard first
         self._leave_group()
+
+    def _held(self) -> int | None:
+        """Return the generation of the group that this worker is in."""
+        return None if self._group is None else self._group.generation
 
     def _outcome(self, task: Task) -> tuple[str, dict[str, Any]]:
         """Run a trial and return how it ended: finished, diverged, failed, "" (told to stop) or lost."""
@@ -108,7 +117,6 @@ class CellWorker:
         except (Broken, GroupLost) as error:
             return "lost", {"error": str(error)}
         except Exception as error:  # noqa: BLE001 -- a trial that fails costs itself, not the sweep
-            self._leave_group()  # so that the others need not wait
             known = ours(error)
             kind = type(known or ElastrainError()).__name__
             return "failed", {"error": str(known) if known else traceback.format_exc(), "error_kind": kind}
@@ -193,18 +201,21 @@ class CellWorker:
         return self._data[key]
 
     def _watch(self) -> None:
-        """Hear whether a trial is to stop, and end this process if it stands still."""
+        """Hear what becomes of the trial that runs, and end this process if it stands still."""
         while True:
-            running = self._running
-            if running is None:
+            task, running = self._task, self._running
+            if task is None:
                 time.sleep(0.05)
                 continue
-            category, since = running.clock.running()
+            category, since = running.clock.running() if running else ("", math.inf)
             limit_s = LIMITS.get(category, math.inf) * self._config.timeout_s
             if time.perf_counter() - since > limit_s:
                 faulthandler.dump_traceback()
                 os._exit(1)
-            if self._rank == 0 and ray.get(self._desk.is_stopping.remote(self._cell, running.order.trial)):
+            word = ray.get(self._desk.look.remote(self._cell, task.order.trial, task.generation))
+            if word == LEAVE and self._task is task:
+                self._lost.set()  # who waits for a member that is gone, in a connection or a sum, comes out of it
+            elif word == STOP and running is not None:
                 running.stop = True
             time.sleep(0.2)
 
@@ -215,8 +226,8 @@ class Running:
     def __init__(self, desk: Any, cell: str, order: Order, group: Group) -> None:
         self.order, self.clock, self.stop = order, Clock(), False
         self._desk, self._cell, self._group = desk, cell, group
-        self._told = order.resume[1] if order.resume else 0
-        self._sent: Any = None  # the last evaluation that was reported
+        self._told = 0
+        self._noted: Any = None
 
     def device_s(self) -> float:
         """Return what the trial has cost up to now, in seconds of all its workers."""
@@ -248,19 +259,21 @@ class Running:
             if decides and math.isfinite(value):
                 if objective.saves:
                     self._wait_for_checkpoint(step)
-                stops = ray.get(self._desk.decide.remote(self.order.trial, fields)) == STOP
+                self.arrived()
+                stops = ray.get(self._desk.decide.remote(self._cell, self.order.trial, fields)) == STOP
             else:
-                self._sent = self._desk.evaluated.remote(self.order.trial, fields)
+                self.arrived()
+                self._noted = self._desk.evaluated.remote(self._cell, self.order.trial, fields)
         if not math.isfinite(value):
             raise DivergedError(f"step {step}: {objective.metric} is {value}; lower optimizer.lr or warm up longer")
         if decides and broadcast_object(self._group, stops, 0, state.device):
             raise Stopped
 
     def arrived(self) -> None:
-        """Wait until what was reported has arrived, as it mostly has: calls of an actor of many may overtake others."""
-        if self._sent is not None:
-            ray.get(self._sent)
-            self._sent = None
+        """Wait until the desk has what it was told; it takes calls in any order."""
+        if self._noted is not None:
+            ray.get(self._noted)
+            self._noted = None
 
     def _wait_for_checkpoint(self, step: int) -> None:
         """Wait until the commit of this boundary, which goes on beside, is whole."""
