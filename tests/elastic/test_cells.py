@@ -52,13 +52,13 @@ def start(node: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start
 
     started: list[Running] = []
 
-    def begin(size: int, *touched: str, node: str | None = node) -> Running:
+    def begin(size: int, *touched: str, node: str | None = node, **beside: float) -> Running:
         folder = tmp_path_factory.mktemp("cell")
         for name in touched:
             (folder / name).touch()
-        actor, name = start_cell(), folder.name
+        actor, name, resources = start_cell(), folder.name, {"CPU": 1.0, **beside}
         config = Config(run_url=str(folder), cell="one")
-        ended = actor.run.remote(config, name=name, size=size, cpus=1.0, gpus=0.0, node=node, work=stand_in())
+        ended = actor.run.remote(config, name=name, size=size, resources=resources, node=node, work=stand_in())
         started.append(Running(folder, actor, ended))
         return started[-1]
 
@@ -168,6 +168,15 @@ def test_a_cell_whose_worker_breaks_again_and_again_gives_up_and_says_why(start:
     cell = start(1, "raise-all")
     assert "the train function broke" in ray.get(cell.ended, timeout=60)
     assert len(list(cell.folder.glob("one-*"))) == 3
+
+
+def test_workers_of_a_cell_are_on_a_node_of_the_accelerator_that_they_need(start: Start, nodes: Nodes) -> None:
+    """What `WorkersSpec.needs` asks for is what Ray's autoscaler and scheduler tell kinds of nodes by."""
+    special = nodes.add(1, **{"accelerator_type:H100": 1.0})
+    cell = start(1, node=None, **{"accelerator_type:H100": 0.001})
+    cell.pids(1)
+    assert {where for _, where, _ in present(cell.folder).values()} == {special}
+    end(cell)
 
 
 def test_failures_in_a_row_are_answered_later_and_later_and_a_cell_with_survivors_is_never_given_up(

@@ -58,12 +58,11 @@ class Cell:
         *,
         name: str,
         size: int,
-        cpus: float,
-        gpus: float,
+        resources: dict[str, float],
         node: str | None = None,
         work: Work = work_of_cell,
     ) -> str:
-        """Start `size` workers and wait for them; return "" or, if the group broke, what Ray said.
+        """Start `size` workers of `resources` each and wait for them; return "" or, if it broke, what Ray said.
 
         They all are on the node with the id `node`; None: on any one node, and where none has room, demand for one.
         """
@@ -72,9 +71,8 @@ class Cell:
         from elastrain.elastic.trainer import CellTrainer, on_one_node  # noqa: PLC0415
 
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(PINNED_S if node else ANYWHERE_S)
-        resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
         scratch = _scratch(ray.get_runtime_context().get_actor_id() or "")
-        scaling = on_one_node(node, size=size, resources=resources, gpu=bool(gpus))
+        scaling = on_one_node(node, size=size, resources=resources, gpu="GPU" in resources)
         trainer = CellTrainer(work, {"config": config}, run=RunConfig(name=name, storage_path=scratch), scaling=scaling)
         try:
             trainer.fit()

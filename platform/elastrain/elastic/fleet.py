@@ -145,8 +145,8 @@ class Fleet:
         name, now = f"{self._name}-{uuid.uuid4().hex[:8]}", time.monotonic()
         config = dataclasses.replace(self._config, cell=name, launched=time.time())
         actor = start_cell()
-        cpus, gpus = self._workers.cpus, self._workers.gpus
-        ended = actor.run.remote(config, name=name, size=size, cpus=cpus, gpus=gpus, node=node, work=self._work)
+        resources = self._workers.needs()
+        ended = actor.run.remote(config, name=name, size=size, resources=resources, node=node, work=self._work)
         cell = _Cell(name=name, actor=actor, ended=ended, size=size, node=node, asked=now, anywhere=not node, short=now)
         self._cells.append(cell)
         return Event(kind="cell", fields={"cell": name, "node": node, "workers": size})

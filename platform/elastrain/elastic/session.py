@@ -135,12 +135,11 @@ def find_room(
 
 
 def _never(workers: WorkersSpec) -> str:
-    need = f"{workers.cpus:g} CPUs" + (f" and {workers.gpus:g} GPUs" if workers.gpus else "")
     no_gpu = bool(workers.gpus) and not ray.cluster_resources().get("GPU")
     hint = "; Ray sees no GPU here: set workers.gpus: 0" if no_gpu else ""
     holds = fitting(workers, "total") + addable(workers)
     return (
-        f"workers.min {workers.min} of {need} each: the cluster can hold {holds}; lower "
+        f"workers.min {workers.min} of {workers.in_words()} each: the cluster can hold {holds}; lower "
         f"workers.min, workers.cpus or workers.gpus, or add nodes{hint}"
     )
 
@@ -172,13 +171,28 @@ def room(workers: WorkersSpec) -> dict[str, int]:
 
 def addable(workers: WorkersSpec) -> int:
     """Return how many workers more than now an autoscaler could make room for; 0 without one."""
-    most = sum(_fits(workers, kind.resources) * kind.most for kind in _unbounded(node_types(), workers.max))
+    most = sum(
+        _fits(workers, kind.resources) * kind.most
+        for kind in _unbounded(_kinds_for(workers, node_types()), workers.max)
+    )
     return max(0, most - fitting(workers, "total"))
 
 
 def largest_addable(workers: WorkersSpec) -> int:
     """Return how many workers fit on the largest node that an autoscaler could add; 0 without one."""
-    return max((_fits(workers, kind.resources) for kind in node_types() if kind.most), default=0)
+    return max((_fits(workers, kind.resources) for kind in _kinds_for(workers, node_types()) if kind.most), default=0)
+
+
+def _kinds_for(workers: WorkersSpec, kinds: list[NodeType]) -> list[NodeType]:
+    """Leave out nodes with GPUs for work on CPUs, where the others hold `workers.min`: nobody pays for idle GPUs.
+
+    >>> cpu, gpu = NodeType({"CPU": 32.0}, 8), NodeType({"CPU": 192.0, "GPU": 8.0}, 4)
+    >>> [len(_kinds_for(workers, [cpu, gpu])) for workers in (WorkersSpec(), WorkersSpec(gpus=1), WorkersSpec(cpus=64))]
+    [1, 2, 2]
+    """
+    plain = [kind for kind in kinds if not kind.resources.get("GPU")]
+    held = sum(_fits(workers, kind.resources) * (kind.most if kind.most >= 0 else workers.min) for kind in plain)
+    return plain if not workers.gpus and held >= workers.min else kinds
 
 
 def _unbounded(kinds: list[NodeType], enough: int) -> list[NodeType]:
@@ -188,7 +202,11 @@ def _unbounded(kinds: list[NodeType], enough: int) -> list[NodeType]:
 
 
 def _fits(workers: WorkersSpec, held: Mapping[str, float]) -> int:
-    fits = held.get("CPU", 0.0) / workers.cpus
-    if workers.gpus:
-        fits = min(fits, held.get("GPU", 0.0) / workers.gpus)
+    """Return how many workers what is `held` is enough for; none where a kind of GPU is wanted and another is there.
+
+    >>> h100 = {"CPU": 8.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
+    >>> [_fits(WorkersSpec(gpus=1, accelerator=kind), h100) for kind in (None, "H100", "T4")]
+    [8, 8, 0]
+    """
+    fits = min(held.get(name, 0.0) / need for name, need in workers.needs().items())
     return math.floor(fits + 1e-9)

@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.representer import SafeRepresenter
 
 from elastrain.errors import SpecError
+from elastrain.spec.cluster import ClusterSpec
 from elastrain.spec.problems import (
     Keys,
     Problem,
@@ -34,7 +35,11 @@ from elastrain.spec.sweep import Dimension, SweepSpec
 from elastrain.spec.train import OptimizerSpec, TrainSpec
 from elastrain.urls import holds_credentials, table_kind
 
-_OTHER_KINDS = ("sweep", "cluster", "job")
+_OTHER_KINDS = {
+    "sweep": "run it with `elastrain sweep`",
+    "cluster": "look at it with `elastrain cluster check`",
+    "job": "this version runs no such kind",
+}
 _EXCLUSIVE: tuple[tuple[Keys, Keys], ...] = ((("budget", "epochs"), ("budget", "steps")),)
 # These decide when and where a run goes on and what is reported, not what it computes. The data are compared by
 # their fingerprint, not by where they lie.
@@ -118,15 +123,15 @@ def dump(spec: BaseModel) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """Return the JSON Schema of specs, runs' and sweeps', for editors; every key has a title and a description."""
+    """Return the JSON Schema of specs: runs, sweeps, clusters. For editors; every key has a title and a description."""
     kinds: list[tuple[type[BaseModel], Literal["validation"]]] = [
-        (kind, "validation") for kind in (TrainSpec, SweepSpec, Dimension)
+        (kind, "validation") for kind in (TrainSpec, SweepSpec, ClusterSpec, Dimension)
     ]
     found = models_json_schema(kinds)[1]
     for model in found["$defs"].values():
         for key, value in model["properties"].items():
             value.setdefault("title", key.replace("_", " ").capitalize())
-    either = [{"$ref": f"#/$defs/{kind.__name__}"} for kind in (TrainSpec, SweepSpec)]
+    either = [{"$ref": f"#/$defs/{kind.__name__}"} for kind in (TrainSpec, SweepSpec, ClusterSpec)]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "anyOf": either, **found}
 
 
@@ -166,9 +171,8 @@ def _whole(source: Source) -> Source:
 def _checked(data: Mapping[str, Any], where: Where) -> TrainSpec:
     """Return `data` as a spec, of the right kind and with phases that an optimizer can take."""
     kind = data.get("kind", "train")
-    if kind in _OTHER_KINDS:
-        what = "run it with `elastrain sweep`" if kind == "sweep" else "this version runs no such kind"
-        text = f"this is a {kind} spec, and a train spec is wanted; {what}"
+    if isinstance(kind, str) and kind in _OTHER_KINDS:
+        text = f"this is a {kind} spec, and a train spec is wanted; {_OTHER_KINDS[kind]}"
         refuse([Problem(keys=("kind",), text=text)], where)
     spec = validate(TrainSpec, plain(data, where), where)
     refuse([problem for phase in spec.optimizer.phases for problem in _phase_problems(spec.optimizer, phase)], where)

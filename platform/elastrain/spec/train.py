@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from elastrain.keys import KEY_NAMES, named
+from elastrain.spec.accelerators import GPUS
 from elastrain.spec.problems import nearest
 
 # Names of the spec, and what is published for them where that differs from the fields' defaults.
@@ -255,6 +256,9 @@ class WorkersSpec(Model):
     max: PositiveInt = Field(default=1, description="most workers that are used")
     cpus: PositiveFloat = Field(default=1.0, description="CPUs of one worker; may be a fraction")
     gpus: NonNegativeFloat = Field(default=0.0, description="GPUs of one worker; a part of one only where max is 1")
+    accelerator: str | None = Field(
+        default=None, description="the kind of GPU, by Ray's name: H100, A100, …; any where unset"
+    )
     timeout_s: PositiveFloat = Field(
         default=60.0, description="seconds that a step may take; who stands still for longer is replaced"
     )
@@ -265,7 +269,29 @@ class WorkersSpec(Model):
             raise wrong(f"min {self.min} is more than max {self.max}", "min", "max")
         if 0.0 < self.gpus < 1.0 < self.max:
             raise wrong(f"gpus {self.gpus:g}: workers cannot share a GPU (NCCL refuses it); give each 1", "gpus", "max")
+        if self.accelerator is not None and self.accelerator not in GPUS:
+            raise wrong(f"Ray knows no GPU {self.accelerator!r}{nearest(self.accelerator, GPUS)}", "accelerator")
+        if self.accelerator is not None and not self.gpus:
+            raise wrong(f"accelerator {self.accelerator} needs gpus: workers ask for none", "accelerator", "gpus")
         return self
+
+    def needs(self) -> dict[str, float]:
+        """Return what one worker holds, by Ray's names; a trace of a kind keeps it on nodes of this kind.
+
+        >>> WorkersSpec(cpus=4, gpus=1, accelerator="H100").needs()
+        {'CPU': 4.0, 'GPU': 1.0, 'accelerator_type:H100': 0.001}
+        """
+        gpus = {"GPU": self.gpus} if self.gpus else {}
+        return {
+            "CPU": self.cpus,
+            **gpus,
+            **({f"accelerator_type:{self.accelerator}": 0.001} if self.accelerator else {}),
+        }
+
+    def in_words(self) -> str:
+        """Return what one worker holds, as in `4 CPUs and 1 GPUs (H100)`."""
+        kind = f" ({self.accelerator})" if self.accelerator else ""
+        return f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs{kind}" if self.gpus else "")
 
 
 class TrainSpec(Model):

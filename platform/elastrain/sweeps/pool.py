@@ -163,8 +163,7 @@ class Pool:
             replace(config, cell=name),
             name=f"sweep-{name}",
             size=config.size,
-            cpus=workers.cpus,
-            gpus=workers.gpus,
+            resources=workers.needs(),
             node=node,
             work=work_of_trials,
         )
@@ -176,8 +175,7 @@ class Pool:
 def check_room(workers: WorkersSpec, size: int) -> None:
     """Raise ResourceError if no node can ever hold a trial, whose workers are all on one."""
     if largest(workers) < size and largest_addable(workers) < size:
-        need = f"{workers.cpus:g} CPUs" + (f" and {workers.gpus:g} GPUs" if workers.gpus else "")
         raise ResourceError(
-            f"a trial of {size} workers of {need} each fits on no node (the largest holds {largest(workers)}); lower "
-            f"workers.max, workers.cpus or workers.gpus under `set:`, or add nodes"
+            f"a trial of {size} workers of {workers.in_words()} each fits on no node (the largest holds "
+            f"{largest(workers)}); lower workers.max, workers.cpus or workers.gpus under `set:`, or add nodes"
         )
