@@ -1,0 +1,1 @@
+"""Clusters: machines described once, and runs that are sent to them."""
