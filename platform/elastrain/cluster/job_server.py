@@ -14,7 +14,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
-from unittest.mock import patch
 
 from ray._private.authentication import authentication_token_setup as token
 from ray.exceptions import AuthenticationError
@@ -26,10 +25,14 @@ CONNECT_S = 5.0
 REQUEST_S = 60.0
 QUIET_S = 10.0  # without a line of the log, whether the server still answers is looked at
 POLL_S = 0.3
+TALKERS = (  # what they say, our own line and errors say
+    *(token.__name__, "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"),
+    "ray._private.runtime_env.packaging",
+)
 ENVIRONMENT = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 
-class JobServer(JobSubmissionClient):  # type: ignore[misc] # Ray's class is untyped
+class JobServer(JobSubmissionClient):
     """The job server of a cluster; every method raises ResourceError where it cannot be reached."""
 
     def __init__(self, address: str | None) -> None:
@@ -39,11 +42,10 @@ class JobServer(JobSubmissionClient):  # type: ignore[misc] # Ray's class is unt
         """
         self.url = _url(address)
         _listens(self.url)
-        logging.getLogger(token.__name__).setLevel(logging.ERROR)
-        logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
+        for name in TALKERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
         token.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-        # The environment goes before the argument there.
-        with patch.dict(os.environ, {ENVIRONMENT[0]: self.url}), _told(self.url):
+        with _told(self.url), _address_is(self.url):
             super().__init__(self.url)
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
@@ -73,6 +75,10 @@ class JobServer(JobSubmissionClient):  # type: ignore[misc] # Ray's class is unt
         """Return the jobs that were submitted since the cluster's head started."""
         with _told(self.url):
             return [job for job in self.list_jobs() if job.submission_id]
+
+    def known(self, job: str) -> JobDetails | None:
+        """Return what is known of a job; None where the server knows none of this name."""
+        return next((found for found in self.jobs() if found.submission_id == job), None)
 
     def info(self, job: str) -> JobDetails:
         """Return what is known of a job; raises SpecError if there is none of this name."""
@@ -108,7 +114,7 @@ class JobServer(JobSubmissionClient):  # type: ignore[misc] # Ray's class is unt
     def _chunks(self, job: str) -> Iterator[str]:
         """Yield what one stream of the log brings; a stream that breaks off just ends."""
         loop = asyncio.new_event_loop()
-        stream = self.tail_job_logs(job)
+        stream: Any = self.tail_job_logs(job)  # a generator, typed as less
         try:
             while True:
                 task = loop.create_task(anext(stream, None))
@@ -128,6 +134,19 @@ class JobServer(JobSubmissionClient):  # type: ignore[misc] # Ray's class is unt
 def ended(job: JobDetails) -> bool:
     """Say whether a job has ended, in whatever way."""
     return JobStatus(job.status).is_terminal()
+
+
+@contextlib.contextmanager
+def _address_is(url: str) -> Iterator[None]:
+    """Have Ray's client take this address: the environment's goes before its argument."""
+    name = ENVIRONMENT[0]
+    before = os.environ.get(name)
+    os.environ[name] = url
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        os.environ.update({name: before} if before is not None else {})
 
 
 def _url(address: str | None) -> str:

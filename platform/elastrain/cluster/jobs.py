@@ -10,7 +10,7 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from elastrain import storage
 from elastrain.cluster.job_server import JobServer, ended
 from elastrain.cluster.package import SPEC_FILE, places, stage
 from elastrain.errors import ConflictError, ElastrainError, Interrupted, ResourceError, SpecError
-from elastrain.observe.progress import Status, read_status
+from elastrain.observe.progress import LiveLine, Status, status_in
 from elastrain.spec.document import resolve
 from elastrain.spec.train import TrainSpec
 from elastrain.urls import table_kind
@@ -63,7 +63,7 @@ class Job:
 
         A job that has not ended after STOP_S seconds is killed by Ray.
         """
-        return stop(self.id, address=self.address)
+        return stop_job(self.id, address=self.address)
 
     def result(self, show: Callable[[Status], None] = lambda _: None) -> dict[str, Any]:
         """Wait for the end and return what `elastrain train --json` prints, and `job`; `show` is given each status.
@@ -100,7 +100,7 @@ def submit(spec: TrainSpec, *, address: str | None = None, shared: Sequence[str]
     return Job(_sent(server, spec, run), run, server.url, spec)
 
 
-def stop(job: str, *, address: str | None = None) -> dict[str, Any]:
+def stop_job(job: str, *, address: str | None = None) -> dict[str, Any]:
     """End a job after a last checkpoint, wait for that, and return its status; raises SpecError, ResourceError."""
     server = JobServer(address)
     server.end(job)
@@ -110,6 +110,41 @@ def stop(job: str, *, address: str | None = None) -> dict[str, Any]:
             raise ResourceError(f"{job} has not ended within {STOP_S + 30} s; look at it: elastrain logs {job}")
         time.sleep(POLL_S)
     return described(info)
+
+
+def follow_job(job: Job) -> dict[str, Any]:
+    """Show a job's progress on stderr until its end and return its result; raises as `Job.result`.
+
+    Ctrl-C ends the following and not the job: Interrupted.
+    """
+    try:
+        with LiveLine() as line:
+            return job.result(line.show)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{job.id} goes on; follow it: elastrain logs {job.id} --follow") from None
+
+
+def read_status(job: str | None, *, address: str | None = None) -> dict[str, Any]:
+    """Return a job's status, or `{"jobs": [...]}` of all runs where none is named; raises SpecError, ResourceError."""
+    server = JobServer(address)
+    if job is not None:
+        return described(server.info(job))
+    return {"jobs": [described(found) for found in server.jobs() if RUN_KEY in (found.metadata or {})]}
+
+
+def read_lines(job: str, *, address: str | None = None, follow: bool = False) -> Iterator[str]:
+    """Return the lines of a job's log, with `follow` until the job ends; raises SpecError, ResourceError."""
+    server = JobServer(address)
+    server.info(job)
+    return server.lines(job) if follow else iter(server.log(job).splitlines())
+
+
+def as_text(status: Mapping[str, Any]) -> str:
+    """Return what `status` found as text, a line a job."""
+    jobs = status.get("jobs", [status])
+    return "\n".join(f"{job['job']}: {job['status']} ({job['run']}) {job['message']}".strip() for job in jobs) or (
+        "no run was submitted to this cluster since it started"
+    )
 
 
 def described(job: JobDetails) -> dict[str, Any]:
@@ -163,7 +198,7 @@ def job_id(name: str, run: str, attempt: int) -> str:
     """Return the name of a job, which Ray uses in paths: small letters, digits and dashes.
 
     >>> job_id("Digits_MLP.v2", "s3://bucket/Digits_MLP.v2", 1)
-    'digits-mlp-v2-d6ba5e07-1'
+    'digits-mlp-v2-2478ad83-1'
     """
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower())[:40].strip("-")
     return f"{slug}-{hashlib.sha256(run.encode()).hexdigest()[:8]}-{attempt}"
@@ -175,11 +210,16 @@ def _attempt(job: str) -> int:
 
 
 def _again(job: Job, spec: TrainSpec) -> str:
-    """Submit a run again and return the name of the new job; a head that is gone is given time to come back."""
+    """Return the name of the job to go on with: the same if it lives, a new one if its machines were lost.
+
+    A head that does not answer is given time to come back; then ResourceError.
+    """
     deadline = time.monotonic() + 2 * PAUSE_S
     while True:
         try:
-            return _sent(JobServer(job.address), spec, job.run)
+            server = JobServer(job.address)
+            known = server.known(job.id)
+            return job.id if known is not None and not _is_lost(known) else _sent(server, spec, job.run)
         except ResourceError:
             if time.monotonic() > deadline:
                 raise
@@ -198,7 +238,7 @@ def _followed(job: Job, show: Callable[[Status], None]) -> dict[str, Any]:
             found = _result(line) or found
             said = line if line.startswith("elastrain: ") else said
             last = line if line.strip() else last
-            if (told := read_status(line)) is not None:
+            if (told := status_in(line)) is not None:
                 status = told
                 show(told)
         info = server.info(job.id)
@@ -224,15 +264,28 @@ def _failure(job: str, info: JobDetails, said: str, last: str) -> Exception:
     """Return what a job that brought no result ended with; _Lost if it was the machines."""
     code = info.driver_exit_code
     kinds: Mapping[int, type[ElastrainError]] = {kind.exit_code: kind for kind in ElastrainError.__subclasses__()}
+    reason = next(iter((info.message or "").strip().splitlines()), "it brought no result")[:300]
+    error: Exception
     if info.status == JobStatus.STOPPED:
-        return Interrupted(f"{job} was stopped; {said or 'nothing was started'}")
-    if code in kinds:
-        return kinds[code](said or f"{job} ended with exit code {code}")
-    reason = next(iter((info.message or "").strip().splitlines()), "it brought no result")
-    if any(kind in (info.error_type or "") for kind in SETUP):
-        return ResourceError(f"{job} died in set-up: {reason[:300]}")
-    if code is None or code < 0 or code in (137, 143):
-        return _Lost(f"its driver was lost ({reason[:200]})")
-    if "No module named" in last:
-        return ResourceError(f"{job}: `python` of the cluster's head says {last.strip()!r}; use an image that has it")
-    return ElastrainError(f"{job} ended with exit code {code}: {said or last.strip()[:300]}; see elastrain logs {job}")
+        error = Interrupted(f"{job} was stopped; {said or 'nothing was started'}")
+    elif code is not None and code in kinds:
+        error = kinds[code](said or f"{job} ended with exit code {code}")
+    elif _in_set_up(info):
+        error = ResourceError(f"{job} died in set-up: {reason}")
+    elif _is_lost(info):
+        error = _Lost(f"its driver was lost ({reason})")
+    elif "No module named" in last:
+        error = ResourceError(f"{job}: `python` of the cluster's head says {last.strip()!r}; use an image that has it")
+    else:
+        error = ElastrainError(f"{job} ended with code {code}: {said or last.strip()[:300]}; see elastrain logs {job}")
+    return error
+
+
+def _in_set_up(info: JobDetails) -> bool:
+    return any(kind in (info.error_type or "") for kind in SETUP)
+
+
+def _is_lost(info: JobDetails) -> bool:
+    """Say whether a job failed since its driver or its machine was taken away: it was killed, or left no exit code."""
+    code = info.driver_exit_code
+    return info.status == JobStatus.FAILED and not _in_set_up(info) and (code is None or code < 0 or code in (137, 143))

@@ -16,12 +16,14 @@ import sysconfig
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import elastrain
 from elastrain import storage
 from elastrain.data.dataset import MANIFEST, PACKING
 from elastrain.errors import SpecError
 from elastrain.spec.document import dump, references, train_spec
+from elastrain.spec.problems import Keys
 from elastrain.spec.train import TrainSpec
 
 SPEC_FILE = "run.yaml"
@@ -59,13 +61,14 @@ def places(spec: TrainSpec) -> list[str]:
 def _names(spec: TrainSpec) -> list[str]:
     """What the spec names as code: `file.py:Class` and `module:Class`."""
     data = spec.model_dump()
-    found = []
-    for keys in references(spec):
-        value = data
-        for key in keys:
-            value = value[key]
-        found.append(str(value))
-    return found
+    return [str(_holder(data, keys)[keys[-1]]) for keys in references(spec)]
+
+
+def _holder(data: Any, keys: Keys) -> Any:
+    """Return the mapping in which the last of `keys` stands."""
+    for key in keys[:-1]:
+        data = data[key]
+    return data
 
 
 def _code_folders(spec: TrainSpec) -> list[Path]:
@@ -93,9 +96,7 @@ def _moved(spec: TrainSpec, code: dict[Path, str]) -> TrainSpec:
     """Return the spec with its files of code where they lie in the package, relative to the spec's own file."""
     data = spec.model_dump()
     for keys in references(spec):
-        parent = data
-        for key in keys[:-1]:
-            parent = parent[key]
+        parent = _holder(data, keys)
         left, _, name = str(parent[keys[-1]]).rpartition(":")
         for folder, beside in code.items():
             if left.endswith(".py") and folder in Path(left).parents:
@@ -127,8 +128,8 @@ def _check(files: list[tuple[Path, str]], limit: int) -> None:
         return
     largest = ", ".join(f"{path} ({_mib(size)})" for size, path in sizes[:NAMED])
     raise SpecError(
-        f"the run's code is {_mib(total)} in {len(files):,} files, and {_mib(limit)} in {MAX_FILES:,} are the most that "
-        f"is sent; put the task's file into a folder of its own, or move what is no code out of it; the largest "
+        f"the run's code is {_mib(total)} in {len(files):,} files, and at most {_mib(limit)} in {MAX_FILES:,} are "
+        f"sent; put the task's file into a folder of its own, or move what is no code out of it; the largest "
         f"files: {largest}"
     )
 

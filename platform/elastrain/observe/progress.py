@@ -177,13 +177,13 @@ def describe(status: Status, left_s: float | None = None) -> list[str]:
     return [part for part, known in parts if known]
 
 
-def read_status(line: str) -> Status | None:
+def status_in(line: str) -> Status | None:
     """Return the status that a line of `describe`'s parts tells, the time left aside; None if it is another line.
 
-    >>> read_status("training · step 30/460 · 12 s left · epoch 1.30/20 · loss 0.52 · 12.3k samples/s · 2 workers")
+    >>> status_in("training · step 30/460 · 12 s left · epoch 1.30/20 · loss 0.52 · 12.3k samples/s · 2 workers")
     ... # doctest: +ELLIPSIS
     Status(phase='training', epoch=1.3, epochs=20.0, step=30, steps=460, loss=0.52, samples_per_s=12300.0, ...)
-    >>> read_status("Traceback (most recent call last):")
+    >>> status_in("Traceback (most recent call last):")
     """
     phase, *parts = line.split(" · ")
     if not phase.startswith(PHASES):
