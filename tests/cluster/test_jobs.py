@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from tests.cluster.head import Head, free_port, head
+from tests.cluster.test_preemption import gcp, metadata
 
 from elastrain.cluster.job_server import JobServer
 from elastrain.cluster.jobs import Job, submit
 from elastrain.elastic import keep
+from elastrain.elastic.ray_inner import draining_nodes
 from elastrain.errors import ConflictError, Interrupted, ResourceError, SpecError
 from elastrain.observe.report import read_report
 from elastrain.spec.document import read_train
@@ -52,11 +56,13 @@ class Place:
     folder: Path
 
     def spec(self, name: str) -> str:
+        """Write the spec of a run and return its path."""
         path = self.folder / "code" / f"{name}.yaml"
         path.write_text(SPEC.replace("NAME", name).replace("FOLDER", str(self.folder)))
         return str(path)
 
     def read(self, name: str, *sets: str) -> TrainSpec:
+        """Return the spec of a run."""
         return read_train(self.spec(name), sets)
 
 
@@ -223,10 +229,28 @@ def test_without_the_clusters_token_nothing_is_submitted(place: Place) -> None:
 
 def test_a_folder_that_another_machine_cannot_see_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "a-laptop")
-    with pytest.raises(SpecError, match="is a folder of this machine, and .* is in the cluster"):
+    with pytest.raises(SpecError, match=r"is a folder of this machine, and .* is in the cluster"):
         submit(place.read("unseen"), address=place.head.url)
     job = submit(place.read("seen"), address=place.head.url, shared=[str(place.folder)])
     assert job.stop()["status"] == "stopped"
+
+
+def test_a_clouds_notice_drains_the_node_that_it_is_about(place: Place) -> None:
+    with metadata(gcp("TRUE")) as server, place.head.node(place.folder / "spot") as node:
+        command = ("elastrain.cluster.preemption", "gcp", "--address", place.head.address, "--metadata", server)
+        done = cli(*command, "--node", node)
+        assert done.returncode == 0, done.stderr
+        ray.init(place.head.address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            states = {found["NodeID"]: found["Alive"] for found in ray.nodes()}
+            draining = draining_nodes()
+        finally:
+            ray.shutdown()
+    assert "GCP pre-empts this instance: draining node" in done.stderr
+    # A node that is idle is gone as soon as it is drained.
+    assert node in draining or not states[node]
+    assert sum(states.values()) >= 1
+    assert set(draining) <= {node}
 
 
 def test_a_job_that_nobody_submitted(place: Place) -> None:
