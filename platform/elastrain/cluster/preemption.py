@@ -130,11 +130,11 @@ def drain(notice: Notice, *, address: str, node: str | None = None) -> str:
     import ray  # noqa: PLC0415 -- a second that a watcher's start need not take
     from ray._private.authentication import authentication_token_setup as token  # noqa: PLC0415
     from ray._raylet import GcsClient  # type: ignore[attr-defined] # noqa: PLC0415 -- compiled
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # noqa: PLC0415
+    from ray.core.generated import autoscaler_pb2  # noqa: PLC0415
 
     token.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    reason: Any = DrainNodeReason
-    preempted = reason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    messages: Any = autoscaler_pb2  # made at import by protobuf
+    preempted = messages.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     try:
         if node is None:
             ray.init(address, log_to_driver=False)
