@@ -170,14 +170,9 @@ def submit(
 @app.command()
 def status(job: JobName = None, address: Dashboard = None, as_json: Json = False) -> None:
     """Say how a cluster's job is; how all its jobs are where none is named."""
+    from elastrain.cluster.jobs import as_text, read_status
 
-    def run() -> tuple[dict[str, Any], str]:
-        from elastrain.cluster.jobs import as_text, read_status
-
-        found = read_status(job, address=address)
-        return found, as_text(found)
-
-    _print(run, as_json=as_json)
+    _print(lambda: (found := read_status(job, address=address), as_text(found)), as_json=as_json)
 
 
 @app.command()
@@ -191,23 +186,16 @@ def logs(
     from elastrain.cluster.jobs import read_lines
 
     lines = read_lines(job, address=address, follow=follow)
-    for line in () if as_json else lines:
+    for line in [json.dumps({"job": job, "lines": list(lines)})] if as_json else lines:
         print(line, flush=follow)
-    if as_json:
-        print(json.dumps({"job": job, "lines": list(lines)}))
 
 
 @app.command()
 def stop(job: str, address: Dashboard = None, as_json: Json = False) -> None:
     """End a cluster's job after a last checkpoint, and wait for that."""
+    from elastrain.cluster.jobs import as_text, stop_job
 
-    def run() -> tuple[dict[str, Any], str]:
-        from elastrain.cluster.jobs import as_text, stop_job
-
-        found = stop_job(job, address=address)
-        return found, as_text(found)
-
-    _print(run, as_json=as_json)
+    _print(lambda: (found := stop_job(job, address=address), as_text(found)), as_json=as_json)
 
 
 @app.command()

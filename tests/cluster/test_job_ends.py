@@ -28,7 +28,7 @@ def ended(status: str = "FAILED", code: int | None = None, kind: str | None = No
         (ended(kind="JOB_SUPERVISOR_ACTOR_START_TIMEOUT"), ResourceError),
         (ended(kind="JOB_ENTRYPOINT_COMMAND_START_ERROR"), ResourceError),
         (ended(code=1), ElastrainError),
-        (ended(code=127), ElastrainError),
+        (ended(code=127), ResourceError),
         (ended("SUCCEEDED", code=0), ElastrainError),
     ],
 )

@@ -32,6 +32,7 @@ from elastrain.spec.train import TrainSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
+CANARY = "canary-7f3a91"
 ROOT = Path(__file__).parents[2]
 TASK = (ROOT / "pipelines" / "digits_mlp" / "task.py").read_text()
 SPEC = """
@@ -149,7 +150,8 @@ def drivers(run: str) -> list[int]:
 
 
 def test_submit_and_follow_gives_what_train_gives_and_the_jobs_name(place: Place, local: dict[str, Any]) -> None:
-    done = cli("elastrain", "submit", place.spec("by-submit"), "--address", place.head.url, "--follow", "--json")
+    arguments = ("submit", place.spec("by-submit"), "--address", place.head.url, "--follow", "--json")
+    done = cli("elastrain", *arguments, AWS_SECRET_ACCESS_KEY=CANARY)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["weights_sha256"] == local["weights_sha256"]
@@ -160,6 +162,9 @@ def test_submit_and_follow_gives_what_train_gives_and_the_jobs_name(place: Place
     assert json.loads(told.stdout)["status"] == "succeeded"
     written = cli("elastrain", "logs", found["job"], "--address", place.head.url)
     assert found["weights_sha256"] in written.stdout
+    files = [path for path in place.folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if CANARY.encode() in path.read_bytes()], "a secret of the submitter was sent"
+    assert any(b"RAY_JOB_STOP_WAIT_TIME_S" in path.read_bytes() for path in files), "what was sent would be seen"
 
 
 def test_plain_ray_job_submit_gives_the_same(place: Place, local: dict[str, Any]) -> None:
@@ -202,6 +207,27 @@ def test_a_lost_driver_is_followed_by_another_job_and_a_stopped_one_ends_after_a
     assert report["outcome"] == "interrupted"
     assert report["resumed_from"] > 0
     assert report["checkpoints"][-1]["step"] == report["step"]
+
+
+def test_of_two_who_submit_a_run_at_once_one_is_refused(place: Place) -> None:
+    spec, start, came = place.read("race", "budget={steps: 1000000}"), threading.Barrier(2), []
+
+    def try_it() -> None:
+        start.wait()
+        try:
+            came.append(submit(spec, address=place.head.url))
+        except ConflictError as error:
+            came.append(error)
+
+    threads = [threading.Thread(target=try_it) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    jobs = [found for found in came if isinstance(found, Job)]
+    assert len(jobs) == 1, came
+    assert [found["job"] for found in _jobs(place, jobs[0].run)] == [jobs[0].id]
+    assert jobs[0].stop()["status"] == "stopped"
 
 
 def _jobs(place: Place, run: str) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ RUN_KEY = "elastrain_run"  # a job's metadata: which run it is of
 RETRIES = 3
 PAUSE_S = 35.0  # a dead writer's lease of a run on S3 has ended by then
 POLL_S = 0.3
+NOT_FOUND = (126, 127)  # a shell's exit codes
 ERROR = "elastrain: error: "
 SETUP = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_START", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE", "START_ERROR")
 
@@ -274,8 +275,11 @@ def _failure(job: str, info: JobDetails, said: str, last: str) -> Exception:
         error = ResourceError(f"{job} died in set-up: {reason}")
     elif _is_lost(info):
         error = _Lost(f"its driver was lost ({reason})")
-    elif "No module named" in last:
-        error = ResourceError(f"{job}: `python` of the cluster's head says {last.strip()!r}; use an image that has it")
+    elif code in NOT_FOUND or "No module named" in last:
+        error = ResourceError(
+            f"{job}: `python` on the PATH of the cluster's head cannot run it ({last.strip()[:200]}); start Ray there "
+            "with an environment that has it, or use an image that does"
+        )
     else:
         error = ElastrainError(f"{job} ended with code {code}: {said or last.strip()[:300]}; see elastrain logs {job}")
     return error
