@@ -9,10 +9,11 @@ import contextlib
 import http.client
 import logging
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from ray._private.authentication import authentication_token_setup as token
@@ -30,6 +31,9 @@ TALKERS = (  # what they say, our own line and errors say
     "ray._private.runtime_env.packaging",
 )
 ENVIRONMENT = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+
+
+_ONE_AT_A_TIME = threading.Lock()  # of a process's threads: the environment is all of theirs
 
 
 class JobServer(JobSubmissionClient):
@@ -114,10 +118,11 @@ class JobServer(JobSubmissionClient):
     def _chunks(self, job: str) -> Iterator[str]:
         """Yield what one stream of the log brings; a stream that breaks off just ends."""
         loop = asyncio.new_event_loop()
-        stream: Any = self.tail_job_logs(job)  # a generator, typed as less
+        stream = self.tail_job_logs(job)
+        task: asyncio.Task[str | None] | None = None
         try:
             while True:
-                task = loop.create_task(anext(stream, None))
+                task = loop.create_task(_next(stream))
                 while not loop.run_until_complete(asyncio.wait({task}, timeout=QUIET_S))[0]:
                     self.info(job)
                 with contextlib.suppress(Exception):  # whatever it was: asking for the job again tells it better
@@ -126,9 +131,16 @@ class JobServer(JobSubmissionClient):
                         continue
                 return
         finally:
-            with contextlib.suppress(Exception):
-                loop.run_until_complete(stream.aclose())
+            with contextlib.suppress(Exception, asyncio.CancelledError):
+                if task is not None and task.cancel():
+                    loop.run_until_complete(task)
+            loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
+
+
+async def _next(stream: AsyncIterator[str]) -> str | None:
+    """Return what comes next, None at the end."""
+    return await anext(stream, None)
 
 
 def ended(job: JobDetails) -> bool:
@@ -140,13 +152,14 @@ def ended(job: JobDetails) -> bool:
 def _address_is(url: str) -> Iterator[None]:
     """Have Ray's client take this address: the environment's goes before its argument."""
     name = ENVIRONMENT[0]
-    before = os.environ.get(name)
-    os.environ[name] = url
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        os.environ.update({name: before} if before is not None else {})
+    with _ONE_AT_A_TIME:
+        before = os.environ.get(name)
+        os.environ[name] = url
+        try:
+            yield
+        finally:
+            del os.environ[name]
+            os.environ.update({name: before} if before is not None else {})
 
 
 def _url(address: str | None) -> str:
