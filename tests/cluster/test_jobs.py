@@ -49,6 +49,20 @@ storage: FOLDER/runs
 """
 
 
+# Steps that take longer than the 3 s which Ray gives a job to end, once there is a file of the name.
+SLOW = """
+import time
+from pathlib import Path
+from task import DigitsMLP
+
+
+class Slow(DigitsMLP):
+    def losses(self, model, batch):
+        time.sleep(4 if Path("FILE").exists() else 0)
+        return super().losses(model, batch)
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """A head, and a folder with data and a task."""
@@ -93,6 +107,7 @@ def place() -> Iterator[Place]:
     )
     (folder / "code").mkdir()
     (folder / "code" / "task.py").write_text(TASK)
+    (folder / "code" / "slow.py").write_text(SLOW.replace("FILE", str(folder / "slow")))
     environment = {"PYTHONPATH": str(shadow.parent), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     try:
         with head(folder / "head", cpus=4, environment=environment) as started:
@@ -179,7 +194,8 @@ def test_plain_ray_job_submit_gives_the_same(place: Place, local: dict[str, Any]
 
 
 def test_a_lost_driver_is_followed_by_another_job_and_a_stopped_one_ends_after_a_commit(place: Place) -> None:
-    job = submit(place.read("long", "budget={steps: 1000000}"), address=place.head.url)
+    sets = ("budget={steps: 1000000}", f"task={place.folder}/code/slow.py:Slow")
+    job = submit(place.read("long", *sets), address=place.head.url)
     first, ended = job.id, []
 
     def follow() -> None:
@@ -198,6 +214,7 @@ def test_a_lost_driver_is_followed_by_another_job_and_a_stopped_one_ends_after_a
     [driver] = drivers("long")
     os.kill(driver, signal.SIGKILL)
     until(lambda: job.id != first and "training" in job.logs())
+    (place.folder / "slow").touch()
     stopped = job.stop()
     follower.join(120)
     assert stopped["status"] == "stopped"
