@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from elastrain.cluster.jobs import Job as Job
+    from elastrain.cluster.jobs import submit as submit
     from elastrain.data.dataset import Dataset as Dataset
     from elastrain.data.plan import Plan as Plan
     from elastrain.elastic.run import Run as Run
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from elastrain.training.task import Task as Task
 
 _HOME = {
+    "Job": "cluster.jobs",
+    "submit": "cluster.jobs",
     "Dataset": "data.dataset",
     "Plan": "data.plan",
     "Run": "elastic.run",

@@ -28,6 +28,8 @@ Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="change a field of the spec (repeatable)")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
+Dashboard = Annotated[str | None, typer.Option("--address", help="the cluster's dashboard, http://HOST:8265")]
+JobName = Annotated[str | None, typer.Argument(help="the name that submit gave it")]
 Address = Annotated[str | None, typer.Option(help="a running Ray (auto, HOST:PORT); a local one is started without")]
 
 
@@ -144,6 +146,60 @@ def train(
         return result, text
 
     _print(run, as_json=as_json)
+
+
+@app.command()
+def submit(
+    spec: SpecPath,
+    sets: Sets = None,
+    address: Dashboard = None,
+    shared: Annotated[list[str] | None, typer.Option(help="a folder that all its machines have mounted")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="show progress until the end, and the result")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send a run to a cluster; it goes on there when this command has ended."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.cluster.jobs import follow_job
+        from elastrain.cluster.jobs import submit as submit_run
+        from elastrain.spec.document import read_train
+
+        job = submit_run(read_train(spec, sets or []), address=address, shared=shared or [])
+        found = follow_job(job) if follow else {"job": job.id, "run": job.run, "address": job.address}
+        return found, "\n".join(f"{key}: {value}" for key, value in found.items())
+
+    _print(run, as_json=as_json)
+
+
+@app.command()
+def status(job: JobName = None, address: Dashboard = None, as_json: Json = False) -> None:
+    """Say how a cluster's job is; how all its jobs are where none is named."""
+    from elastrain.cluster.jobs import as_text, read_status
+
+    _print(lambda: (found := read_status(job, address=address), as_text(found)), as_json=as_json)
+
+
+@app.command()
+def logs(
+    job: str,
+    address: Dashboard = None,
+    follow: Annotated[bool, typer.Option("--follow", help="go on until the job ends")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print what a cluster's job has written."""
+    from elastrain.cluster.jobs import read_lines
+
+    lines = read_lines(job, address=address, follow=follow)
+    for line in [json.dumps({"job": job, "lines": list(lines)})] if as_json else lines:
+        print(line, flush=follow)
+
+
+@app.command()
+def stop(job: str, address: Dashboard = None, as_json: Json = False) -> None:
+    """End a cluster's job after a last checkpoint, and wait for that."""
+    from elastrain.cluster.jobs import as_text, stop_job
+
+    _print(lambda: (found := stop_job(job, address=address), as_text(found)), as_json=as_json)
 
 
 @app.command()

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from elastrain.observe.progress import LiveLine, Pace, Status, describe, is_terminal, pack_progress
+from elastrain.observe.progress import LiveLine, Pace, Status, describe, is_terminal, pack_progress, status_in
 
 
 class Terminal(io.StringIO):
@@ -175,3 +175,37 @@ def test_packing_on_a_terminal_shows_a_bar_for_each_label() -> None:
         show("train", 100, 100)
     assert "100/100" in stream.getvalue()
     assert "test" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        Status(phase="starting"),
+        Status(phase="starting workers, waiting for storage", steps=9, epochs=0.5),
+        Status(phase="checking the data", message="worker 2 lost · redoing step 60"),
+        Status(
+            phase="training",
+            epoch=1.25,
+            epochs=3,
+            step=7,
+            steps=90,
+            loss=float("nan"),
+            samples_per_s=12345.0,
+            data_share=0.07,
+            workers=2,
+            last_checkpoint=0,
+            message="waiting for 1 more worker",
+        ),
+    ],
+)
+def test_a_line_of_a_run_elsewhere_tells_the_same_again(status: Status) -> None:
+    parts = [*describe(status, left_s=12.0), *([status.message] if status.message else [])]
+    found = status_in(" · ".join(parts))
+    assert found is not None
+    assert describe(found, left_s=12.0) == describe(status, left_s=12.0)
+    assert found.message == status.message
+
+
+def test_other_lines_of_a_log_are_no_status() -> None:
+    for line in ("", "Traceback (most recent call last):", '{"run": "runs/a"}', "elastrain: error: no data"):
+        assert status_in(line) is None

@@ -1,1 +1,1 @@
-"""Clusters: a spec of machines, rendered for who lends them, checked before anything is spent, planned for a run."""
+"""Clusters: machines described once, checked before anything is spent, and runs that are sent to them."""

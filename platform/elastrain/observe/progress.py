@@ -6,6 +6,7 @@ of rich on a terminal, and written at most every few seconds elsewhere. A broken
 
 import contextlib
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 EVERY_S = 5.0
 BAR_WIDTH = 16
 RATE_WINDOW_S = 30.0
+PHASES = ("starting", "checking the data", "training")
+"""How the phases begin that a run tells of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,6 +175,47 @@ def describe(status: Status, left_s: float | None = None) -> list[str]:
         (f"checkpoint {status.last_checkpoint}", status.last_checkpoint is not None),
     ]
     return [part for part, known in parts if known]
+
+
+def status_in(line: str) -> Status | None:
+    """Return the status that a line of `describe`'s parts tells, the time left aside; None if it is another line.
+
+    >>> status_in("training · step 30/460 · 12 s left · epoch 1.30/20 · loss 0.52 · 12.3k samples/s · 2 workers")
+    ... # doctest: +ELLIPSIS
+    Status(phase='training', epoch=1.3, epochs=20.0, step=30, steps=460, loss=0.52, samples_per_s=12300.0, ...)
+    >>> status_in("Traceback (most recent call last):")
+    """
+    phase, *parts = line.split(" · ")
+    if not phase.startswith(PHASES):
+        return None
+    found: dict[str, Any] = {}
+    for index, part in enumerate(parts):
+        known = next(((kind, match) for kind, match in ((k, k.fullmatch(part)) for k in _PARTS) if match), None)
+        if known is None:
+            found["message"] = " · ".join(parts[index:])
+            break
+        found |= {name: _PARTS[known[0]](text) for name, text in known[1].groupdict().items() if text is not None}
+    if "data_share" in found:
+        found["data_share"] /= 100
+    return Status(phase=phase, **found)
+
+
+def _uncompact(text: str) -> float:
+    """Return the number that `compact` wrote."""
+    exponent = "kMGT".find(text[-1]) + 1
+    return float(text[:-1]) * 1000**exponent if exponent else float(text)
+
+
+_PARTS: dict[re.Pattern[str], Callable[[str], Any]] = {
+    re.compile(r"step (?P<step>\d+)/(?P<steps>\d+)"): int,
+    re.compile(r"\d.* left"): str,
+    re.compile(r"epoch (?P<epoch>[\d.]+)(?:/(?P<epochs>[\d.e+-]+))?"): float,
+    re.compile(r"loss (?P<loss>\S+)"): float,
+    re.compile(r"(?P<samples_per_s>[\d.e+-]+[kMGT]?) samples/s"): _uncompact,
+    re.compile(r"(?P<data_share>\d+)% waiting for data"): float,
+    re.compile(r"(?P<workers>\d+) workers?"): int,
+    re.compile(r"checkpoint (?P<last_checkpoint>\d+)"): int,
+}
 
 
 def duration(seconds: float) -> str:

@@ -237,7 +237,7 @@ def _resolved(spec: TrainSpec, *, base: Path, cwd: Path, where: Where) -> TrainS
     data = plain(spec.model_dump(), where)
     problems: list[Problem] = []
     places: dict[Keys, Callable[[str], str]] = {
-        **dict.fromkeys(_references(spec), lambda value: located(value, base)),
+        **dict.fromkeys(references(spec), lambda value: located(value, base)),
         **dict.fromkeys((("data", "train"), ("data", "eval"), ("storage",)), lambda value: placed(value, cwd)),
         **dict.fromkeys([("data", "cache", "folder")] if spec.data.cache else [], lambda value: placed(value, cwd)),
     }
@@ -253,7 +253,7 @@ def _resolved(spec: TrainSpec, *, base: Path, cwd: Path, where: Where) -> TrainS
     return _checked(data, where)
 
 
-def _references(spec: TrainSpec) -> list[Keys]:
+def references(spec: TrainSpec) -> list[Keys]:
     """Return the keys at which `spec` names code: the task, optimizers and functions that are no built-in ones."""
     transforms: list[Keys] = [
         ("data", "transforms", index, "function")

@@ -1,0 +1,295 @@
+"""Runs as jobs of a cluster: packaged, sent to Ray's job server, followed, stopped; sent again if machines were lost.
+
+A job is `elastrain train` on the cluster's head, so it does what the same command does anywhere: it resumes, it keeps
+its run locked, it stops after a commit. All jobs of one run share its directory; one of them at a time.
+"""
+
+import hashlib
+import json
+import re
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray.job_submission import JobDetails, JobStatus
+
+from elastrain import storage
+from elastrain.cluster.job_server import JobServer, ended
+from elastrain.cluster.package import SPEC_FILE, places, stage
+from elastrain.errors import ConflictError, ElastrainError, Interrupted, ResourceError, SpecError
+from elastrain.observe.progress import LiveLine, Status, status_in
+from elastrain.spec.document import resolve
+from elastrain.spec.train import TrainSpec
+from elastrain.urls import table_kind
+
+# `exec`: signals go to Python itself and its exit code is the job's. `python` is what the head's PATH has.
+ENTRYPOINT = f"exec python -m elastrain train {SPEC_FILE} --json"
+STOP_S = 120  # Ray's own 3 s are too short for a last checkpoint
+RUN_KEY = "elastrain_run"  # a job's metadata: which run it is of
+RETRIES = 3
+PAUSE_S = 35.0  # a dead writer's lease of a run on S3 has ended by then
+POLL_S = 0.3
+NOT_FOUND = (126, 127)  # a shell's exit codes
+ERROR = "elastrain: error: "
+SETUP = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_START", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE", "START_ERROR")
+
+
+class _Lost(Exception):  # noqa: N818 -- an event
+    """The machines under a job went away; the run itself may go on."""
+
+
+@dataclass(slots=True)
+class Job:
+    """A run as a job of a cluster; made by `submit`. `id` names the latest attempt."""
+
+    id: str
+    run: str
+    address: str
+    spec: TrainSpec | None = field(default=None, repr=False)
+
+    def status(self) -> dict[str, Any]:
+        """Return what `elastrain status JOB --json` prints; raises SpecError, ResourceError."""
+        return described(JobServer(self.address).info(self.id))
+
+    def logs(self) -> str:
+        """Return all that the job has written so far; raises SpecError, ResourceError."""
+        return JobServer(self.address).log(self.id)
+
+    def stop(self) -> dict[str, Any]:
+        """End the job after a last checkpoint, wait for that, and return its status; raises SpecError, ResourceError.
+
+        A job that has not ended after STOP_S seconds is killed by Ray.
+        """
+        return stop_job(self.id, address=self.address)
+
+    def result(self, show: Callable[[Status], None] = lambda _: None) -> dict[str, Any]:
+        """Wait for the end and return what `elastrain train --json` prints, and `job`; `show` is given each status.
+
+        A job whose machines were lost is submitted again, RETRIES times, and goes on from the last checkpoint.
+
+        Raises what training raises, by its exit code; Interrupted if somebody stopped the job; ResourceError.
+        """
+        for left in range(RETRIES, -1, -1):
+            try:
+                return {**_followed(self, show), "job": self.id}
+            except _Lost as loss:
+                if not left or self.spec is None:
+                    raise ResourceError(f"{self.id}: {loss}; submit it again, it goes on from its checkpoint") from loss
+                show(Status(phase="starting", message=f"{loss}; submitting again"))
+                time.sleep(PAUSE_S if not storage.is_local(self.run) else POLL_S)
+                self.id = _again(self, self.spec)
+        raise AssertionError("a run ends or is given up")
+
+
+def submit(spec: TrainSpec, *, address: str | None = None, shared: Sequence[str] = ()) -> Job:
+    """Send a run to the cluster whose dashboard is at `address` (http://HOST:8265) and return it as a job.
+
+    Data and storage are URLs, or folders under one of `shared`, which all machines have mounted, or the cluster is this
+    machine alone. `RAY_API_SERVER_ADDRESS` and `RAY_ADDRESS` stand in for `address`.
+
+    Raises SpecError, also for folders that other machines cannot see and for too much code; ConflictError while a job
+    of the run is not at its end; ResourceError where the cluster does not answer. Then nothing was started.
+    """
+    spec = resolve(spec, base=Path.cwd(), cwd=Path.cwd())
+    server = JobServer(address)
+    _visible(spec, server, [storage.absolute(folder) for folder in shared])
+    run = storage.absolute(storage.join(spec.storage, spec.name))
+    return Job(_sent(server, spec, run), run, server.url, spec)
+
+
+def stop_job(job: str, *, address: str | None = None) -> dict[str, Any]:
+    """End a job after a last checkpoint, wait for that, and return its status; raises SpecError, ResourceError."""
+    server = JobServer(address)
+    server.end(job)
+    deadline = time.monotonic() + STOP_S + 30
+    while not ended(info := server.info(job)):
+        if time.monotonic() > deadline:
+            raise ResourceError(f"{job} has not ended within {STOP_S + 30} s; look at it: elastrain logs {job}")
+        time.sleep(POLL_S)
+    return described(info)
+
+
+def follow_job(job: Job) -> dict[str, Any]:
+    """Show a job's progress on stderr until its end and return its result; raises as `Job.result`.
+
+    Ctrl-C ends the following and not the job: Interrupted.
+    """
+    try:
+        with LiveLine() as line:
+            return job.result(line.show)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{job.id} goes on; follow it: elastrain logs {job.id} --follow") from None
+
+
+def read_status(job: str | None, *, address: str | None = None) -> dict[str, Any]:
+    """Return a job's status, or `{"jobs": [...]}` of all runs where none is named; raises SpecError, ResourceError."""
+    server = JobServer(address)
+    if job is not None:
+        return described(server.info(job))
+    return {"jobs": [described(found) for found in server.jobs() if RUN_KEY in (found.metadata or {})]}
+
+
+def read_lines(job: str, *, address: str | None = None, follow: bool = False) -> Iterator[str]:
+    """Return the lines of a job's log, with `follow` until the job ends; raises SpecError, ResourceError."""
+    server = JobServer(address)
+    server.info(job)
+    return server.lines(job) if follow else iter(server.log(job).splitlines())
+
+
+def as_text(status: Mapping[str, Any]) -> str:
+    """Return what `status` found as text, a line a job."""
+    jobs = status.get("jobs", [status])
+    return "\n".join(f"{job['job']}: {job['status']} ({job['run']}) {job['message']}".strip() for job in jobs) or (
+        "no run was submitted to this cluster since it started"
+    )
+
+
+def described(job: JobDetails) -> dict[str, Any]:
+    """Return what `status --json` prints of a job; times are seconds since 1970."""
+    message = (job.message or "").strip().splitlines()
+    return {
+        "job": job.submission_id,
+        "run": (job.metadata or {}).get(RUN_KEY),
+        "status": str(JobStatus(job.status).value).lower(),
+        "message": message[0] if message else "",
+        "exit_code": job.driver_exit_code,
+        "started": job.start_time / 1000 if job.start_time else None,
+        "ended": job.end_time / 1000 if job.end_time else None,
+    }
+
+
+def _visible(spec: TrainSpec, server: JobServer, shared: Sequence[str]) -> None:
+    """Raise SpecError for a folder of the run that not all machines of the cluster see."""
+    others = sorted(server.hosts() - {socket.gethostname()})
+    if not others:
+        return
+    for place in places(spec):
+        path = place.removeprefix(f"{table_kind(place)}:")
+        if storage.is_local(path) and not any(Path(path).is_relative_to(folder) for folder in shared):
+            raise SpecError(
+                f"{place} is a folder of this machine, and {others[0]} is in the cluster, too; give a URL such as "
+                f"s3://bucket/{spec.name}, or say --shared FOLDER if all its machines have that folder mounted"
+            )
+
+
+def _sent(server: JobServer, spec: TrainSpec, run: str) -> str:
+    """Package a run and start its next job; raises ConflictError while there is one, SpecError for too much code."""
+    before = [job for job in server.jobs() if (job.metadata or {}).get(RUN_KEY) == run]
+    running = next((str(job.submission_id) for job in before if not ended(job)), None)
+    if running:
+        raise ConflictError(
+            f"{run} is being trained by {running}; follow it: elastrain logs {running} --follow, or stop it: "
+            f"elastrain stop {running}"
+        )
+    # Two who submit at once choose the same name, and Ray takes only one of them.
+    job = job_id(spec.name, run, 1 + max((_attempt(str(job.submission_id)) for job in before), default=0))
+    with tempfile.TemporaryDirectory(prefix="elastrain-") as scratch:
+        folder = Path(scratch).resolve()
+        stage(spec, folder)
+        runtime_env = {"working_dir": str(folder), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}}
+        server.send(job=job, entrypoint=ENTRYPOINT, runtime_env=runtime_env, metadata={RUN_KEY: run})
+    return job
+
+
+def job_id(name: str, run: str, attempt: int) -> str:
+    """Return the name of a job, which Ray uses in paths: small letters, digits and dashes.
+
+    >>> job_id("Digits_MLP.v2", "s3://bucket/Digits_MLP.v2", 1)
+    'digits-mlp-v2-2478ad83-1'
+    """
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower())[:40].strip("-")
+    return f"{slug}-{hashlib.sha256(run.encode()).hexdigest()[:8]}-{attempt}"
+
+
+def _attempt(job: str) -> int:
+    number = job.rpartition("-")[2]
+    return int(number) if number.isdecimal() else 0
+
+
+def _again(job: Job, spec: TrainSpec) -> str:
+    """Return the name of the job to go on with: the same if it lives, a new one if its machines were lost.
+
+    A head that does not answer is given time to come back; then ResourceError.
+    """
+    deadline = time.monotonic() + 2 * PAUSE_S
+    while True:
+        try:
+            server = JobServer(job.address)
+            known = server.known(job.id)
+            return job.id if known is not None and not _is_lost(known) else _sent(server, spec, job.run)
+        except ResourceError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_S * 10)
+
+
+def _followed(job: Job, show: Callable[[Status], None]) -> dict[str, Any]:
+    """Show what a job tells until its end and return its result; raises _Lost, and what the job ended with."""
+    status = Status(phase="starting", message="")
+    found: dict[str, Any] | None = None
+    said = last = ""
+    show(status)
+    try:
+        server = JobServer(job.address)
+        for line in server.lines(job.id):
+            found = _result(line) or found
+            said = line if line.startswith("elastrain: ") else said
+            last = line if line.strip() else last
+            if (told := status_in(line)) is not None:
+                status = told
+                show(told)
+        info = server.info(job.id)
+    except (ResourceError, SpecError) as error:  # a head that has started anew knows no job of before
+        raise _Lost(str(error)) from error
+    if info.status == JobStatus.SUCCEEDED and found is not None:
+        return found
+    raise _failure(job.id, info, said.removeprefix(ERROR).removeprefix("elastrain: "), last)
+
+
+def _result(line: str) -> dict[str, Any] | None:
+    """Return the result of a run if the line is one."""
+    if not line.startswith('{"run"'):
+        return None
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "weights_sha256" in found else None
+
+
+def _failure(job: str, info: JobDetails, said: str, last: str) -> Exception:
+    """Return what a job that brought no result ended with; _Lost if it was the machines."""
+    code = info.driver_exit_code
+    kinds: Mapping[int, type[ElastrainError]] = {kind.exit_code: kind for kind in ElastrainError.__subclasses__()}
+    reason = next(iter((info.message or "").strip().splitlines()), "it brought no result")[:300]
+    error: Exception
+    if info.status == JobStatus.STOPPED:
+        error = Interrupted(f"{job} was stopped; {said or 'nothing was started'}")
+    elif code is not None and code in kinds:
+        error = kinds[code](said or f"{job} ended with exit code {code}")
+    elif _in_set_up(info):
+        error = ResourceError(f"{job} died in set-up: {reason}")
+    elif _is_lost(info):
+        error = _Lost(f"its driver was lost ({reason})")
+    elif code in NOT_FOUND or "No module named" in last:
+        error = ResourceError(
+            f"{job}: `python` on the PATH of the cluster's head cannot run it ({last.strip()[:200]}); start Ray there "
+            "with an environment that has it, or use an image that does"
+        )
+    else:
+        error = ElastrainError(f"{job} ended with code {code}: {said or last.strip()[:300]}; see elastrain logs {job}")
+    return error
+
+
+def _in_set_up(info: JobDetails) -> bool:
+    return any(kind in (info.error_type or "") for kind in SETUP)
+
+
+def _is_lost(info: JobDetails) -> bool:
+    """Say whether a job failed since its driver or its machine was taken away: it was killed, or left no exit code."""
+    code = info.driver_exit_code
+    return info.status == JobStatus.FAILED and not _in_set_up(info) and (code is None or code < 0 or code in (137, 143))

@@ -1,0 +1,310 @@
+"""Jobs on a real head of this machine: the same weights by each way of submitting, stops, losses, and refusals."""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from tests.cluster.head import Head, free_port, head
+from tests.cluster.test_preemption import gcp, metadata
+
+from elastrain.cluster.job_server import JobServer
+from elastrain.cluster.jobs import Job, submit
+from elastrain.elastic import keep
+from elastrain.elastic.ray_inner import draining_nodes
+from elastrain.errors import ConflictError, Interrupted, ResourceError, SpecError
+from elastrain.observe.report import read_report
+from elastrain.spec.document import read_train
+from elastrain.spec.train import TrainSpec
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+CANARY = "canary-7f3a91"
+ROOT = Path(__file__).parents[2]
+TASK = (ROOT / "pipelines" / "digits_mlp" / "task.py").read_text()
+SPEC = """
+kind: train
+name: NAME
+task: task.py:DigitsMLP
+task_args: {hidden: 16}
+data: {train: FOLDER/data/train, global_batch: 64}
+optimizer: {name: adamw, lr: 1.0e-3}
+budget: {steps: 30}
+consistency: bitwise
+checkpoint: {every_steps: 10}
+storage: FOLDER/runs
+"""
+
+
+# Steps that take longer than the 3 s which Ray gives a job to end, once there is a file of the name.
+SLOW = """
+import time
+from pathlib import Path
+from task import DigitsMLP
+
+
+class Slow(DigitsMLP):
+    def losses(self, model, batch):
+        time.sleep(4 if Path("FILE").exists() else 0)
+        return super().losses(model, batch)
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A head, and a folder with data and a task."""
+
+    head: Head
+    folder: Path
+
+    def spec(self, name: str) -> str:
+        """Write the spec of a run and return its path."""
+        path = self.folder / "code" / f"{name}.yaml"
+        path.write_text(SPEC.replace("NAME", name).replace("FOLDER", str(self.folder)))
+        return str(path)
+
+    def read(self, name: str, *sets: str) -> TrainSpec:
+        """Return the spec of a run."""
+        return read_train(self.spec(name), sets)
+
+
+# The data and what `train` gives, in a process of its own on the same head, with the elastrain of this repository.
+LOCAL = """
+import json, logging, sys
+import ray
+from elastrain import train
+from elastrain.data.pack import pack_dataset
+from elastrain.data.sources import PackOptions
+from elastrain.spec.document import read_train
+address, platform, data, spec = sys.argv[1:]
+ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": platform}}, log_to_driver=False, logging_level=logging.ERROR)
+pack_dataset("digits", data, PackOptions())
+print(json.dumps(dict(train(read_train(spec)).result)))
+"""
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Place]:
+    """One head for all tests. What it could import as elastrain by itself is broken: only what is sent works."""
+    folder = Path(tempfile.mkdtemp(prefix="elastrain-"))
+    shadow = folder / "shadow" / "elastrain"
+    shadow.mkdir(parents=True)
+    (shadow / "__init__.py").write_text(
+        "raise ImportError('the elastrain of the machine, not the one that was sent')\n"
+    )
+    (folder / "code").mkdir()
+    (folder / "code" / "task.py").write_text(TASK)
+    (folder / "code" / "slow.py").write_text(SLOW.replace("FILE", str(folder / "slow")))
+    environment = {"PYTHONPATH": str(shadow.parent), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    try:
+        with head(folder / "head", cpus=4, environment=environment) as started:
+            yield Place(started, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local(place: Place) -> dict[str, Any]:
+    """What `train` gives for the spec, from this process on the same head."""
+    folder = place.folder
+    done = python("-c", LOCAL, place.head.address, str(ROOT / "platform"), str(folder / "data"), place.spec("by-train"))
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return python("-m", *arguments, **environment)
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def until(what: Callable[[], Any], *, within: float = 120) -> Any:
+    deadline = time.monotonic() + within
+    while not (found := what()):
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.1)
+    return found
+
+
+def drivers(run: str) -> list[int]:
+    """The processes that train a run on the head, by what their working folder's spec says."""
+    found = []
+    for pid in keep.descendants(os.getpid()):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            spec = (Path(f"/proc/{pid}/cwd") / "run.yaml").read_text()
+        except OSError:
+            continue
+        if b"elastrain" in command and f"\nname: {run}\n" in spec:
+            found.append(pid)
+    return found
+
+
+def test_submit_and_follow_gives_what_train_gives_and_the_jobs_name(place: Place, local: dict[str, Any]) -> None:
+    arguments = ("submit", place.spec("by-submit"), "--address", place.head.url, "--follow", "--json")
+    done = cli("elastrain", *arguments, AWS_SECRET_ACCESS_KEY=CANARY)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["weights_sha256"] == local["weights_sha256"]
+    assert found.keys() == local.keys() | {"job"}
+    assert all(line.startswith(("starting", "training")) for line in done.stderr.splitlines()), done.stderr
+    assert re.search(r"^training · step \d+/30 · .* 1 worker", done.stderr, re.MULTILINE), done.stderr
+    told = cli("elastrain", "status", found["job"], "--address", place.head.url, "--json")
+    assert json.loads(told.stdout)["status"] == "succeeded"
+    written = cli("elastrain", "logs", found["job"], "--address", place.head.url)
+    assert found["weights_sha256"] in written.stdout
+    files = [path for path in place.folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if CANARY.encode() in path.read_bytes()], "a secret of the submitter was sent"
+    assert any(b"RAY_JOB_STOP_WAIT_TIME_S" in path.read_bytes() for path in files), "what was sent would be seen"
+
+
+def test_plain_ray_job_submit_gives_the_same(place: Place, local: dict[str, Any]) -> None:
+    train_it = ("--", "python", "-m", "elastrain", "train", "pipelines/digits_mlp/train.yaml", "--json")
+    spec = place.read("by-ray", f"task={ROOT}/pipelines/digits_mlp/task.py:DigitsMLP").model_dump()
+    sets = [f"--set={key}={json.dumps(spec[key])}" for key in spec if key not in ("kind", "task")]
+    environment = ("--runtime-env", str(ROOT / "clusters" / "runtime_env.yaml"))
+    where = ("--address", place.head.url, "--working-dir", str(ROOT))
+    done = cli("ray.scripts.scripts", "job", "submit", *where, *environment, *train_it, *sets)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert local["weights_sha256"] in done.stdout
+
+
+def test_a_lost_driver_is_followed_by_another_job_and_a_stopped_one_ends_after_a_commit(place: Place) -> None:
+    sets = ("budget={steps: 1000000}", f"task={place.folder}/code/slow.py:Slow")
+    job = submit(place.read("long", *sets), address=place.head.url)
+    first, ended = job.id, []
+
+    def follow() -> None:
+        try:
+            job.result()
+        except Interrupted as error:
+            ended.append(error)
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    checkpoints = Path(job.run) / "checkpoints"
+    until(lambda: list(checkpoints.glob("step-*/*manifest*")))
+    with pytest.raises(ConflictError, match=f"trained by {first}"):
+        submit(place.read("long"), address=place.head.url)
+    assert [found["job"] for found in _jobs(place, job.run)] == [first], "nothing half-started"
+    [driver] = drivers("long")
+    os.kill(driver, signal.SIGKILL)
+    until(lambda: job.id != first and "training" in job.logs())
+    (place.folder / "slow").touch()
+    stopped = job.stop()
+    follower.join(120)
+    assert stopped["status"] == "stopped"
+    assert [found["status"] for found in _jobs(place, job.run)] == ["failed", "stopped"]
+    assert re.search(r"stopped at step \d+ after a commit", str(ended[0])), ended
+    report = read_report(job.run)
+    assert report["outcome"] == "interrupted"
+    assert report["resumed_from"] > 0
+    assert report["checkpoints"][-1]["step"] == report["step"]
+
+
+def test_of_two_who_submit_a_run_at_once_one_is_refused(place: Place) -> None:
+    spec, start = place.read("race", "budget={steps: 1000000}"), threading.Barrier(2)
+    came: list[Job | Exception] = []
+
+    def try_it() -> None:
+        start.wait()
+        try:
+            came.append(submit(spec, address=place.head.url))
+        except (ConflictError, ResourceError) as error:
+            came.append(error)
+
+    threads = [threading.Thread(target=try_it) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    jobs = [found for found in came if isinstance(found, Job)]
+    assert len(jobs) == 1, came
+    assert any(isinstance(found, ConflictError) for found in came), came
+    assert [found["job"] for found in _jobs(place, jobs[0].run)] == [jobs[0].id]
+    assert jobs[0].stop()["status"] == "stopped"
+
+
+def _jobs(place: Place, run: str) -> list[dict[str, Any]]:
+    done = cli("elastrain", "status", "--address", place.head.url, "--json")
+    return sorted((job for job in json.loads(done.stdout)["jobs"] if job["run"] == run), key=lambda job: job["job"])
+
+
+def test_what_training_says_comes_through_with_its_exit_code(place: Place) -> None:
+    """And the job is not tried again: that would change nothing."""
+    arguments = (place.spec("no-data"), "--set", f"data.train={place.folder}/nothing", "--follow")
+    done = cli("elastrain", "submit", *arguments, "--address", place.head.url)
+    assert done.returncode == 4, done.stderr
+    assert "error: " in done.stderr
+    assert "nothing" in done.stderr.splitlines()[-1]
+    assert [job["exit_code"] for job in _jobs(place, str(place.folder / "runs" / "no-data"))] == [4]
+
+
+def test_without_the_clusters_token_nothing_is_submitted(place: Place) -> None:
+    done = cli("elastrain", "submit", place.spec("stranger"), "--address", place.head.url, RAY_AUTH_MODE="disabled")
+    assert done.returncode == 6
+    assert "lets in only who has the cluster's token" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not _jobs(place, str(place.folder / "runs" / "stranger"))
+
+
+def test_a_folder_that_another_machine_cannot_see_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "a-laptop")
+    with pytest.raises(SpecError, match=r"is a folder of this machine, and .* is in the cluster"):
+        submit(place.read("unseen"), address=place.head.url)
+    job = submit(place.read("seen"), address=place.head.url, shared=[str(place.folder)])
+    assert job.stop()["status"] == "stopped"
+
+
+def test_a_clouds_notice_drains_the_node_that_it_is_about(place: Place) -> None:
+    with metadata(gcp("TRUE")) as server, place.head.node(place.folder / "spot") as node:
+        command = ("elastrain.cluster.preemption", "gcp", "--address", place.head.address, "--metadata", server)
+        done = cli(*command, "--node", node)
+        assert done.returncode == 0, done.stderr
+        ray.init(place.head.address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            states = {found["NodeID"]: found["Alive"] for found in ray.nodes()}
+            draining = draining_nodes()
+        finally:
+            ray.shutdown()
+    assert "GCP pre-empts this instance: draining node" in done.stderr
+    # A node that is idle is gone as soon as it is drained.
+    assert node in draining or not states[node]
+    assert sum(states.values()) >= 1
+    assert set(draining) <= {node}
+
+
+def test_a_job_that_nobody_submitted(place: Place) -> None:
+    with pytest.raises(SpecError, match="knows no job nobody-1"):
+        Job("nobody-1", "runs/nobody", place.head.url).status()
+
+
+def test_an_address_where_nothing_answers() -> None:
+    with pytest.raises(ResourceError, match="no Ray cluster answers at"):
+        JobServer(f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(SpecError, match="a job is sent to the cluster's dashboard"):
+        JobServer("127.0.0.1:6379")
