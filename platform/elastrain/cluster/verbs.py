@@ -1,0 +1,86 @@
+"""The verbs below `elastrain cluster`: check, plan and render. Ray is loaded by the one that plans."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+cluster = typer.Typer(help="Machines for runs: check, plan and render the spec of a cluster.", no_args_is_help=True)
+
+ClusterPath = Annotated[str, typer.Argument(metavar="SPEC", help="YAML file of a cluster")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="change a field of the spec (repeatable)")
+]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
+
+
+@cluster.command("check")
+def cluster_check(spec: ClusterPath, sets: Sets = None, as_json: Json = False) -> None:
+    """Prove a cluster's spec offline: its own rules, Ray's and KubeRay's, prices, and that nothing is left open."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.cluster.check import as_text, check_cluster
+        from elastrain.cluster.document import read_cluster
+
+        found = check_cluster(read_cluster(spec, sets or []))
+        return found, as_text(found)
+
+    _print(*run(), as_json=as_json)
+
+
+@cluster.command("plan")
+def cluster_plan(
+    spec: ClusterPath,
+    run_spec: Annotated[str, typer.Argument(metavar="RUN", help="YAML file of a run")],
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Print which nodes a run would start, what never fits, cost, power, time to the first step. Starts nothing.
+
+    `--set` changes the run.
+    """
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.cluster.check import check_cluster
+        from elastrain.cluster.document import read_cluster
+        from elastrain.cluster.forecast import as_text, forecast_cluster
+        from elastrain.spec.document import read_train
+
+        document = read_cluster(spec)
+        check_cluster(document)
+        found = forecast_cluster(document.spec, read_train(run_spec, sets or []))
+        return found, as_text(found)
+
+    _print(*run(), as_json=as_json)
+
+
+@cluster.command("render")
+def cluster_render(
+    spec: ClusterPath,
+    out: Annotated[
+        str | None, typer.Option(help="folder for the files; on stdout, one after the other, if unset")
+    ] = None,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Write what `ray up` or `kubectl apply` is given; checks the spec first."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.cluster.check import check_cluster
+        from elastrain.cluster.document import read_cluster
+        from elastrain.cluster.render import as_yaml, manifests, write
+
+        document = read_cluster(spec, sets or [])
+        check_cluster(document)
+        if out is not None:
+            paths = write(document.spec, out)
+            return {"files": paths}, "\n".join(paths)
+        files = manifests(document.spec)
+        texts = (as_yaml(data, spec_name=document.spec.name) for data in files.values())
+        return {"files": files}, "---\n".join(texts).rstrip()
+
+    _print(*run(), as_json=as_json)
+
+
+def _print(found: dict[str, Any], text: str, *, as_json: bool) -> None:
+    typer.echo(json.dumps(found, default=str) if as_json else text)
