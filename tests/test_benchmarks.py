@@ -382,10 +382,9 @@ def test_sweep_comes_to_the_same_losses_on_all_sides_and_leaves_nothing(tmp_path
     from benchmarks.sweep.work import TOLERANCE
 
     found = small("sweep", tmp_path)
-    one, two = found["one worker a trial"], found["two workers a trial"]
-    assert all(side["measures"]["furthest"] <= TOLERANCE for side in (*one.values(), *two.values()))
+    one = found["one worker a trial"]
+    assert all(side["measures"]["furthest"] <= TOLERANCE for side in one.values())
     assert one["ours"]["counters"] == {"trials": 4, "workers": 1, "left_behind": 0}
-    assert two["ours"]["counters"] == {"trials": 4, "workers": 2, "left_behind": 0}
     (decided,) = found["decisions"].values()
     assert decided["counters"] == {"trials": 4, "left_behind": 0}
     assert decided["measures"]["decisions"] + decided["measures"]["pruned"] >= 4, "each trial was decided on once"

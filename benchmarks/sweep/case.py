@@ -19,11 +19,12 @@ AT_ONCE = (1, 2, 4, 8)
 
 
 def make(work: Path, *, small: bool) -> Case:
-    """Return the case: 32 trials of 200 steps; a small one has 4 of 40, and leaves the slowest sides out."""
+    """Return the case: 32 trials of 200 steps; a small one has 4 of 40, and none of what starts processes a trial."""
     given = {**prepare(work, small=small), "small": small, "steps": SMALL_STEPS if small else STEPS}
+    two = Series(name="two workers a trial", sides=_two(given), comparisons=tuple(_two_lines()))
     series = (
         Series(name="one worker a trial", sides=_one(given, small=small), comparisons=tuple(_one_lines(small=small))),
-        Series(name="two workers a trial", sides=_two(given, small=small), comparisons=tuple(_two_lines(small=small))),
+        *(() if small else (two,)),
         Series(name="decisions", sides=(_side("ours", "decisions", given),), comparisons=DECISIONS),
         Series(name="asha", sides=(_side("ours", "asha", given),), comparisons=tuple(_asha_lines())),
     )
@@ -36,18 +37,15 @@ def _side(name: str, module: str, given: dict[str, Any], **options: Any) -> Side
 
 
 def _one(given: dict[str, Any], *, small: bool) -> tuple[Side, ...]:
-    sides = (
-        _side("ours", "ours", given, workers=1),
-        _side(OPTUNA, "optuna_loop", given),
-        _side(TUNE, "ray_tune", given),
-    )
-    return sides if small else (*sides, _side(OFFICIAL, "official", given, workers=1, measured=4, poll_s=None))
+    sides = (_side("ours", "ours", given, workers=1), _side(OPTUNA, "optuna_loop", given))
+    tune = _side(TUNE, "ray_tune", given)
+    return sides if small else (*sides, tune, _side(OFFICIAL, "official", given, workers=1, measured=4, poll_s=None))
 
 
-def _two(given: dict[str, Any], *, small: bool) -> tuple[Side, ...]:
-    measured = {"workers": 2, "measured": 1 if small else 3}
-    ours, often = _side("ours", "ours", given, workers=2), _side(OFTEN, "official", given, **measured, poll_s=0.2)
-    return (ours, often) if small else (ours, _side(OFFICIAL, "official", given, **measured, poll_s=None), often)
+def _two(given: dict[str, Any]) -> tuple[Side, ...]:
+    peers = ((OFFICIAL, None), (OFTEN, 0.2))
+    official = (_side(name, "official", given, workers=2, measured=3, poll_s=poll_s) for name, poll_s in peers)
+    return (_side("ours", "ours", given, workers=2), *official)
 
 
 def _rate(other: str, target: float | None) -> Comparison:
@@ -70,13 +68,13 @@ def _warm(other: str, target: float | None) -> Comparison:
 def _one_lines(*, small: bool) -> Iterator[Comparison]:
     yield _rate(OPTUNA, 1 / 1.5)
     yield _warm(OPTUNA, 1.5)
-    for peer in (TUNE,) if small else (TUNE, OFFICIAL):
+    for peer in () if small else (TUNE, OFFICIAL):
         yield _rate(peer, 1.0)
         yield _warm(peer, 1.0)
 
 
-def _two_lines(*, small: bool) -> Iterator[Comparison]:
-    for peer in (OFTEN,) if small else (OFFICIAL, OFTEN):
+def _two_lines() -> Iterator[Comparison]:
+    for peer in (OFFICIAL, OFTEN):
         yield _rate(peer, 20.0 if peer == OFFICIAL else None)
         yield _warm(peer, None)
 
