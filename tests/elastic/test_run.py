@@ -207,8 +207,9 @@ def test_a_run_that_is_stopped_then_killed_then_wiped_out_comes_to_the_same_bits
     seen: list[int] = []
 
     def begin() -> "subprocess.Popen[str]":
+        before = committed(run)
         process: subprocess.Popen[str] = start(*LONG, "--set", "name=disturbed")
-        wait_for(lambda: process.poll() is not None or committed(run) > max(seen, default=0))
+        wait_for(lambda: process.poll() is not None or committed(run) > before)
         assert process.poll() is None, process.communicate()
         seen.append(committed(run))
         return process

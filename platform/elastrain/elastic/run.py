@@ -32,7 +32,7 @@ from elastrain.elastic.ray_inner import actor_id
 from elastrain.elastic.script import Script
 from elastrain.elastic.session import embedded_cpus, find_room, fitting, ray_session, reading_resources, stopping
 from elastrain.elastic.watch import POLL_S, Watch, WorkerLost
-from elastrain.errors import Interrupted, ResourceError, ours
+from elastrain.errors import DivergedError, Interrupted, ResourceError, ours
 from elastrain.keys import check_key
 from elastrain.lease import Hold
 from elastrain.lock import locked
@@ -255,9 +255,12 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
         outcome = {"outcome": "interrupted" if result["stopped"] else "done", "result": result}
     except BaseException as error:
         outcome = {"outcome": "failed", "error": str(error)}
+        graceful = isinstance(error, DivergedError)  # all workers end by themselves, after a commit that is under way
         raise
+    else:
+        graceful = True
     finally:
-        fleet.close(grace_s=END_S if "result" in outcome else 0.0)
+        fleet.close(grace_s=END_S if graceful else 0.0)
         _close(host, feeder, outcome)
     return result
 
