@@ -1,11 +1,14 @@
 """What tests of several folders share: a real S3 server, started when the first of them asks for it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from tests.fault_proxy import Proxy, proxying
 from tests.s3_server import serving
+
+ROOT = Path(__file__).resolve().parent.parent
 
 settings.register_profile("steady", deadline=None)  # a loaded machine is no failure
 settings.load_profile("steady")
@@ -33,3 +36,11 @@ def fault_proxy(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> I
         for name, value in proxy.environment.items():
             monkeypatch.setenv(name, value)
         yield proxy
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the cases of a module's benchmarks make their data, which several of them read; they can be imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        yield tmp_path_factory.mktemp("work")

@@ -172,7 +172,9 @@ def test_submit_and_follow_gives_what_train_gives_and_the_jobs_name(place: Place
     assert found["weights_sha256"] == local["weights_sha256"]
     assert found.keys() == local.keys() | {"job"}
     assert all(line.startswith(("starting", "training")) for line in done.stderr.splitlines()), done.stderr
-    assert re.search(r"^training · step \d+/30 · .* 1 worker", done.stderr, re.MULTILINE), done.stderr
+    assert re.search(r"^(starting workers|training) · step \d+/30 · .* 1 worker", done.stderr, re.MULTILINE), (
+        done.stderr
+    )
     told = cli("elastrain", "status", found["job"], "--address", place.head.url, "--json")
     assert json.loads(told.stdout)["status"] == "succeeded"
     written = cli("elastrain", "logs", found["job"], "--address", place.head.url)
