@@ -1,7 +1,7 @@
 """What all sides train: the same network, settings, rows and order, from one file that needs nothing of ours to read.
 
 `rows.npz` holds for one and for two slots which rows are in which step, as our plan has it, and the final losses that a
-plain loop comes to. A side whose loss of any setting is further than `TOLERANCE` from that did other work.
+plain loop comes to. A side whose loss of any setting is further than `TOLERANCE` (of two workers `LOOSE`) from that did other work.
 """
 
 import functools
@@ -19,6 +19,7 @@ RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 WIDTHS = (32, 64, 96, 128)
 STEPS, SMALL_STEPS = 200, 40
 TOLERANCE = 1e-6
+LOOSE = 1e-4  # of two workers: a sum over processes rounds otherwise, and 200 steps at a high rate enlarge that
 RECORDED_STEPS, RECORDED_EVERY = 270, 10
 
 Setting = tuple[float, int]
@@ -100,8 +101,9 @@ def check(found: Mapping[int, float], rows: Rows) -> float:
     """Return how far a loss is from the expected one at most, by the trial's place in the list; end if too far."""
     assert rows.expected is not None
     furthest = float(np.max(np.abs([loss - float(rows.expected[place]) for place, loss in found.items()])))
-    if not furthest <= TOLERANCE:
-        raise SystemExit(f"void: a final loss is {furthest:g} from that of the plain loop, more than {TOLERANCE:g}")
+    most = TOLERANCE if rows.order.shape[1] == 1 else LOOSE
+    if not furthest <= most:
+        raise SystemExit(f"void: a final loss is {furthest:g} from that of the plain loop, more than {most:g}")
     return furthest
 
 
