@@ -1,7 +1,8 @@
 """What all sides train: the same network, settings, rows and order, from one file that needs nothing of ours to read.
 
 `rows.npz` holds for one and for two slots which rows are in which step, as our plan has it, and the final losses that a
-plain loop comes to. A side whose loss of any setting is further than `TOLERANCE` (of two workers `LOOSE`) from that did other work.
+plain loop comes to. A side whose loss of any setting is further than `TOLERANCE` (of two workers `LOOSE`) from that did
+other work.
 """
 
 import functools
