@@ -215,9 +215,10 @@ def test_trials_that_are_counted_on_take_as_long_as_those_that_were_run() -> Non
 def test_a_side_with_another_loss_is_void() -> None:
     from types import SimpleNamespace
 
+    import numpy as np
     from benchmarks.sweep.work import check
 
-    rows: Any = SimpleNamespace(expected=[0.5, 0.25])
+    rows: Any = SimpleNamespace(order=np.zeros((1, 1, 1)), expected=[0.5, 0.25])
     assert check({0: 0.5, 1: 0.2500005}, rows) == pytest.approx(5e-7)
     for loss in (0.250002, math.nan):
         with pytest.raises(SystemExit, match="void"):
