@@ -32,8 +32,8 @@ def test_trials_at_once_follow_the_nodes_and_a_lost_node_costs_no_trial(
     (tmp_path / "moody.py").write_text((PIPELINE / "task.py").read_text() + TASK)
     path = tmp_path / "sweep.yaml"
     path.write_text(SWEEP.format(name="nodes-of-a-sweep", base=base).replace("cpus: 4", "cpus: 1"))
-    changes = ("set.task_args={pause: 0.3}", "objective.max_steps=200", "set.checkpoint.every_steps=20")
-    sets = [part for change in (*changes, "budget.per_arm=3") for part in ("--set", change)]
+    changes = ("set.task_args={pause: 0.3}", "objective.every=10", "objective.max_steps=200", "budget.per_arm=3")
+    sets = [part for change in (*changes, "set.checkpoint.every_steps=10") for part in ("--set", change)]
     process = start("sweep", str(path), *sets, "--address", cluster.address, "--json")
     url = str(workspace / "runs" / "nodes-of-a-sweep")
 
@@ -54,7 +54,7 @@ def test_trials_at_once_follow_the_nodes_and_a_lost_node_costs_no_trial(
     told = read_ledger(url)
     assert [event["reason"] for event in told if event["kind"] == "lost"] == ["its node is gone"]
     for trial in trials_of(told):
-        assert [entry.step for entry in trial.evaluations] == list(range(20, 201, 20))
+        assert [entry.step for entry in trial.evaluations] == list(range(10, 201, 10))
     # what was done after the last checkpoint is all that is done again
     steps = [event["step"] for event in told if event["kind"] == "eval" and event["trial"] == "search-0000"]
-    assert len(steps) <= 10 + 2
+    assert len(steps) <= 20 + 2

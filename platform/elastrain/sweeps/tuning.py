@@ -121,7 +121,10 @@ class Proposals(SearchAlgorithm):
         self._pauses = pauses
         self._trials: dict[str, TuneTrial] = {}
         share = max(0.001, math.floor(1e4 / capacity()) / 1e4) if pauses else 0.001
-        self._resources = PlacementGroupFactory([{f"node:{ray.util.get_node_ip_address()}": share}])
+        # Beside the driver, by the node's id since nodes may share an address: one that goes takes cells, not trials.
+        beside = [{"ray.io/node-id": ray.get_runtime_context().get_node_id()}]
+        bundles = [{f"node:{ray.util.get_node_ip_address()}": share}]
+        self._resources = PlacementGroupFactory(bundles, bundle_label_selector=beside)
 
     def next_trial(self) -> TuneTrial | None:
         """Return a trial to begin with, None for now or for ever (`is_finished`)."""
@@ -312,9 +315,8 @@ def firsts(spec: SweepSpec) -> list[int]:
     while (first := rounds // early.factor ** len(found)) * objective.every >= early.grace:
         found.append(first)
     if len(found) == 1:
-        when = f"after {first * objective.every} of {objective.max_steps} steps at the latest"
-        text = f"early_stop.grace {early.grace}: hyperband with factor {early.factor} prunes {when}"
-        raise SpecError(f"{text}; lower grace or factor")
+        when = f"after {first * objective.every} of {objective.max_steps} steps at the latest; lower grace or factor"
+        raise SpecError(f"early_stop.grace {early.grace}: hyperband with factor {early.factor} prunes {when}")
     return found
 
 
@@ -393,6 +395,7 @@ def decisions(spec: SweepSpec) -> tuple[frozenset[int], bool]:
             rung *= early.factor
         return frozenset(step for step in rungs if step < most), False
     if early.method == "hyperband":
-        halvings = enumerate(firsts(spec))
-        return frozenset(first * early.factor**k * every for s, first in halvings for k in range(s)), True
+        return frozenset(
+            first * early.factor**k * every for s, first in enumerate(firsts(spec)) for k in range(s)
+        ), True
     return frozenset(step for step in evaluations if step >= early.grace), False
