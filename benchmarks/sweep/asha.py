@@ -17,7 +17,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from elastrain.spec.sweep import SweepSpec
 from elastrain.sweeps.document import sweep_spec
-from elastrain.sweeps.tuning import decisions, scheduler_of
+from elastrain.sweeps.schedulers import decisions, scheduler_of
 
 GRACE = RECORDED_EVERY
 NOBODY: Any = None  # these schedulers ask nothing of Tune's controller

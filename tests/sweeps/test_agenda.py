@@ -188,3 +188,28 @@ def test_a_larger_budget_goes_on_with_what_there_is(agenda: Callable[..., Agenda
     again = run(agenda(SEARCH, many, "confirm=null", known=recorded(whole, 3)))
     assert [e.trial for e in again[:3]] == [e.trial for e in whole]
     assert [e.known is None for e in again] == [False] * 3 + [True] * 2
+
+
+def test_each_study_confirms_the_best_of_its_own_points_with_a_seed_of_its_own(agenda: Callable[..., Agenda]) -> None:
+    order = run(agenda(FAIR, "confirm={seeds: 3, studies: true}", "budget.per_arm=9"))
+    assert {each.study for each in order if each.phase == "tune"} == {0, 1, 2}
+    for arm in ("sgd", "nesterov", "adamw"):
+        tuned = [each for each in order if (each.arm, each.phase) == (arm, "tune")]
+        bests = [min((each for each in tuned if each.study == study), key=value_of) for study in range(3)]
+        confirmed = [each for each in order if (each.arm, each.phase) == (arm, "confirm")]
+        assert [(each.number, each.seed) for each in confirmed] == [
+            (best.number, SEED_STEP + study) for study, best in enumerate(bests)
+        ]
+        assert len({each.number for each in confirmed}) == 3
+
+
+def test_a_study_of_which_nothing_ends_confirms_nothing(agenda: Callable[..., Agenda]) -> None:
+    made = agenda(FAIR, "confirm={seeds: 2, studies: true}", "budget.per_arm=4")
+    order: list[Proposal] = []
+    while (proposal := made.next()) is not None:
+        order.append(proposal)
+        bad = (proposal.arm, proposal.phase, proposal.study) == ("sgd", "tune", 1)
+        made.ended(proposal.trial, "diverged" if bad else "finished", None if bad else 1.0, step=200, device_s=1.0)
+    confirmed = [(each.arm, each.study, each.seed) for each in order if each.phase == "confirm"]
+    assert [each[1:] for each in confirmed if each[0] == "sgd"] == [(0, SEED_STEP)]
+    assert [each[1:] for each in confirmed if each[0] == "adamw"] == [(0, SEED_STEP), (1, SEED_STEP + 1)]

@@ -151,6 +151,21 @@ def test_of_several_confirmed_points_the_best_mean_stands() -> None:
     assert row.point == {"optimizer.lr": 0.2}
 
 
+def test_all_studies_of_an_arm_count_and_one_that_came_to_nothing_is_a_miss() -> None:
+    scoring = replace(SCORING, seeds=(100, 101, 102))
+    whole = [run("adamw", "confirm", 100 + n, curve(1, 0.3 + n / 10), lr=0.1 + n) for n in range(3)]
+    broken = [run("muon", "confirm", seed, curve(1, 0.3), lr=float(seed)) for seed in (100, 102)]
+    rows = rows_of(fair([*whole, *broken], scoring))
+    row = rows["adamw"]
+    assert (row.runs, row.reached, row.point) == (3, 3, {"optimizer.lr": 0.1}), "all of them, and the best one's point"
+    assert row.value
+    assert row.value.value == pytest.approx(0.4)
+    row = rows["muon"]
+    assert (row.runs, row.reached) == (2, 2)
+    assert row.steps
+    assert (row.steps.value, row.steps.high) == (10, math.inf)
+
+
 def test_without_confirmation_one_run_stands_without_intervals_and_it_says_so() -> None:
     trials = [run("adamw", "tune", 0, [0.9, value], lr=value) for value in (0.4, 0.3)]
     board = fair(trials, SCORING)

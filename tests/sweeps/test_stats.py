@@ -18,11 +18,9 @@ from elastrain.sweeps.stats import (
     median,
     midranks,
     p_value,
-    performance_profile,
     performance_ratios,
     profile_score,
     speed_up,
-    study_time,
     t_quantile,
     varied,
 )
@@ -58,17 +56,9 @@ def test_what_is_not_finite_reaches_nothing() -> None:
     assert first_reached(trial(0, [None, math.nan, -inf]), 0.5, "min") is None
 
 
-def test_a_study_takes_its_fastest_trial_and_a_workload_the_median_study() -> None:
-    assert study_time([[90, 50, inf], [inf, 70], [60, 80]]) == 60
-    assert study_time([[inf], [inf, inf], [60]]) == inf
-
-
 def test_profile_and_score_of_two_workloads() -> None:
     ratios = performance_ratios({"a": [10, 30, inf], "b": [20, 10, inf], "c": [inf, inf, inf]})
     assert ratios == {"a": [1, 3, inf], "b": [2, 1, inf], "c": [inf, inf, inf]}
-    assert [performance_profile(ratios["a"], tau) for tau in (1, 2.9, 3, 4)] == pytest.approx(
-        [1 / 3, 1 / 3, 2 / 3, 2 / 3]
-    )
     # the integral over 1..4 of steps at 1 and 3: (3 + 1 + 0) / 3 workloads / length 3
     assert profile_score(ratios["a"]) == pytest.approx(4 / 9)
     assert profile_score(ratios["c"]) == 0
@@ -78,7 +68,7 @@ def test_profile_and_score_of_two_workloads() -> None:
 @given(st.lists(st.floats(1, 8) | st.just(inf), min_size=1, max_size=6))
 def test_the_score_is_the_integral_of_the_profile(ratios: list[float]) -> None:
     grid = np.linspace(1, 4, 3001)
-    area = np.mean([performance_profile(ratios, tau) for tau in (grid[1:] + grid[:-1]) / 2])
+    area = np.mean([np.mean(np.asarray(ratios) <= tau) for tau in (grid[1:] + grid[:-1]) / 2])
     assert profile_score(ratios) == pytest.approx(area, abs=1e-3)
 
 

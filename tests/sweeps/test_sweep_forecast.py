@@ -41,7 +41,7 @@ def test_a_plan_counts_trials_and_steps(read: Read) -> None:
 
 def test_a_fair_plan_has_a_row_of_defaults_an_arm(read: Read) -> None:
     found = forecast_sweep(read(FAIR))
-    assert found["trials"] == {"tune": 18, "defaults": 3, "confirm": 0}
+    assert found["trials"] == {"tune": 18, "defaults": 3, "confirm": 15}
     assert [arm["trials"] for arm in found["arms"]] == [6, 6, 6]
     assert found["slots"] == 4
     assert any(each.startswith("without confirm") for each in found["warnings"])

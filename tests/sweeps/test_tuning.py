@@ -15,18 +15,9 @@ from elastrain.errors import SpecError
 from elastrain.spec.sweep import SweepSpec
 from elastrain.sweeps.agenda import Agenda
 from elastrain.sweeps.document import base_of
+from elastrain.sweeps.schedulers import Brackets, decisions, firsts, scheduler_of
 from elastrain.sweeps.space import Arm, arms_of
-from elastrain.sweeps.tuning import (
-    BEGIN,
-    WORST,
-    Brackets,
-    PerArm,
-    Proposals,
-    TrialActor,
-    decisions,
-    firsts,
-    scheduler_of,
-)
+from elastrain.sweeps.tuning import BEGIN, WORST, PerArm, Proposals, TrialActor
 
 Read = Callable[..., SweepSpec]
 ASHA = "early_stop={method: asha, grace: 20, factor: 3}"
@@ -113,7 +104,7 @@ class Bench:
 
     def add(self, name: str, /, arm: str = "search", phase: str = "tune", **config: Any) -> Any:
         """Add a trial."""
-        trial = Fake(name, {"arm": arm, "phase": phase, "point": {}, **config})
+        trial = Fake(name, {"arm": arm, "phase": phase, "study": 0, "point": {}, **config})
         self.trials.append(trial)
         self.scheduler.on_trial_add(self, trial)  # type: ignore[arg-type]
         return trial
@@ -208,6 +199,14 @@ def test_arms_are_never_compared_with_one_another(read: Read) -> None:
     worse = bench.add("t9", "bad")
     assert bench.result(worse, 20, 101.0) == TrialScheduler.STOP
     assert bench.words == [("t9", "pruned")]
+
+
+def test_studies_of_an_arm_are_tuned_apart(read: Read) -> None:
+    bench = Bench(read(SEARCH, ASHA))
+    for place in range(4):
+        bench.result(bench.add(f"t{place}", study=0), 20, 0.1)
+    assert bench.result(bench.add("t8", study=1), 20, 99.0) == TrialScheduler.CONTINUE
+    assert bench.result(bench.add("t9", study=0), 20, 99.0) == TrialScheduler.STOP
 
 
 def test_what_is_confirmed_and_what_has_defaults_is_never_stopped(read: Read) -> None:
@@ -498,7 +497,7 @@ def proposals(read: Read, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
         arms: list[Arm] = arms_of(spec, base_of(spec))
         agenda = Agenda(spec, arms)
         storage: Any = None
-        return Proposals(agenda, storage, lambda _: {}, capacity=lambda: capacity, pauses=pauses), agenda
+        return Proposals(agenda, storage, lambda _: {}, capacity=lambda: capacity, pauses=pauses, node="n"), agenda
 
     return made
 

@@ -132,6 +132,9 @@ class ConfirmSpec(Model):
 
     seeds: PositiveInt = Field(default=5, description="runs of each, with seeds that differ from the tuning's")
     top_k: PositiveInt = Field(default=1, description="how many of an arm's best points")
+    studies: bool = Field(
+        default=False, description="mode fair: each seed has a share of the points, tuned apart, and confirms its best"
+    )
 
 
 class SweepSpec(Model):
@@ -194,3 +197,27 @@ class SweepSpec(Model):
             text = f"confirm.top_k {self.confirm.top_k} is more than the {self.budget.per_arm:g} trials of an arm"
             raise wrong(text, "confirm.top_k", "budget.per_arm")
         return self
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        if self.num_studies == 1:
+            return self
+        if self.mode != "fair" or self.search.method not in ("random", "quasirandom"):
+            text = "confirm.studies needs mode fair and points that do not depend on others: quasirandom or random"
+            raise wrong(text, "confirm.studies", "search.method")
+        if self.confirm and self.confirm.top_k > 1:
+            raise wrong("confirm.studies confirms the best point of each; leave top_k out", "confirm.top_k")
+        if self.budget.unit == "trials" and self.budget.per_arm < 2 * self.num_studies:
+            text = f"budget.per_arm {self.budget.per_arm:g} leaves {self.num_studies} studies less than two points each"
+            raise wrong(text, "budget.per_arm", "confirm.seeds")
+        return self
+
+    @property
+    def confirming(self) -> ConfirmSpec | None:
+        """What is confirmed; a comparison does in any case."""
+        return self.confirm or (ConfirmSpec() if self.mode == "fair" else None)
+
+    @property
+    def num_studies(self) -> int:
+        """Into how many studies an arm's points fall, by turns; 1 where they are tuned together."""
+        return self.confirm.seeds if self.confirm and self.confirm.studies else 1

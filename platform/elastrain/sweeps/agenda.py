@@ -19,7 +19,10 @@ SEED_STEP = 1000  # between the seed that is tuned with and those that confirm
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proposal:
-    """A trial to run. `known` is what an earlier attempt has recorded of it, `resume` from where it can be gone on."""
+    """A trial to run, compared in its tuning with those of its `study` alone.
+
+    `known` is what an earlier attempt has recorded of it.
+    """
 
     trial: str
     arm: str
@@ -27,6 +30,7 @@ class Proposal:
     number: int
     point: Mapping[str, Any]
     seed: int
+    study: int
     known: Trial | None = None
 
 
@@ -77,14 +81,10 @@ class Agenda:
     def left(self) -> float:
         """Return how many trials are still to be run, those under way among them, as far as that is known."""
         tuned = sum(_trials_left(search) for search in self._searches.values())
-        confirm = 0
-        if not self._confirmed and self._confirm is not None:
-            confirm = self._confirm.seeds * self._confirm.top_k * len(self._searches)
-        return len(self._under_way) + len(self._queue) + tuned + confirm
-
-    @property
-    def _confirm(self) -> ConfirmSpec | None:
-        return self._spec.confirm or (ConfirmSpec() if self._spec.mode == "fair" else None)
+        confirm, runs = self._spec.confirming, 0
+        if not self._confirmed and confirm is not None:
+            runs = confirm.seeds * confirm.top_k * len(self._searches)
+        return len(self._under_way) + len(self._queue) + tuned + runs
 
     def _tuned(self) -> Proposal | None:
         """Return the next point of the arm whose turn it is."""
@@ -103,23 +103,27 @@ class Agenda:
         if self._confirmed or any(search.budget.running for search in self._searches.values()):
             return None
         self._confirmed = True
-        confirm = self._confirm
+        confirm = self._spec.confirming
         for search in self._searches.values() if confirm else ():
             assert confirm is not None
-            first = search.arm.base.data.seed + SEED_STEP
-            for best in self._best(search.arm.name, confirm.top_k):
-                seeds = range(first, first + confirm.seeds)
-                self._queue += [self._proposal(search.arm, "confirm", best.number, best.point, seed) for seed in seeds]
+            seeds, best = seeds_of(search.arm, confirm), self._best(search.arm.name)
+            if confirm.studies:
+                firsts = {found.study: found for found in reversed(best)}
+                runs = [(found, seeds[study]) for study, found in sorted(firsts.items())]
+            else:
+                runs = [(found, seed) for found in best[: confirm.top_k] for seed in seeds]
+            self._queue += [self._proposal(search.arm, "confirm", of.number, of.point, seed) for of, seed in runs]
         return self._queue.popleft() if self._queue else None
 
-    def _best(self, arm: str, most: int) -> list[Proposal]:
+    def _best(self, arm: str) -> list[Proposal]:
+        """Return what has finished of an arm's tuning, best first."""
         sign = 1.0 if self._spec.objective.goal == "min" else -1.0
         finished = [
             (sign * value, proposal.number, proposal)
             for proposal, outcome, value in self._done
             if (proposal.arm, proposal.phase, outcome) == (arm, "tune", "finished") and value is not None
         ]
-        return [proposal for _, _, proposal in sorted(finished, key=lambda entry: entry[:2])[:most]]
+        return [proposal for _, _, proposal in sorted(finished, key=lambda entry: entry[:2])]
 
     def _proposal(self, arm: Arm, phase: TrialPhase, number: int, point: Mapping[str, Any], seed: int) -> Proposal:
         name = {
@@ -135,8 +139,15 @@ class Agenda:
             number=number,
             point=dict(known.point) if known else dict(point),
             seed=seed,
+            study=number % self._spec.num_studies,
             known=known,
         )
+
+
+def seeds_of(arm: Arm, confirm: ConfirmSpec) -> tuple[int, ...]:
+    """Return the seeds that an arm's best is confirmed with; its tuning sees none of them."""
+    first = arm.base.data.seed + SEED_STEP
+    return tuple(range(first, first + confirm.seeds))
 
 
 def _search(arm: Arm, spec: SweepSpec) -> Search:

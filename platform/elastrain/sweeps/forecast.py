@@ -179,7 +179,7 @@ def _cost(spec: SweepSpec, arms: Sequence[Arm], device_s_per_step: float | None)
     tuning = [_trials(spec, arm) for arm in arms]
     tune = None if None in tuning else sum(each or 0 for each in tuning)
     untuned = len(arms) if spec.mode == "fair" else 0
-    confirm = spec.confirm.seeds * spec.confirm.top_k * len(arms) if spec.confirm else 0
+    confirm = spec.confirming.seeds * spec.confirming.top_k * len(arms) if spec.confirming else 0
     full = spec.objective.max_steps
     beside = (untuned + confirm) * full
     steps = None if tune is None else tune * full + beside
@@ -258,8 +258,8 @@ def _fairness(spec: SweepSpec, base: TrainSpec) -> Iterable[str]:
         yield f"confirm.seeds {spec.confirm.seeds}: an interval over so few seeds says little; 5 are usual"
     if spec.mode != "fair":
         return
-    if spec.confirm is None:
-        yield "without confirm an arm's best is one run: luck of the seed cannot be told from merit of the optimizer"
+    if not (spec.confirm and spec.confirm.studies):
+        yield "without confirm.studies the intervals hold the luck of the seed, and not that of the tuning"
     if spec.objective.target is None:
         yield "without objective.target no time to a target is measured, only the final metric"
     if base.workers.min != base.workers.max:

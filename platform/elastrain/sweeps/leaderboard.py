@@ -40,6 +40,8 @@ BySeed = dict[int, float]
 class Scoring:
     """What is compared: a metric, whether less or more of it is good, and the value whose first reaching is timed.
 
+    `seeds` are those that confirm where each is a study of its own, else empty.
+
     `edges` names for each arm, as its trials do, the fields whose best value lies on the edge of its range.
     """
 
@@ -48,6 +50,7 @@ class Scoring:
     target: float | None = None
     max_steps: int = 0
     baseline: str = ""
+    seeds: tuple[int, ...] = ()
     edges: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
@@ -136,12 +139,23 @@ def _by_point(trials: Sequence[Trial]) -> list[list[Trial]]:
     return list(found.values())
 
 
-def _scored(trials: Sequence[Trial], goal: Goal) -> list[Trial]:
-    """The runs that an arm is judged by: those of its best confirmed point, else its best tuning trial alone."""
+def _scored(trials: Sequence[Trial], scoring: Scoring) -> list[Trial]:
+    """The runs that an arm is judged by: its studies' or its best confirmed point's, else its best tuning trial alone.
+
+    Those of studies stand with the best one first.
+    """
+    goal = scoring.goal
     confirmed = _by_point([trial for trial in trials if trial.phase == "confirm"])
+    if scoring.seeds and confirmed:
+        return sorted((run for runs in confirmed for run in runs), key=lambda run: _loss(run, goal))
     if confirmed:
         return min(confirmed, key=lambda runs: sum(_loss(run, goal) for run in runs) / len(runs))
     return best_trials(trials, goal)[:1]
+
+
+def _whole(found: BySeed, scoring: Scoring) -> BySeed:
+    """Add the studies none of whose points came to an end: what they would have confirmed was never reached."""
+    return {**dict.fromkeys(scoring.seeds, math.inf), **found} if found else found
 
 
 def _times(runs: Sequence[Trial], scoring: Scoring) -> tuple[BySeed, BySeed]:
@@ -192,16 +206,18 @@ def fair(trials: Sequence[Trial], scoring: Scoring, arms: Sequence[str] = ()) ->
     """Return a row an arm, best first, each followed by that of its defaults; `arms` adds those without a trial yet."""
     names = list(dict.fromkeys([*arms, *(trial.arm for trial in trials)]))
     of = {name: [trial for trial in trials if trial.arm == name] for name in names}
-    runs = {name: _scored(of[name], scoring.goal) for name in names}
-    times = {name: _times(runs[name], scoring) for name in names}
-    finals = {name: {run.seed: _loss(run, scoring.goal) for run in runs[name]} for name in names}
+    runs = {name: _scored(of[name], scoring) for name in names}
+    found = {name: _times(runs[name], scoring) for name in names}
+    times = {name: (_whole(steps, scoring), _whole(seconds, scoring)) for name, (steps, seconds) in found.items()}
+    finals = {name: _whole({run.seed: _loss(run, scoring.goal) for run in runs[name]}, scoring) for name in names}
     timed = any(math.isfinite(at) for steps, _ in times.values() for at in steps.values())
     ranks = _ranks({name: steps for name, (steps, _) in times.items()} if timed else finals)
     ranks_s = _ranks({name: seconds for name, (_, seconds) in times.items()}) if timed else dict.fromkeys(names)
     rows = []
     for name in names:
         defaults = [trial for trial in of[name] if trial.phase == "defaults" and trial.outcome != "running"]
-        tuned = {"rank": ranks[name], "rank_device_s": ranks_s[name]} | _against(name, times, finals, scoring, timed)
+        tuned = {"rank": ranks[name], "rank_device_s": ranks_s[name], **_timed(*times[name])}
+        tuned |= _against(name, times, finals, scoring, timed)
         rows.append((_tuned_row(name, of[name], runs[name], scoring, tuned), _defaults_row(name, defaults, scoring)))
     rows.sort(key=lambda pair: _order(pair[0], scoring.goal))
     flat = tuple(row for pair in rows for row in pair if row is not None)
@@ -252,7 +268,6 @@ def _tuned_row(
         arm=arm,
         trial=runs[0].id if runs else "",
         **_final(runs, scoring.goal),
-        **_timed(*_times(runs, scoring)),
         defaults=float(np.mean([trial.value or 0.0 for trial in defaults])) if defaults else None,
         cost_steps=sum(trial.step for trial in tuning),
         cost_device_s=sum(trial.device_s for trial in tuning),

@@ -11,6 +11,7 @@ from elastrain.errors import DivergedError, error_named
 from elastrain.spec.document import dump
 from elastrain.spec.sweep import SweepSpec
 from elastrain.spec.train import TrainSpec
+from elastrain.sweeps.agenda import seeds_of
 from elastrain.sweeps.leaderboard import Leaderboard, Scoring, fair, search, tally
 from elastrain.sweeps.page import write_html
 from elastrain.sweeps.results import as_json, write_results
@@ -29,6 +30,7 @@ def scoring_of(spec: SweepSpec, arms: Sequence[Arm], trials: Sequence[Trial] = (
         target=objective.target,
         max_steps=objective.max_steps,
         baseline=next((arm.name for arm in arms if arm.baseline), "") if spec.mode == "fair" else "",
+        seeds=seeds_of(arms[0], spec.confirm) if spec.confirm and spec.confirm.studies else (),
         edges={arm.name: edges(arm, best.point) for arm, best in found if best is not None},
     )
 

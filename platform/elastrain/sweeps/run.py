@@ -35,9 +35,10 @@ from elastrain.sweeps.orders import Blueprint, CellConfig, Objective
 from elastrain.sweeps.outcome import conclude, scoring_of
 from elastrain.sweeps.pool import Pool, check_room
 from elastrain.sweeps.results import as_table, as_text, curve_rows, trial_rows
+from elastrain.sweeps.schedulers import decisions, scheduler_of
 from elastrain.sweeps.space import Arm, arms_of, explore
 from elastrain.sweeps.trials import Trial, trials_of
-from elastrain.sweeps.tuning import WORST, PerArm, decisions, scheduler_of, tune_trials
+from elastrain.sweeps.tuning import WORST, PerArm, tune_trials
 from elastrain.training.manifests import newest_whole, read_manifests
 
 SPEC, TRIALS = "spec.yaml", "trials"
@@ -256,6 +257,7 @@ def _given(job: _Job, proposal: Proposal, desk_name: str, desk: Any) -> dict[str
     given: dict[str, Any] = {
         **told,
         "desk": desk_name,
+        "study": proposal.study,
         "every": job.spec.objective.every,
         "worst": WORST if goal == "min" else -WORST,
     }

@@ -59,14 +59,6 @@ def loss_of(value: float | None, goal: Goal) -> float:
     return value if goal == "min" else -value
 
 
-def study_time(studies: Sequence[Sequence[float]]) -> float:
-    """Return the time of an arm on a workload: the median over studies of the fastest trial of each.
-
-    Source: AlgoPerf, arXiv 2306.07179.
-    """
-    return float(np.median([min(times, default=math.inf) for times in studies])) if studies else math.inf
-
-
 def performance_ratios(times: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     """Return for each arm, workload by workload, its time ÷ the best arm's: 1 is the best, infinite a miss."""
     best = [min(column) for column in zip(*times.values(), strict=True)]
@@ -79,16 +71,12 @@ def _ratio(mine: float, least: float) -> float:
     return mine / least if least else math.inf
 
 
-def performance_profile(ratios: Sequence[float], tau: float) -> float:
-    """Return ρ(τ): the share of workloads on which an arm took at most τ times the best arm's time.
-
-    Source: Dolan & Moré 2002, as in AlgoPerf, arXiv 2306.07179.
-    """
-    return sum(ratio <= tau for ratio in ratios) / len(ratios)
-
-
 def profile_score(ratios: Sequence[float], most: float = 4.0) -> float:
-    """Return the integral of ρ(τ) over 1..`most` ÷ its length: 1 where an arm is best everywhere, 0 beyond `most`."""
+    """Return the integral of ρ(τ) over 1..`most` ÷ its length: 1 where an arm is best everywhere, 0 beyond `most`.
+
+    ρ(τ) is the share of workloads on which an arm took at most τ times the best arm's time. Source: Dolan & Moré 2002,
+    as in AlgoPerf, arXiv 2306.07179.
+    """
     return sum(max(0.0, most - ratio) for ratio in ratios) / (most - 1) / len(ratios)
 
 

@@ -3,7 +3,7 @@
 A trial of Tune is an actor that holds nothing but a place in the line: it speaks with the desk, and the cells compute.
 Which trials there are is said by an `Agenda`; Tune's own state is not stored, since the sweep's ledger has it all.
 
-This module alone stands on Tune's developer interfaces; `tests/sweeps/test_tuning.py` uses them all.
+This module and `schedulers` alone stand on Tune's developer interfaces; `tests/sweeps/test_tuning.py` uses them all.
 """
 
 import logging
@@ -12,7 +12,7 @@ import os
 import random
 import tempfile
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,18 +23,9 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.registry import register_trainable
-from ray.tune.schedulers import (
-    AsyncHyperBandScheduler,
-    FIFOScheduler,
-    HyperBandScheduler,
-    MedianStoppingRule,
-    PopulationBasedTraining,
-    TrialScheduler,
-)
+from ray.tune.schedulers import FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
-from elastrain.errors import SpecError
-from elastrain.spec.sweep import SweepSpec
 from elastrain.sweeps.agenda import Agenda, Proposal
 from elastrain.sweeps.trials import Outcome
 
@@ -114,7 +105,14 @@ class Proposals(SearchAlgorithm):
     """Gives Tune the agenda's trials, as many at a time as there are cells to run them."""
 
     def __init__(
-        self, agenda: Agenda, storage: StorageContext, begin: Begin, *, capacity: Callable[[], int], pauses: bool
+        self,
+        agenda: Agenda,
+        storage: StorageContext,
+        begin: Begin,
+        *,
+        capacity: Callable[[], int],
+        pauses: bool,
+        node: str,
     ) -> None:
         self._agenda, self._storage, self._begin, self._capacity = agenda, storage, begin, capacity
         # Trials that pause wait for others to come: all begin, and as many as there are cells get an actor at a time.
@@ -122,9 +120,8 @@ class Proposals(SearchAlgorithm):
         self._trials: dict[str, TuneTrial] = {}
         share = max(0.001, math.floor(1e4 / capacity()) / 1e4) if pauses else 0.001
         # Beside the driver, by the node's id since nodes may share an address: one that goes takes cells, not trials.
-        beside = [{"ray.io/node-id": ray.get_runtime_context().get_node_id()}]
-        bundles = [{f"node:{ray.util.get_node_ip_address()}": share}]
-        self._resources = PlacementGroupFactory(bundles, bundle_label_selector=beside)
+        bundle = {f"node:{ray.util.get_node_ip_address()}": share}
+        self._resources = PlacementGroupFactory([bundle], bundle_label_selector=[{"ray.io/node-id": node}])
 
     def next_trial(self) -> TuneTrial | None:
         """Return a trial to begin with, None for now or for ever (`is_finished`)."""
@@ -175,7 +172,7 @@ class OfArm:
 
 
 class PerArm(TrialScheduler):
-    """A scheduler for each arm, so that only trials of one arm are compared; what is confirmed is never stopped.
+    """A scheduler for each study of each arm: only its trials are compared; what is confirmed is never stopped.
 
     `leave(trial, outcome)` is called as soon as a trial is to stop ("pruned"), to pause ("") or has lost its actor
     ("failed"): its workers wait. What was recorded is compared with, and not decided on again. A trial without a value
@@ -187,17 +184,17 @@ class PerArm(TrialScheduler):
     def __init__(self, make: Callable[[], TrialScheduler], leave: Callable[[str, str], object]) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # Tune's
         self._make, self._leave = make, leave
-        self._schedulers: dict[str, TrialScheduler] = {}
+        self._schedulers: dict[tuple[str, int], TrialScheduler] = {}
         self._plain = FIFOScheduler()
         self._metric = "objective"
 
     def _of(self, trial: TuneTrial) -> TrialScheduler:
         if trial.config["phase"] != "tune":
             return self._plain
-        arm: str = trial.config["arm"]
-        if arm not in self._schedulers:
-            self._schedulers[arm] = self._make()
-        return self._schedulers[arm]
+        study: tuple[str, int] = trial.config["arm"], trial.config["study"]
+        if study not in self._schedulers:
+            self._schedulers[study] = self._make()
+        return self._schedulers[study]
 
     def _seen(self, controller: Any, scheduler: TrialScheduler) -> Any:
         return OfArm(controller, lambda trial: self._of(trial) is scheduler)
@@ -258,94 +255,6 @@ class PerArm(TrialScheduler):
         return "per arm"
 
 
-class Population(PopulationBasedTraining):
-    """Tune's PBT in step; where all wait for one that has ended since, they go on without an exchange."""
-
-    def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
-        """Return the paused trial that is furthest behind."""
-        chosen = super().choose_trial_to_run(tune_controller)
-        live = [trial for trial in tune_controller.get_live_trials() if not trial.is_finished()]
-        if chosen is None and live and all(trial.status == TuneTrial.PAUSED for trial in live):
-            behind = min(self._trial_state[trial].last_train_time for trial in live)
-            self._next_perturbation_sync = behind + self._perturbation_interval
-            chosen = super().choose_trial_to_run(tune_controller)
-        return chosen
-
-
-class Brackets(HyperBandScheduler):
-    """Tune's HyperBand where it does not fit few, short trials that may end by themselves.
-
-    It begins with the bracket that prunes most (Li et al. 2018), of trials that get `grace` steps at least; Tune's
-    begins with those that prune nobody. Who is good enough runs to its end, Tune's up to the last power of `factor`.
-    What waited for a trial that ended by itself goes on; in Tune's it waits for ever after a bracket's first round.
-    """
-
-    def __init__(self, spec: SweepSpec) -> None:
-        assert spec.early_stop is not None
-        rounds, factor = spec.objective.max_steps // spec.objective.every, spec.early_stop.factor
-        super().__init__(
-            time_attr="round",
-            metric="objective",
-            mode=spec.objective.goal,
-            max_t=rounds,
-            reduction_factor=factor,
-            stop_last_trials=False,
-        )
-        self._s_max_1 = len(firsts(spec))
-        self._get_r0 = lambda s: rounds // factor**s  # in whole numbers: 49 * 7**-2 is less than 1 in floats
-
-    def _create_bracket(self, s: int) -> Any:
-        return super()._create_bracket(self._s_max_1 - 1 - s)  # type: ignore[no-untyped-call] # Tune's
-
-    def _process_bracket(self, tune_controller: Any, bracket: Any) -> str:
-        if bracket.is_being_processed or not bracket.current_trials():
-            return str(TrialScheduler.PAUSE)
-        try:
-            return str(super()._process_bracket(tune_controller, bracket))
-        finally:
-            bracket.is_being_processed = False
-
-
-def firsts(spec: SweepSpec) -> list[int]:
-    """Return after how many evaluations each bracket prunes first, the first one never; SpecError if none ever does."""
-    objective, early = spec.objective, spec.early_stop
-    assert early is not None
-    rounds = objective.max_steps // objective.every
-    found = [rounds]
-    while (first := rounds // early.factor ** len(found)) * objective.every >= early.grace:
-        found.append(first)
-    if len(found) == 1:
-        when = f"after {first * objective.every} of {objective.max_steps} steps at the latest; lower grace or factor"
-        raise SpecError(f"early_stop.grace {early.grace}: hyperband with factor {early.factor} prunes {when}")
-    return found
-
-
-def scheduler_of(spec: SweepSpec, explore: Callable[[dict[str, Any]], dict[str, Any]]) -> TrialScheduler:
-    """Return the scheduler of one arm. `explore(config)` is what a trial of PBT becomes that takes over another one."""
-    objective, early = spec.objective, spec.early_stop
-    compared: dict[str, Any] = {"metric": "objective", "mode": objective.goal}
-    if spec.search.method == "pbt":
-        synch: dict[str, Any] = {"synch": True, "log_config": False, "perturbation_interval": objective.every}
-        return Population(time_attr="step", custom_explore_fn=explore, **synch, **compared)
-    if early is None:
-        return FIFOScheduler()
-    match early.method:
-        case "asha":
-            return AsyncHyperBandScheduler(
-                time_attr="step",
-                grace_period=early.grace,
-                max_t=objective.max_steps,
-                reduction_factor=early.factor,
-                **compared,
-            )
-        case "median":
-            # It would have trials pause, of which no checkpoint is there, while others wait for their actors.
-            never: Any = math.inf
-            return MedianStoppingRule(time_attr="step", grace_period=early.grace, min_time_slice=never, **compared)
-        case "hyperband":
-            return Brackets(spec)
-
-
 def tune_trials(
     agenda: Agenda,
     scheduler: TrialScheduler,
@@ -363,7 +272,8 @@ def tune_trials(
     register_trainable(NAME, TrialActor)
     with tempfile.TemporaryDirectory(prefix="elastrain-tune-") as folder:
         storage = StorageContext(folder, "trials")
-        proposals = Proposals(agenda, storage, begin, capacity=capacity, pauses=pauses)
+        node = ray.get_runtime_context().get_node_id()
+        proposals = Proposals(agenda, storage, begin, capacity=capacity, pauses=pauses, node=node)
         controller = Controller(
             search_alg=proposals,
             scheduler=scheduler,
@@ -377,25 +287,3 @@ def tune_trials(
                 controller.step()  # type: ignore[no-untyped-call] # Tune's
         finally:
             controller.cleanup()  # type: ignore[no-untyped-call] # Tune's
-
-
-def decisions(spec: SweepSpec) -> tuple[frozenset[int], bool]:
-    """Return the steps after which trials are decided on, and whether a checkpoint of them is needed."""
-    objective, early = spec.objective, spec.early_stop
-    every, most = objective.every, objective.max_steps
-    evaluations: Sequence[int] = range(every, most, every)
-    if spec.search.method == "pbt":
-        return frozenset(evaluations), True
-    if early is None:
-        return frozenset(), False
-    if early.method == "asha":
-        rungs, rung = set(), early.grace
-        while rung < most:
-            rungs.add(-(-rung // every) * every)
-            rung *= early.factor
-        return frozenset(step for step in rungs if step < most), False
-    if early.method == "hyperband":
-        return frozenset(
-            first * early.factor**k * every for s, first in enumerate(firsts(spec)) for k in range(s)
-        ), True
-    return frozenset(step for step in evaluations if step >= early.grace), False
