@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.harness import Case, Comparison, Series, Side
 from benchmarks.sweep.data import prepare
-from benchmarks.sweep.work import SMALL_STEPS, STEPS
+from benchmarks.sweep.work import LONG_STEPS, SMALL_STEPS, STEPS
 
 FOLDER = "benchmarks.sweep"
 LIMIT_S = 600.0
@@ -19,16 +19,28 @@ AT_ONCE = (1, 2, 4, 8)
 
 
 def make(work: Path, *, small: bool) -> Case:
-    """Return the case: 32 trials of 200 steps; a small one has 4 of 40, and none of what starts processes a trial."""
-    given = {**prepare(work, small=small), "small": small, "steps": SMALL_STEPS if small else STEPS}
+    """Return the case: 32 trials of 200 steps, and of 2,000; a small one has 4 of 40 and no process a trial."""
+    given = _given(work, small=small, steps=SMALL_STEPS if small else STEPS)
     two = Series(name="two workers a trial", sides=_two(given), comparisons=tuple(_two_lines()))
     series = (
         Series(name="one worker a trial", sides=_one(given, small=small), comparisons=tuple(_one_lines(small=small))),
-        *(() if small else (two,)),
+        *(() if small else (_long(work), two)),
         Series(name="decisions", sides=(_side("ours", "decisions", given),), comparisons=DECISIONS),
         Series(name="asha", sides=(_side("ours", "asha", given),), comparisons=tuple(_asha_lines())),
     )
     return Case(name="sweep", series=series)
+
+
+def _given(work: Path, *, small: bool, steps: int) -> dict[str, Any]:
+    return {**prepare(work, small=small, steps=steps), "small": small, "steps": steps}
+
+
+def _long(work: Path) -> Series:
+    """Trials of 0.4 s: beside a start of Ray and of its workers there is something to do."""
+    given = _given(work, small=False, steps=LONG_STEPS)
+    sides = (_side("ours", "ours", given, workers=1), _side(OPTUNA, "optuna_loop", given))
+    lines = (_rate(OPTUNA, 1 / 1.5), _warm(OPTUNA, 1.5))
+    return Series(name=f"one worker a trial of {LONG_STEPS:,} steps", sides=sides, comparisons=lines)
 
 
 def _side(name: str, module: str, given: dict[str, Any], **options: Any) -> Side:

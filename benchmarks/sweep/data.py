@@ -1,5 +1,6 @@
 """Packed digits, and the file that the peers train from: rows, their order, and the losses that are to come out."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,6 @@ from benchmarks.sweep.work import (
     BATCH,
     RECORDED_EVERY,
     RECORDED_STEPS,
-    SMALL_STEPS,
-    STEPS,
     Rows,
     recorded_settings,
     settings,
@@ -26,23 +25,22 @@ SEED = 0
 SLOTS = (1, 2)
 
 
-def prepare(work: Path, *, small: bool) -> dict[str, str]:
-    """Return the paths of the packed data and of the peers' file, both made if they are not there."""
+def prepare(work: Path, *, small: bool, steps: int) -> dict[str, str]:
+    """Return the paths of the packed data and of the peers' file for so many steps, both made if they are not there."""
     data = str(Path(pack(work)).resolve())
-    path = work.resolve() / f"sweep-{'small' if small else 'whole'}.npz"
+    path = work.resolve() / f"sweep-{'small' if small else 'whole'}-{steps}.npz"
     if not path.exists():
-        _write(path, data, small=small)
+        _write(path, data, small=small, steps=steps)
     return {"data": data, "rows": str(path)}
 
 
-def _write(path: Path, data: str, *, small: bool) -> None:
+def _write(path: Path, data: str, *, small: bool, steps: int) -> None:
     held: dict[str, Any] = {}
     for prefix, split in {"": "train", "eval_": "test"}.items():
         table = parquet.read_table(sorted(map(str, Path(data, split).glob("*.parquet"))))
         held[f"{prefix}image"] = np.stack([np.frombuffer(value.as_py(), np.uint8) for value in table["image"]])
         held[f"{prefix}label"] = table["label"].to_numpy()
     held["seed"] = np.int64(hash64(SEED, INIT) & 0x7FFFFFFFFFFFFFFF)
-    steps = SMALL_STEPS if small else STEPS
     for slots in SLOTS:
         held[f"order_{slots}"] = order(Dataset.open(f"{data}/train"), slots, max(steps, RECORDED_STEPS))
     np.savez(path, **held)
@@ -69,7 +67,14 @@ def order(dataset: Dataset, slots: int, steps: int) -> np.ndarray[Any, Any]:
 
 
 def _curve(setting: tuple[float, int], rows: Rows) -> list[float]:
-    """Return the validation losses of a whole trial."""
+    """Return the validation losses of a whole trial whose learning rate falls to nothing as half a cosine."""
     losses: list[float] = []
-    train(setting, rows, steps=RECORDED_STEPS, every=RECORDED_EVERY, report=lambda _, loss: losses.append(loss))
+    train(
+        setting,
+        rows,
+        steps=RECORDED_STEPS,
+        every=RECORDED_EVERY,
+        schedule=lambda share: (1 + math.cos(math.pi * share)) / 2,
+        report=lambda _, loss: losses.append(loss),
+    )
     return losses

@@ -18,7 +18,7 @@ from torch.nn import functional
 BATCH, EVERY = 64, 20
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 WIDTHS = (32, 64, 96, 128)
-STEPS, SMALL_STEPS = 200, 40
+STEPS, SMALL_STEPS, LONG_STEPS = 200, 40, 2000
 TOLERANCE = 1e-6
 LOOSE = 1e-4  # of two workers: a sum over processes rounds otherwise, and 200 steps at a high rate enlarge that
 RECORDED_STEPS, RECORDED_EVERY = 270, 10
@@ -67,7 +67,7 @@ def _tensors(image: np.ndarray[Any, Any], label: np.ndarray[Any, Any]) -> tuple[
     return torch.from_numpy(image).flatten(1).float() / 16, torch.from_numpy(label).long()
 
 
-def train(
+def train(  # noqa: PLR0913 -- all that a loop by hand is told
     setting: Setting,
     rows: Rows,
     *,
@@ -75,9 +75,13 @@ def train(
     every: int = EVERY,
     slots: Sequence[int] = (0,),
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    schedule: Callable[[float], float] | None = None,
     report: Report = lambda _step, _loss: None,
 ) -> float:
-    """Train as one does by hand; call `report(step, validation loss)` every so many steps and return the last loss."""
+    """Train as one does by hand; call `report(step, validation loss)` every so many steps and return the last loss.
+
+    `schedule` is the learning rate's factor at a share of the steps.
+    """
     rate, width = setting
     torch.manual_seed(rows.seed)
     model = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
@@ -85,6 +89,8 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
     loss = 0.0
     for step in range(steps):
+        if schedule is not None:
+            optimizer.param_groups[0]["lr"] = rate * schedule(step / steps)
         optimizer.zero_grad()
         for slot in slots:
             image, label = rows.batch(step, slot)
