@@ -129,15 +129,21 @@ def train(
     sets: Sets = None,
     address: Address = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start over: remove what the run has written")] = False,
+    attempt: Annotated[
+        str | None, typer.Option("--attempt-of", metavar="JOB", help="end as an earlier attempt at this job did")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train; the same command again goes on from the last checkpoint."""
 
     def run() -> tuple[dict[str, Any], str]:
+        from elastrain.elastic.attempts import attempt_of
         from elastrain.elastic.run import train as train_run
         from elastrain.spec.document import read_train
 
-        result = dict(train_run(read_train(spec, sets or []), address=address, fresh=fresh).result)
+        asked = read_train(spec, sets or [])
+        with attempt_of(attempt, asked):
+            result = dict(train_run(asked, address=address, fresh=fresh).result)
         values = ((name, "not finite" if v is None else f"{v:.4f}") for name, v in result["metrics"].items())
         metrics = ", ".join(f"{name} {value}" for name, value in values)
         resumed = f" (resumed from step {result['resumed_from']})" if result["resumed_from"] else ""
@@ -154,11 +160,16 @@ def submit(
     address: Dashboard = None,
     shared: Annotated[list[str] | None, typer.Option(help="a folder that all its machines have mounted")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="show progress until the end, and the result")] = False,
+    rayjob: Annotated[
+        str | None, typer.Option(metavar="CLUSTER", help="print it for `kubectl create`, for a cluster's YAML file")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Send a run to a cluster; it goes on there when this command has ended."""
 
     def run() -> tuple[dict[str, Any], str]:
+        if rayjob is not None:
+            return _rayjob(spec, sets or [], rayjob, sent=bool(address or shared or follow))
         from elastrain.cluster.jobs import follow_job
         from elastrain.cluster.jobs import submit as submit_run
         from elastrain.spec.document import read_train
@@ -318,6 +329,19 @@ def schema(as_json: Json = False) -> None:
         return found, json.dumps(found, indent=1)
 
     _print(run, as_json=as_json)
+
+
+def _rayjob(spec: str, sets: list[str], cluster_spec: str, *, sent: bool) -> tuple[dict[str, Any], str]:
+    """Return a run as what `kubectl create` is given; raises SpecError for options that need it to be sent."""
+    if sent:
+        raise SpecError("--rayjob prints the run and sends nothing: leave out --address, --shared and --follow")
+    from elastrain.cluster.document import read_cluster
+    from elastrain.cluster.rayjob import as_text, run_manifests
+    from elastrain.spec.document import read_train
+
+    document = read_cluster(cluster_spec)
+    files = run_manifests(read_train(spec, sets), document)
+    return {"files": files}, as_text(files, document)
 
 
 def _bytes(option: str, mib: float) -> int:

@@ -1,5 +1,6 @@
 """Jobs on a real head of this machine: the same weights by each way of submitting, stops, losses, and refusals."""
 
+import base64
 import dataclasses
 import json
 import logging
@@ -23,6 +24,7 @@ from tests.cluster.test_preemption import gcp, metadata
 
 from elastrain.cluster.job_server import JobServer
 from elastrain.cluster.jobs import Job, submit
+from elastrain.cluster.rayjob import FILE, FOLDER
 from elastrain.elastic import keep
 from elastrain.elastic.ray_inner import draining_nodes
 from elastrain.errors import ConflictError, Interrupted, ResourceError, SpecError
@@ -193,6 +195,57 @@ def test_plain_ray_job_submit_gives_the_same(place: Place, local: dict[str, Any]
     done = cli("ray.scripts.scripts", "job", "submit", *where, *environment, *train_it, *sets)
     assert done.returncode == 0, done.stdout + done.stderr
     assert local["weights_sha256"] in done.stdout
+
+
+KUBERAY = """
+name: pods
+provider: {type: kuberay, namespace: elastrain}
+image: registry.example.com/elastrain:0.1.0
+head: {cpus: 1, memory_gib: 4, mounts: [{path: FOLDER, claim: all}]}
+pools: [{name: cpu, cpus: 4, memory_gib: 8, max: 1, identity: worker, mounts: [{path: FOLDER, claim: all}]}]
+"""
+
+
+def as_the_operator_does(place: Place, job: dict[str, Any], attempt: str) -> subprocess.CompletedProcess[str]:
+    """Send a RayJob's job with the command that KubeRay gives its submitter, and follow it."""
+    spec = job["spec"]
+    environment = json.loads(spec["runtimeEnvYAML"])
+    environment["working_dir"] = environment["working_dir"].replace(FOLDER, str(place.folder / "mounted"))
+    quoted = [json.dumps(json.dumps(each)) for each in (environment, spec["metadata"])]  # as Go's strconv.Quote
+    ray_job = f"{sys.executable} -m ray.scripts.scripts job"
+    where = f"--address {place.head.url}"
+    command = (
+        f"{ray_job} submit {where} --no-wait --runtime-env-json {quoted[0]} --metadata-json {quoted[1]} "
+        f"--submission-id {attempt} -- {spec['entrypoint']} ; {ray_job} logs {where} --follow {attempt}"
+    )
+    done = subprocess.run(["/bin/bash", "-c", command], capture_output=True, text=True, timeout=240, check=False)
+    until(lambda: JobServer(place.head.url).info(attempt).end_time)
+    return done
+
+
+def test_a_rayjob_gives_the_same_and_is_tried_again_only_where_that_may_help(
+    place: Place, local: dict[str, Any]
+) -> None:
+    cluster, data = place.folder / "kuberay.yaml", place.folder / "later"
+    cluster.write_text(KUBERAY.replace("FOLDER", str(place.folder)))
+    (place.folder / "mounted").mkdir()
+
+    def rendered() -> dict[str, Any]:
+        spec = place.spec("by-rayjob")
+        done = cli("elastrain", "submit", spec, "--rayjob", str(cluster), "--json", f"--set=data.train={data}")
+        assert done.returncode == 0, done.stderr
+        config, job = json.loads(done.stdout)["files"].values()
+        (place.folder / "mounted" / FILE).write_bytes(base64.b64decode(config["binaryData"][FILE]))
+        return dict(job)
+
+    job = rendered()
+    assert "later" in as_the_operator_does(place, job, "pods-1").stdout
+    data.symlink_to(place.folder / "data" / "train")
+    again = as_the_operator_does(place, job, "pods-2").stdout  # the same error, though there are data by now
+    assert f"{data}" in again
+    found = as_the_operator_does(place, rendered(), "pods-3").stdout
+    assert local["weights_sha256"] in found
+    assert [end["exit_code"] for end in _jobs(place, str(place.folder / "runs" / "by-rayjob"))] == [4, 4, 0]
 
 
 def test_a_lost_driver_is_followed_by_another_job_and_a_stopped_one_ends_after_a_commit(place: Place) -> None:

@@ -29,7 +29,7 @@ def check_cluster(document: ClusterDocument) -> dict[str, Any]:
     refuse(list(_type_problems(spec, table)), document.where)
     files = manifests(spec)
     for data in files.values():
-        refuse(_problems(spec, data), document.where)
+        check_manifest(document, data)
     pools = [_pool(spec, table, pool) for pool in spec.pools]
     head = type_of(spec, table, spec.head)
     return {
@@ -45,6 +45,11 @@ def check_cluster(document: ClusterDocument) -> dict[str, Any]:
         "pools": pools,
         "files": list(files),
     }
+
+
+def check_manifest(document: ClusterDocument, data: Mapping[str, Any]) -> None:
+    """Raise SpecError if something is wrong with one file that was rendered from the spec, a line for each problem."""
+    refuse(_problems(document.spec, data), document.where)
 
 
 def as_text(found: dict[str, Any]) -> str:

@@ -19,17 +19,13 @@ from ray.job_submission import JobDetails, JobStatus
 
 from elastrain import storage
 from elastrain.cluster.job_server import JobServer, ended
-from elastrain.cluster.package import SPEC_FILE, places, stage
+from elastrain.cluster.package import ENTRYPOINT, ENVIRONMENT, RUN_KEY, STOP_S, places, stage
 from elastrain.errors import ConflictError, ElastrainError, Interrupted, ResourceError, SpecError
 from elastrain.observe.progress import LiveLine, Status, status_in
 from elastrain.spec.document import resolve
 from elastrain.spec.train import TrainSpec
 from elastrain.urls import table_kind
 
-# `exec`: signals go to Python itself and its exit code is the job's. `python` is what the head's PATH has.
-ENTRYPOINT = f"exec python -m elastrain train {SPEC_FILE} --json"
-STOP_S = 120  # Ray's own 3 s are too short for a last checkpoint
-RUN_KEY = "elastrain_run"  # a job's metadata: which run it is of
 RETRIES = 3
 PAUSE_S = 35.0  # a dead writer's lease of a run on S3 has ended by then
 POLL_S = 0.3
@@ -190,7 +186,7 @@ def _sent(server: JobServer, spec: TrainSpec, run: str) -> str:
     with tempfile.TemporaryDirectory(prefix="elastrain-") as scratch:
         folder = Path(scratch).resolve()
         stage(spec, folder)
-        runtime_env = {"working_dir": str(folder), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}}
+        runtime_env = {"working_dir": str(folder), "env_vars": ENVIRONMENT}
         server.send(job=job, entrypoint=ENTRYPOINT, runtime_env=runtime_env, metadata={RUN_KEY: run})
     return job
 

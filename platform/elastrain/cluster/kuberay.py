@@ -8,7 +8,7 @@ from typing import Any
 
 from elastrain.cluster.merging import merged
 from elastrain.spec.cluster import Accelerator, ClusterSpec, Head, Mount, Pool
-from elastrain.spec.providers import KubeRay
+from elastrain.spec.providers import Job, KubeRay
 
 RAY_VERSION = "2.60.0"
 LABEL = "elastrain/cluster"
@@ -66,10 +66,12 @@ def cluster_body(spec: ClusterSpec) -> dict[str, Any]:
 
 
 def rayjob(spec: ClusterSpec) -> dict[str, Any]:
-    """Return the RayJob of the spec's `provider.job`: one run in a cluster of its own, which ends with it."""
+    """Return a RayJob: one run in a cluster of its own, which ends with it; the command of `provider.job` unless unset.
+
+    Without `provider.job` the numbers are the type's.
+    """
     provider = _kuberay(spec)
-    job = provider.job
-    assert job is not None
+    job = provider.job or Job(command=("python", "-m", "elastrain"))
     submitter = {
         "name": "ray-job-submitter",
         "image": spec.image,

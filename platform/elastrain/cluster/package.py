@@ -10,9 +10,11 @@ Never in it: data, runs, environments, hidden files. The same run makes the same
 """
 
 import importlib.util
+import io
 import os
 import shutil
 import sysconfig
+import zipfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -27,6 +29,11 @@ from elastrain.spec.problems import Keys
 from elastrain.spec.train import TrainSpec
 
 SPEC_FILE = "run.yaml"
+# `exec`: signals go to Python itself and its exit code is the job's. `python` is what the head's PATH has.
+ENTRYPOINT = f"exec python -m elastrain train {SPEC_FILE} --json"
+STOP_S = 120  # Ray's own 3 s are too short for a last checkpoint
+ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}
+RUN_KEY = "elastrain_run"  # a job's metadata: which run it is of
 LIMIT = 64 << 20  # Ray's job server refuses archives over 100 MiB, and each node unpacks what is sent
 MAX_FILES = 20_000
 NAMED = 10
@@ -51,6 +58,26 @@ def stage(spec: TrainSpec, folder: Path, *, limit: int = LIMIT) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, path)
     (folder / SPEC_FILE).write_text(dump(_moved(spec, code)), encoding="utf-8")
+
+
+def archive(folder: Path, *, limit: int) -> bytes:
+    """Return a staged folder as a zip file, the same bytes for the same files.
+
+    Raises SpecError, naming the ten files that take most of it, if that is more than `limit` bytes.
+    """
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as packed:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            entry = zipfile.ZipInfo(path.relative_to(folder).as_posix())  # of 1980, whenever the files were written
+            entry.external_attr = 0o644 << 16
+            packed.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+    found = written.getvalue()
+    if len(found) > limit:
+        sizes = sorted(((entry.compress_size, entry.filename) for entry in packed.infolist()), reverse=True)
+        raise SpecError(
+            f"the run's code is {_mib(len(found))} packed, and at most {_mib(limit)} fit; {_lighten(sizes)}"
+        )
+    return found
 
 
 def places(spec: TrainSpec) -> list[str]:
@@ -126,11 +153,16 @@ def _check(files: list[tuple[Path, str]], limit: int) -> None:
     total = sum(size for size, _ in sizes)
     if total <= limit and len(files) <= MAX_FILES:
         return
-    largest = ", ".join(f"{path} ({_mib(size)})" for size, path in sizes[:NAMED])
     raise SpecError(
         f"the run's code is {_mib(total)} in {len(files):,} files, and at most {_mib(limit)} in {MAX_FILES:,} are "
-        f"sent; put the task's file into a folder of its own, or move what is no code out of it; the largest "
-        f"files: {largest}"
+        f"sent; {_lighten(sizes)}"
+    )
+
+
+def _lighten(sizes: list[tuple[int, str]]) -> str:
+    largest = ", ".join(f"{path} ({_mib(size)})" for size, path in sizes[:NAMED])
+    return (
+        f"put the task's file into a folder of its own, or move what is no code out of it; the largest files: {largest}"
     )
 
 

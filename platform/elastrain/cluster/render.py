@@ -48,8 +48,8 @@ def manifests(spec: ClusterSpec) -> dict[str, dict[str, Any]]:
     return found
 
 
-def as_yaml(data: Mapping[str, Any], *, spec_name: str) -> str:
-    """Return plain data as YAML that says from which spec it comes."""
+def as_yaml(data: Mapping[str, Any], *, spec_name: str, command: str = "elastrain cluster render") -> str:
+    """Return plain data as YAML that says from which spec it comes, and by which command."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.default_flow_style = False
@@ -57,9 +57,7 @@ def as_yaml(data: Mapping[str, Any], *, spec_name: str) -> str:
     yaml.width = 1 << 30  # one line a text, for diff and grep
     stream = io.StringIO()
     yaml.dump(dict(data), stream)
-    return f"# Made by `elastrain cluster render` from the spec of {spec_name}; change that and render again.\n" + (
-        stream.getvalue()
-    )
+    return f"# Made by `{command}` from the spec of {spec_name}; change that and render again.\n" + (stream.getvalue())
 
 
 def write(spec: ClusterSpec, folder: str) -> list[str]:

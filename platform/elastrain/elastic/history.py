@@ -8,13 +8,14 @@ from elastrain import storage
 from elastrain.data.dataset import Dataset
 from elastrain.data.plan import Plan
 from elastrain.data.quarantine import QUARANTINE, Note
+from elastrain.elastic.attempts import NOTE
 from elastrain.errors import ConflictError, ElastrainError, StorageError
 from elastrain.spec.document import changed, dump, parse_train
 from elastrain.spec.train import TrainSpec
 from elastrain.training.manifests import newest_whole, read_manifests
 
 SPEC, PLAN = "spec.yaml", "plan.json"
-PARTS = ("checkpoints", "metrics", "audit", "ledger", "report.html", QUARANTINE, PLAN, SPEC)
+PARTS = ("checkpoints", "metrics", "audit", "ledger", "report.html", QUARANTINE, NOTE, PLAN, SPEC)
 
 
 @dataclass(frozen=True, slots=True)
