@@ -327,12 +327,14 @@ def test_without_the_clusters_token_nothing_is_submitted(place: Place) -> None:
     assert not _jobs(place, str(place.folder / "runs" / "stranger"))
 
 
-def test_a_folder_that_another_machine_cannot_see_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_another_machine_cannot_see_is_refused(
+    place: Place, local: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "a-laptop")
     with pytest.raises(SpecError, match=r"is a folder of this machine, and .* is in the cluster"):
         submit(place.read("unseen"), address=place.head.url)
     job = submit(place.read("seen"), address=place.head.url, shared=[str(place.folder)])
-    assert job.stop()["status"] == "stopped"
+    assert job.result()["weights_sha256"] == local["weights_sha256"], "the SDK gives something else"
 
 
 def test_a_clouds_notice_drains_the_node_that_it_is_about(place: Place) -> None:
@@ -353,9 +355,37 @@ def test_a_clouds_notice_drains_the_node_that_it_is_about(place: Place) -> None:
     assert set(draining) <= {node}
 
 
-def test_a_job_that_nobody_submitted(place: Place) -> None:
-    with pytest.raises(SpecError, match="knows no job nobody-1"):
-        Job("nobody-1", "runs/nobody", place.head.url).status()
+def test_what_can_never_fit_and_what_dies_in_set_up_end_with_a_sentence(place: Place) -> None:
+    arguments = (place.spec("large"), "--set", "workers={min: 64, max: 64}", "--follow", "--address", place.head.url)
+    done = cli("elastrain", "submit", *arguments)
+    assert done.returncode == 6, done.stderr
+    assert re.match(r"elastrain: error: .*64", done.stderr.splitlines()[-1]), done.stderr
+    assert not (place.folder / "runs" / "large" / "checkpoints").exists()
+    nowhere: dict[str, Any] = {"working_dir": f"file://{place.folder}/nowhere.zip"}
+    JobServer(place.head.url).send(job="unset-1", entrypoint="true", runtime_env=nowhere, metadata={})
+    with pytest.raises(ResourceError, match=r"unset-1 died in set-up: .*nowhere\.zip"):
+        Job("unset-1", "runs/unset", place.head.url).result()
+
+
+def test_too_much_code_is_refused_and_nothing_is_sent(place: Place) -> None:
+    large = place.folder / "large"
+    large.mkdir()
+    (large / "task.py").write_text(TASK)
+    for index in range(12):
+        with (large / f"weights{index:02d}.bin").open("wb") as file:
+            file.truncate((index + 1) << 20)
+    with pytest.raises(SpecError, match=r"the largest files: .*weights11\.bin") as refused:
+        submit(place.read("heavy", f"task={large}/task.py:DigitsMLP"), address=place.head.url)
+    assert str(refused.value).count("weights") == 10
+    assert not _jobs(place, str(place.folder / "runs" / "heavy"))
+
+
+@pytest.mark.parametrize("name", ["nobody-1", "a/b", "a;b", "../version", "%2e%2e/x", "?a#b"])
+def test_a_job_that_nobody_submitted(place: Place, name: str) -> None:
+    job = Job(name, "runs/nobody", place.head.url)
+    for ask in (job.status, job.logs, job.stop):
+        with pytest.raises(SpecError, match=re.escape(f"knows no job {name}")):
+            ask()
 
 
 def test_an_address_where_nothing_answers() -> None:

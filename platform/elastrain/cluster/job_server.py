@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import logging
 import os
+import re
 import threading
 import time
 import urllib.error
@@ -30,6 +31,7 @@ TALKERS = (  # what they say, our own line and errors say
     *(token.__name__, "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"),
     "ray._private.runtime_env.packaging",
 )
+JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ENVIRONMENT = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 
@@ -190,7 +192,10 @@ def _silent(url: str, reason: object) -> str:
 
 @contextlib.contextmanager
 def _told(url: str, job: str | None = None) -> Iterator[None]:
-    """Turn what Ray's client raises into one sentence."""
+    """Turn what Ray's client raises into one sentence. A job's name becomes part of a path; what is none is unknown."""
+    unknown = f"{url} knows no job {job}; the jobs that it knows: elastrain status"
+    if job is not None and not JOB.fullmatch(job):
+        raise SpecError(unknown)
     try:
         yield
     except AuthenticationError as error:
@@ -203,5 +208,5 @@ def _told(url: str, job: str | None = None) -> Iterator[None]:
     except (RuntimeError, ValueError, KeyError) as error:
         text = str(error)
         if job is not None and ("404" in text or "does not exist" in text):
-            raise SpecError(f"{url} knows no job {job}; the jobs that it knows: elastrain status") from error
+            raise SpecError(unknown) from error
         raise ResourceError(f"{url}: {text.strip().splitlines()[0][:300] if text.strip() else error!r}") from error

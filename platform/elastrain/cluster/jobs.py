@@ -261,14 +261,16 @@ def _failure(job: str, info: JobDetails, said: str, last: str) -> Exception:
     """Return what a job that brought no result ended with; _Lost if it was the machines."""
     code = info.driver_exit_code
     kinds: Mapping[int, type[ElastrainError]] = {kind.exit_code: kind for kind in ElastrainError.__subclasses__()}
-    reason = next(iter((info.message or "").strip().splitlines()), "it brought no result")[:300]
+    told = (info.message or "").strip().splitlines() or ["it brought no result"]
+    reason = told[0][:300]
     error: Exception
     if info.status == JobStatus.STOPPED:
         error = Interrupted(f"{job} was stopped; {said or 'nothing was started'}")
     elif code is not None and code in kinds:
         error = kinds[code](said or f"{job} ended with exit code {code}")
     elif _in_set_up(info):
-        error = ResourceError(f"{job} died in set-up: {reason}")
+        why = f" ({told[-1].strip()[:300]})" if len(told) > 1 else ""  # the end of a traceback
+        error = ResourceError(f"{job} died in set-up: {reason}{why}")
     elif _is_lost(info):
         error = _Lost(f"its driver was lost ({reason})")
     elif code in NOT_FOUND or "No module named" in last:
