@@ -273,6 +273,15 @@ def test_cold_start_reaches_a_first_step_on_all_sides(work: Path) -> None:
         assert 0 < side["measures"]["first_step_s"] <= side["measures"]["command_s"]
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_submit_sends_as_many_jobs_each_way(work: Path) -> None:
+    series = small("submit", work)
+    assert series["a job is sent"]["ours"]["counters"] == {"jobs": 2}
+    assert series["a cluster is checked"]["ours"]["counters"] == {"turns": 1}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_checkpoint_saves_the_same_bytes_on_all_sides(work: Path) -> None:
