@@ -2,6 +2,7 @@
 
 import copy
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,41 @@ def test_machines_are_closed(name: str) -> None:
         assert all(node["SecurityGroupIds"] and node["IamInstanceProfile"] for node in nodes)
         heads = {node["IamInstanceProfile"]["Arn"] for node in nodes[:1]}
         assert not heads & {node["IamInstanceProfile"]["Arn"] for node in nodes[1:]}, "workers may do what the head may"
+
+
+@pytest.mark.parametrize(("name", "pool"), [("aws", "h100-spot"), ("gcp", "tpu-v6e"), ("azure", "h100-spot")])
+def test_nodes_of_spot_pools_and_no_others_watch_for_the_clouds_notice(name: str, pool: str, tmp_path: Path) -> None:
+    """Ray runs each command by a shell of its own, with the name of the node's type in the environment."""
+    spec = spec_of(name)
+    (data,) = manifests(spec).values()
+    recorder = tmp_path / "python"
+    recorder.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    recorder.chmod(0o755)
+    watched = {each.name for each in spec.pools if each.spot}
+    assert pool in watched
+    for each in spec.pools:
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "RAY_NODE_TYPE_NAME": each.name, "RAY_HEAD_IP": "10.0.0.1"}
+        command = data["worker_start_ray_commands"][-1].replace("/tmp/elastrain", f"{tmp_path}/elastrain")  # noqa: S108
+        done = subprocess.run(["/bin/bash", "-c", f"{command}; wait"], env=environment, check=False, timeout=60)
+        assert done.returncode == 0
+        asked = tmp_path / "asked"
+        assert asked.exists() == (each.name in watched), each.name
+        if asked.exists():
+            assert asked.read_text().split() == [
+                *("-m", "elastrain.cluster.preemption", name, "--address", "10.0.0.1:6379")
+            ]
+            asked.unlink()
+
+
+@pytest.mark.parametrize("name", ["onprem", "kuberay"])
+def test_where_no_watcher_is_needed_there_is_none(name: str) -> None:
+    """Hosts of one's own are not taken away, and in a pod Ray itself drains on SIGTERM, with time to do so."""
+    texts = "\n".join(text for data in manifests(spec_of(name)).values() for text in text_values(data))
+    assert "preemption" not in texts
+    for group in manifests(spec_of("kuberay"))["kuberay-raycluster.yaml"]["spec"]["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        (given,) = [each for each in pod["containers"][0]["env"] if each["name"].endswith("DRAIN_TIMEOUT_S")]
+        assert int(given["value"]) < pod["terminationGracePeriodSeconds"]
 
 
 def test_pods_are_closed() -> None:

@@ -134,6 +134,7 @@ def _commands(spec: ClusterSpec) -> dict[str, Any]:
     """Return the commands; an empty list where there are none, since Ray would put its own in place of nothing."""
     none = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
     worker = _WORKER_START
+    watched = [pool.name for pool in spec.pools if pool.spot]
     if isinstance(spec.provider, OnPrem):
         # Hosts have no node type that could tell Ray what they are; they tell it themselves.
         pool = spec.pools[0]
@@ -143,9 +144,19 @@ def _commands(spec: ClusterSpec) -> dict[str, Any]:
     return {
         **{name: [] for name in none},
         "head_start_ray_commands": ["ray stop", _HEAD_START],
-        "worker_start_ray_commands": ["ray stop", worker],
+        "worker_start_ray_commands": ["ray stop", worker, *([_watch(spec, watched)] if watched else [])],
         "cluster_synced_files": [],
         "file_mounts_sync_continuously": False,
         "rsync_exclude": [],
         "rsync_filter": [],
     }
+
+
+def _watch(spec: ClusterSpec, pools: list[str]) -> str:
+    """Return what starts the watcher for the cloud's notice beside Ray on the nodes of `pools`, and lets it run."""
+    watcher = f"nohup python -m elastrain.cluster.preemption {spec.provider.type} --address $RAY_HEAD_IP:6379"
+    # The commands are those of all node types; Ray tells each node its own.
+    return (
+        f"umask 077; case $RAY_NODE_TYPE_NAME in {'|'.join(pools)}) "
+        f"{watcher} </dev/null >/tmp/elastrain-preemption.log 2>&1 & ;; esac"
+    )
