@@ -103,11 +103,11 @@ class Nodes:
     cluster: Any
     ids: list[str] = field(default_factory=list)  # of those that are there, in the order in which they came
 
-    def add(self, cpus: int, **resources: float) -> str:
+    def add(self, cpus: int, *, labels: dict[str, str] | None = None, **resources: float) -> str:
         """Add a node and return its id."""
         import ray
 
-        node = self.cluster.add_node(num_cpus=cpus, resources=resources)
+        node = self.cluster.add_node(num_cpus=cpus, resources=resources, labels=labels)
         until(lambda: any(n["NodeID"] == node.node_id and n["Alive"] for n in ray.nodes()))
         self.ids.append(str(node.node_id))
         return self.ids[-1]

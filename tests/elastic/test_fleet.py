@@ -164,6 +164,19 @@ def test_a_closed_fleet_leaves_nothing_and_no_look_kept_the_driver_waiting(run: 
     assert run.slowest < 2.0
 
 
+def test_a_type_of_which_all_nodes_are_up_adds_none(nodes: Nodes) -> None:
+    from elastrain.elastic.session import largest_addable
+
+    workers = WorkersSpec(min=1, max=8)
+    with autoscaler_offering(cpus=1, most=3) as offered:
+        offered.offer(("large", 4, 1), ("small", 2, 3))
+        assert largest_addable(workers) == 4
+        large = nodes.add(4, labels={"ray.io/node-group": "large"})
+        assert largest_addable(workers) == 2, "a cell that no node to come could hold would be asked for"
+        nodes.lose(large)
+        until(lambda: largest_addable(workers) == 4)
+
+
 class Breaking:
     """A cell that breaks as soon as it is started."""
 
@@ -204,11 +217,17 @@ class autoscaler_offering:  # noqa: N801 -- used as a context
     def __init__(self, *, cpus: int, most: int) -> None:
         self._cpus, self._most = cpus, most
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "autoscaler_offering":
+        self.offer(("spot", self._cpus, self._most))
+        return self
+
+    def offer(self, *types: tuple[str, int, int]) -> None:
+        """Write these instead: name, CPUs, most."""
         from ray.core.generated import autoscaler_pb2
 
         config: Any = autoscaler_pb2.ClusterConfig()  # type: ignore[attr-defined] # made at import by protobuf
-        config.node_group_configs.add(name="spot", resources={"CPU": self._cpus}, max_count=self._most)
+        for name, cpus, most in types:
+            config.node_group_configs.add(name=name, resources={"CPU": cpus}, max_count=most)
         self._put(config.SerializeToString())
 
     def __exit__(self, *_: object) -> None:

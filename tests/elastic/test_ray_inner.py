@@ -84,7 +84,9 @@ def test_a_cluster_config_has_node_groups_with_resources_and_a_count() -> None:
         "ClusterConfig.node_group_configs is gone: ray_inner.node_types cannot see what an autoscaler may add"
     )
     fields = message.NodeGroupConfig.DESCRIPTOR.fields_by_name
-    assert {"resources", "max_count"} <= set(fields.keys()), "NodeGroupConfig has other fields: ray_inner.node_types"
+    assert {"name", "resources", "max_count"} <= set(fields.keys()), (
+        "NodeGroupConfig has other fields: ray_inner.node_types"
+    )
 
 
 def test_the_table_of_placement_groups_says_which_actor_asked_for_each() -> None:

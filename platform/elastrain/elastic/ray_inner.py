@@ -22,14 +22,16 @@ from ray.util.placement_group import PlacementGroup
 
 COORDINATOR = "AutoscalingCoordinator"  # the name and the namespace of Ray's detached actor
 NODE_ID_LABEL = "ray.io/node-id"  # what every raylet labels itself with
+NODE_TYPE_LABEL = "ray.io/node-group"  # and those that an autoscaler has started
 
 
 @dataclass(frozen=True, slots=True)
 class NodeType:
-    """What an autoscaler can add: nodes with these resources, `most` of them (-1: any number)."""
+    """What an autoscaler can add: nodes with these resources, `most` of them (-1: any number), labelled with `name`."""
 
     resources: Mapping[str, float]
     most: int
+    name: str = ""
 
 
 def available_per_node() -> dict[str, dict[str, float]]:
@@ -59,7 +61,7 @@ def node_types() -> list[NodeType]:
     """
     config: Any = ray._private.state.state.get_cluster_config()  # noqa: SLF001
     groups = config.node_group_configs if config else []
-    return [NodeType({name: float(n) for name, n in g.resources.items()}, int(g.max_count)) for g in groups]
+    return [NodeType({name: float(n) for name, n in g.resources.items()}, int(g.max_count), g.name) for g in groups]
 
 
 def actor_id(actor: Any) -> str:

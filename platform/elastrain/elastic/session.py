@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ import ray
 
 from elastrain.elastic.policy import sizes_at_start
 from elastrain.elastic.ray_inner import (
+    NODE_TYPE_LABEL,
     NodeType,
     available_per_node,
     deaths_untold,
@@ -179,8 +181,13 @@ def addable(workers: WorkersSpec) -> int:
 
 
 def largest_addable(workers: WorkersSpec) -> int:
-    """Return how many workers fit on the largest node that an autoscaler could add; 0 without one."""
-    return max((_fits(workers, kind.resources) for kind in _kinds_for(workers, node_types()) if kind.most), default=0)
+    """Return how many workers fit on the largest node that an autoscaler could add now; 0 without one.
+
+    A type of which there are as many nodes as there may be adds none: a cell of its size would be asked for in vain.
+    """
+    up = Counter(node["Labels"].get(NODE_TYPE_LABEL) for node in ray.nodes() if node["Alive"])
+    kinds = [kind for kind in _kinds_for(workers, node_types()) if kind.most < 0 or up[kind.name] < kind.most]
+    return max((_fits(workers, kind.resources) for kind in kinds), default=0)
 
 
 def _kinds_for(workers: WorkersSpec, kinds: list[NodeType]) -> list[NodeType]:
