@@ -48,8 +48,8 @@ def test_a_run_of_gpus_starts_the_pool_that_comes_first() -> None:
     assert found["cells"] == [8, 8, 4]
     assert found["workers"] == {"min": 8, "max": 20, "held": 20}
     assert found["never_fit"] == 0
-    assert found["per_h"] == pytest.approx(3 * 26.0 + 0.403)
-    assert found["watts"] == pytest.approx(3 * 8500 + 60)
+    assert found["per_h"] == pytest.approx(3 * 26.0 + 0.4032)
+    assert found["watts"] == pytest.approx(3 * 8500 + 65)
     assert found["without_spot"]["nodes"] == {"h100": 3}
     assert found["without_spot"]["per_h"] > found["per_h"]
     assert found["first_step_s"] == 500.0

@@ -103,11 +103,18 @@ class Nodes:
     cluster: Any
     ids: list[str] = field(default_factory=list)  # of those that are there, in the order in which they came
 
-    def add(self, cpus: int, *, labels: dict[str, str] | None = None, **resources: float) -> str:
+    def add(self, cpus: int, **resources: float) -> str:
         """Add a node and return its id."""
+        return self._add(num_cpus=cpus, resources=resources)
+
+    def add_of_type(self, cpus: int, name: str) -> str:
+        """Add a node as an autoscaler does, which labels it with its type; return its id."""
+        return self._add(num_cpus=cpus, labels={"ray.io/node-group": name})
+
+    def _add(self, **options: Any) -> str:
         import ray
 
-        node = self.cluster.add_node(num_cpus=cpus, resources=resources, labels=labels)
+        node = self.cluster.add_node(**options)
         until(lambda: any(n["NodeID"] == node.node_id and n["Alive"] for n in ray.nodes()))
         self.ids.append(str(node.node_id))
         return self.ids[-1]

@@ -171,7 +171,7 @@ def test_a_type_of_which_all_nodes_are_up_adds_none(nodes: Nodes) -> None:
     with autoscaler_offering(cpus=1, most=3) as offered:
         offered.offer(("large", 4, 1), ("small", 2, 3))
         assert largest_addable(workers) == 4
-        large = nodes.add(4, labels={"ray.io/node-group": "large"})
+        large = nodes.add_of_type(4, "large")
         assert largest_addable(workers) == 2, "a cell that no node to come could hold would be asked for"
         nodes.lose(large)
         until(lambda: largest_addable(workers) == 4)

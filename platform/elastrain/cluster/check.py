@@ -9,7 +9,7 @@ from typing import Any
 
 from elastrain.cluster.document import ClusterDocument
 from elastrain.cluster.kuberay_rules import operator_findings
-from elastrain.cluster.node_types import NodeTable, NodeType, node_table, type_of
+from elastrain.cluster.node_types import ESTIMATE, NodeTable, NodeType, node_table, type_of
 from elastrain.cluster.ray_up_rules import launcher_findings
 from elastrain.cluster.render import manifests
 from elastrain.cluster.schemas import kuberay_findings, ray_up_findings
@@ -58,11 +58,18 @@ def as_text(found: dict[str, Any]) -> str:
     lines = [f"{found['cluster']} ({found['provider']}): sound; renders {', '.join(found['files'])}"]
     for pool in found["pools"]:
         holds = f"{pool['count']} {pool['accelerator']}" if pool["accelerator"] else f"{pool['cpus']} CPUs"
-        price = "price unknown" if pool["per_h"] is None else f"{pool['per_h']:,.2f} {money}/h"
-        watts = "" if pool["watts"] is None else f", {pool['watts']:,.0f} W"
+        price = (
+            "price unknown" if pool["per_h"] is None else f"{_mark(pool['per_h_from'])}{pool['per_h']:,.2f} {money}/h"
+        )
+        watts = "" if pool["watts"] is None else f", {_mark(pool['watts_from'])}{pool['watts']:,.0f} W"
         nodes = f"{pool['min']} to {pool['max']} nodes"
         lines.append(f"  {pool['name']:<14} {nodes:<15} {pool['market']:<10} {holds:<16} {price}{watts} each")
-    return "\n".join([*lines, f"prices of {found['prices_of']}, approximate; a table of your own is named by `prices`"])
+    table = f"table of {found['prices_of']}; ~ is an estimate, --json has the sources; `prices` names one of your own"
+    return "\n".join([*lines, table])
+
+
+def _mark(source: str | None) -> str:
+    return "~" if source == ESTIMATE else ""
 
 
 def _pool(spec: ClusterSpec, table: NodeTable, pool: Pool) -> dict[str, Any]:
@@ -78,7 +85,9 @@ def _pool(spec: ClusterSpec, table: NodeTable, pool: Pool) -> dict[str, Any]:
         "accelerator": pool.accelerator and pool.accelerator.type,
         "count": pool.accelerator.count if pool.accelerator else 0,
         "per_h": kind and kind.price(spot=pool.spot),
+        "per_h_from": kind and table.told(kind.price_from(spot=pool.spot)),
         "watts": kind and kind.watts,
+        "watts_from": kind and table.told(kind.watts_from),
     }
 
 

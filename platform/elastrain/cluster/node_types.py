@@ -3,7 +3,7 @@
 In: the table of the package and, where a spec names one, a user's. Out: `NodeType`s by name. Opens these files only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,24 @@ from pydantic import Field, model_validator
 from elastrain.errors import SpecError
 from elastrain.spec.accelerators import ACCELERATORS
 from elastrain.spec.cluster import ClusterSpec, Head, Pool
-from elastrain.spec.problems import nearest, validate
+from elastrain.spec.problems import Problem, nearest, refuse, validate
 from elastrain.spec.source import load
 from elastrain.spec.train import Model, NonNegativeFloat, PositiveFloat, PositiveInt, wrong
 
+ESTIMATE = "estimate"
+CLOUDS = ("aws", "gcp", "azure", "onprem")
 TABLE = Path(__file__).with_name("node_types.yaml")
 
 
+class Source(Model):
+    """Where figures come from."""
+
+    date: str = Field(description="when it said so, as 2026-11-27")
+    url: str = Field(description="where it says so")
+
+
 class NodeType(Model):
-    """One machine type."""
+    """One machine type. Where a figure comes from is one of the table's `sources`, or `estimate`."""
 
     cpus: PositiveInt = Field(description="CPUs of the machine")
     memory_gib: PositiveInt = Field(description="its memory")
@@ -30,6 +39,9 @@ class NodeType(Model):
     spot_per_h: NonNegativeFloat | None = Field(default=None, description="price of an hour that may end early")
     watts: PositiveFloat | None = Field(default=None, description="what it draws under load")
     start_s: PositiveFloat = Field(default=300.0, description="seconds from asking for it until Ray is up on it")
+    on_demand_from: str | None = Field(default=None, description="the source of on_demand_per_h")
+    spot_from: str | None = Field(default=None, description="the source of spot_per_h")
+    watts_from: str | None = Field(default=None, description="the source of watts")
 
     @model_validator(mode="after")
     def _known(self) -> "NodeType":
@@ -44,16 +56,26 @@ class NodeType(Model):
         """Return what an hour costs, None where the table does not say."""
         return self.spot_per_h if spot else self.on_demand_per_h
 
+    def price_from(self, *, spot: bool) -> str | None:
+        """Return the source of that, None where the table does not say."""
+        return self.spot_from if spot else self.on_demand_from
+
 
 class NodeTable(Model):
     """Machine types by cloud and name, as of a date."""
 
     date: str = Field(description="when the prices were so, as 2026-11-27")
     currency: str = Field(default="USD", description="what the prices are in")
+    sources: dict[str, Source] = Field(default={}, description="who says so, by a name of your own")
     aws: dict[str, NodeType] = Field(default={}, description="instance types of EC2")
     gcp: dict[str, NodeType] = Field(default={}, description="machine types of Compute Engine")
     azure: dict[str, NodeType] = Field(default={}, description="sizes of Azure's virtual machines")
     onprem: dict[str, NodeType] = Field(default={}, description="hosts of your own, by the pool's name, and head")
+
+    def told(self, source: str | None) -> str | None:
+        """Return a source as its date and URL, or `estimate`; None where the table does not say."""
+        found = self.sources.get(source or "")
+        return f"{found.date} {found.url}" if found else source
 
     def of(self, provider: str) -> Mapping[str, NodeType]:
         """Return the types that a provider lends; Kubernetes may run on any of them."""
@@ -69,7 +91,7 @@ def node_table(spec: ClusterSpec) -> NodeTable:
     if spec.prices is None:
         return ours
     own = _read(spec.prices)
-    merged = {cloud: {**getattr(ours, cloud), **getattr(own, cloud)} for cloud in ("aws", "gcp", "azure", "onprem")}
+    merged = {part: {**getattr(ours, part), **getattr(own, part)} for part in (*CLOUDS, "sources")}
     return own.model_copy(update=merged)
 
 
@@ -84,4 +106,17 @@ def _read(path: str) -> NodeTable:
     data: Any = source.data
     if not isinstance(data, dict):
         raise SpecError(f"{path}: expected a table of machine types with date, aws, gcp, azure or onprem")
-    return validate(NodeTable, data, source.where)
+    table = validate(NodeTable, data, source.where)
+    refuse(list(_unknown_sources(table)), source.where)
+    return table
+
+
+def _unknown_sources(table: NodeTable) -> Iterator[Problem]:
+    known = [ESTIMATE, *table.sources]
+    for cloud in CLOUDS:
+        for name, kind in getattr(table, cloud).items():
+            for field in ("on_demand_from", "spot_from", "watts_from"):
+                source = getattr(kind, field)
+                if source is not None and source not in known:
+                    text = f"{source!r} is none of the sources, nor {ESTIMATE}{nearest(source, known)}"
+                    yield Problem(keys=(cloud, name, field), text=text)
