@@ -1,4 +1,4 @@
-"""The Dockerfile fits the rest of the repository: versions, extras, what it copies, who it runs as. Nothing is built."""
+"""The Dockerfile fits the rest of the repository: versions, extras, what it copies, who it runs as; it is not built."""
 
 import re
 import tomllib
