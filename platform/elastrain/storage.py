@@ -202,11 +202,28 @@ def open_arrow(url: str) -> Any:
 
 
 def open_ranges(url: str) -> Any:
-    """Return a remote file with `size()` and `read_at(length, start)`, which threads may call side by side.
+    """Return a file with `size()` and `read_at(length, start)`, which threads may call side by side.
 
-    Raises FileNotFoundError or StorageError, also while it is read.
+    Raises FileNotFoundError or StorageError, also while it is read; of a local file OSError while it is read.
     """
+    if is_local(url):
+        return _LocalRanges(url)
     return s3.ranges(url) if s3.is_s3(url) else _Ranges(url)
+
+
+class _LocalRanges:
+    """A local file, read without a position into Arrow's memory, whose pages are used again."""
+
+    def __init__(self, url: str) -> None:
+        self._file = open_arrow(url)
+
+    def size(self) -> int:
+        """Return the bytes of the file."""
+        return int(self._file.size())
+
+    def read_at(self, length: int, start: int) -> Any:
+        """Return a range as a buffer."""
+        return self._file.get_stream(start, length).read_buffer(length)
 
 
 class _Ranges:

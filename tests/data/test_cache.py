@@ -32,7 +32,6 @@ from elastrain.data.chunks import PackOptions
 from elastrain.data.columns import Column
 from elastrain.data.dataset import MANIFEST, Dataset, fingerprint
 from elastrain.data.plan import Plan
-from elastrain.data.remote import ranges_of
 from elastrain.data.shards import ShardWriter
 from elastrain.errors import DataError
 from elastrain.spec.train import CacheSpec
@@ -301,8 +300,7 @@ def test_a_row_group_is_one_request_and_columns_that_are_not_wanted_are_none(pro
     reader.read_group(data.columns, source)
     assert requests(proxy, lambda: reader.read_group(data.columns, source)) == {"GET": 1, "HEAD": 0}
     label = data.select(["label"])
-    file, _ = reader._opened_remote(source)
-    ((_, length),) = ranges_of(file.metadata.row_group(0), [column.name for column in label.columns])
+    (((_, length),), _) = reader._opened(source).wanted(0, [column.name for column in label.columns])
     assert length < 1000
 
 
@@ -368,9 +366,9 @@ def test_what_is_corrupted_in_storage_is_an_error_and_not_kept(proxied: tuple[st
     content = bytearray(storage.read_bytes(source.url))
     content[1000] ^= 1
     storage.put(source.url, bytes(content))
-    with pytest.raises(DataError, match=f"{source.url}: row group 0 cannot be read .page checksum mismatch"):
+    with pytest.raises(DataError, match=f"{source.url}: row group 0 cannot be read .hash mismatch"):
         reader.read_group(data.columns, source)
-    with pytest.raises(DataError, match="page checksum mismatch"):
+    with pytest.raises(DataError, match="hash mismatch"):
         reader.read_group(data.columns, source)
     assert len(held(tmp_path)) == 1, "the footer, which is good"
 

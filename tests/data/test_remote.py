@@ -14,7 +14,7 @@ import pytest
 from elastrain.data import remote as remote_module
 from elastrain.data.dataset import Dataset
 from elastrain.data.reader import read_group, sources_of
-from elastrain.data.remote import AHEAD_BYTES, MOST_FETCHES, Pace, Pieces, ReadAhead, RemoteFile, ranges_of
+from elastrain.data.remote import AHEAD_BYTES, MOST_FETCHES, Pace, Pieces, RangeFile, ReadAhead, ranges_of
 from elastrain.errors import DataError
 
 CONTENT = np.random.default_rng(0).bytes(100_000)
@@ -99,30 +99,61 @@ def test_fetches_run_side_by_side_and_what_one_raises_is_raised_where_it_is_aske
 
 
 def test_a_file_is_read_from_what_is_at_hand_and_else_from_storage(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = RemoteFile(url, len(CONTENT), None, None)
-    file.at_hand = {0: CONTENT[:100], 100: CONTENT[100:250], 5000: CONTENT[5000:6000]}
+    file = RangeFile(url, len(CONTENT), None, None)
+    pieces = {0: CONTENT[:100], 100: CONTENT[100:250], 5000: CONTENT[5000:6000]}
     requests: list[tuple[int, int]] = []
-    whole = RemoteFile.read_at
+    whole = RangeFile.read_at
 
-    def noted(self: RemoteFile, length: int, start: int) -> bytes:
+    def noted(self: RangeFile, length: int, start: int) -> bytes:
         requests.append((start, length))
         return bytes(whole(self, length, start))
 
-    monkeypatch.setattr(RemoteFile, "read_at", noted)
+    monkeypatch.setattr(RangeFile, "read_at", noted)
     wrapped = pa.PythonFile(file, mode="r")
     assert wrapped.size() == len(CONTENT)
-    assert wrapped.read_at(200, 20) == CONTENT[20:220]
-    assert wrapped.read_at(1000, 5000) == CONTENT[5000:6000]
-    assert not requests
-    assert wrapped.read_at(300, 99_900) == CONTENT[99_900:]
-    assert requests == [(99_900, 100)]
+    with file.holding(pieces, only=False):
+        assert wrapped.read_at(200, 20) == CONTENT[20:220]
+        assert wrapped.read_at(1000, 5000) == CONTENT[5000:6000]
+        assert not requests
+        assert wrapped.read_at(300, 99_900) == CONTENT[99_900:]
+        assert requests == [(99_900, 100)]
+    assert wrapped.read_at(10, 0) == CONTENT[:10]
+    assert requests == [(99_900, 100), (0, 10)], "nothing is at hand any more"
     wrapped.close()
     assert file.closed
 
 
+def test_where_only_verified_bytes_may_be_read_no_others_are(url: str) -> None:
+    file = RangeFile(url, len(CONTENT), None, None)
+    wrapped = pa.PythonFile(file, mode="r")
+    with file.holding({100: CONTENT[100:250]}, only=True):
+        assert wrapped.read_at(150, 100) == CONTENT[100:250]
+        with pytest.raises(DataError, match=f"{url}: byte 250 belongs to no row group that was verified"):
+            wrapped.read_at(10, 250)
+
+
+def test_threads_that_decode_from_one_file_see_what_they_hold_themselves(url: str) -> None:
+    file = RangeFile(url, len(CONTENT), None, None)
+    wrapped, inside = pa.PythonFile(file, mode="r"), threading.Barrier(2, timeout=60)
+    found: dict[int, bytes] = {}
+
+    def decode(start: int) -> None:
+        with file.holding({start: CONTENT[start : start + 100]}, only=True):
+            inside.wait()
+            found[start] = wrapped.read_at(100, start)
+            inside.wait()
+
+    threads = [threading.Thread(target=decode, args=(start,)) for start in (0, 500)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: CONTENT[:100], 500: CONTENT[500:600]}
+
+
 def test_a_file_of_another_size_than_the_manifest_says_is_told_apart(url: str) -> None:
     with pytest.raises(DataError, match=f"{url}: 100000 bytes where 99999 are expected: truncated or replaced"):
-        RemoteFile(url, 99_999, None, None).read_at(10, 0)
+        RangeFile(url, 99_999, None, None).read_at(10, 0)
 
 
 def test_ranges_hold_the_columns_that_are_read_and_no_long_holes(

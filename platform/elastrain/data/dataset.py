@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MANIFEST, PACKING = "_manifest.json", "_packing.json"
 FORMAT = 1
+GROUP_HASH = 16  # hexadecimal digits of the hash of a row group
 PLAIN, ENCRYPTED = b"PAR1", b"PARE"  # how Parquet files end, and begin
 AGAIN = "restore it, or pack the data again with `elastrain pack … --overwrite`"
 
@@ -61,7 +62,9 @@ class Shard:
     """One Parquet file: path relative to the dataset, size, rows of each row group, hashes of footer and content.
 
     `sha256` is over the whole file and known for packed shards only; `footer` is over the footer's bytes. `content` is
-    known for encrypted shards only: what `sha256` would be without encryption.
+    known for encrypted shards only: what `sha256` would be without encryption. `xxh3` is known for packed shards that
+    are not encrypted: the XXH3-64 of each row group's bytes, from its first column chunk to the end of its last, 16
+    hexadecimal digits each, one after the other.
     """
 
     path: str
@@ -70,6 +73,11 @@ class Shard:
     footer: str
     sha256: str | None = None
     content: str | None = None
+    xxh3: str | None = None
+
+    def group_hash(self, group: int) -> str | None:
+        """Return the hash of a row group's bytes, None where it is not known."""
+        return None if self.xxh3 is None else self.xxh3[GROUP_HASH * group : GROUP_HASH * (group + 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,13 +280,14 @@ def _shard(entry: Mapping[str, Any]) -> Shard:
         footer=entry["footer"],
         sha256=entry["sha256"],
         content=entry.get("content"),
+        xxh3=entry.get("xxh3"),
     )
 
 
 def _plain(value: Any) -> dict[str, Any]:
-    """Return a slots dataclass as a JSON object; `content` only where it is known."""
+    """Return a slots dataclass as a JSON object; `content` and `xxh3` only where they are known."""
     fields = {name: getattr(value, name) for name in value.__dataclass_fields__}
-    return {name: held for name, held in fields.items() if name != "content" or held is not None}
+    return {name: held for name, held in fields.items() if name not in ("content", "xxh3") or held is not None}
 
 
 def _encrypted(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,28 +1,29 @@
 """Rows out of Parquet: only the row groups that hold them, each read once, verified, in the order asked for.
 
-Page checksums are verified where the file has them, or the tags of pages that are encrypted, and the footer against the
-hash that the dataset noted. Open files are kept by the process, so that a footer is read once a process. Of remote
-files, row groups come ahead of their use; what the cache holds is verified like all else, and read from storage if it
-is not good.
+Each time that a row group is read, its bytes are verified: by the hash that the dataset noted, where all of them are
+read; else by page checksums, where the file has them, or the tags of pages that are encrypted. pyarrow computes those
+checksums slowly, and is told not to where the hash was right. The footer is held against the hash that the dataset
+noted. Open files are kept by the process, so that a footer is read once a process. Of remote files, row groups come
+ahead of their use; what the cache holds is verified like all else, and read from storage if it is not good.
 """
 
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from elastrain import storage
 from elastrain.data.cache import Cache
 from elastrain.data.columns import Array, Column, decode, describe
 from elastrain.data.dataset import Dataset, read_footer
 from elastrain.data.plan import Ints
-from elastrain.data.remote import Pieces, ReadAhead, RemoteFile, ranges_of
+from elastrain.data.remote import Pieces, RangeFile, ReadAhead, range_of, ranges_of
 from elastrain.errors import DataError
 
 OPEN_FILES = 64
@@ -31,7 +32,7 @@ REMOTE_FILES = 1024  # of which only the footer is held
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One row group: its file with size and hashes, the group in it, the dataset rows that it holds, and the cache."""
+    """One row group: its file with size and hashes, the group in it, its rows and hash, and the cache if it is remote."""
 
     url: str
     size_bytes: int
@@ -40,6 +41,7 @@ class Source:
     group: int
     first_row: int
     num_rows: int
+    xxh3: str | None = None
     cache: Cache | None = None
     encrypted: bool = False
 
@@ -51,16 +53,18 @@ def sources_of(dataset: Dataset, groups: Ints, cache: Cache | None = None) -> li
     for group in np.unique(groups).tolist():
         index, inner = dataset.group_address(group)
         shard = dataset.shards[index]
+        url = storage.join(dataset.url, shard.path)
         found.append(
             Source(
-                url=storage.join(dataset.url, shard.path),
+                url=url,
                 size_bytes=shard.size_bytes,
                 footer=shard.footer,
                 sha256=shard.sha256,
                 group=inner,
                 first_row=int(starts[group]),
                 num_rows=int(dataset.group_rows[group]),
-                cache=cache,
+                xxh3=shard.group_hash(inner),
+                cache=None if storage.is_local(url) else cache,
                 encrypted=dataset.key is not None,
             )
         )
@@ -129,16 +133,13 @@ def _read(
 ) -> dict[str, Array]:
     names = [column.name for column in columns]
     try:
-        if storage.is_local(source.url):
-            table = _table(_opened(source), source, names, most)
-        else:
+        opened, hashed = _opened(source), _is_hashed(source, names)
+        pieces: Pieces = {}  # of a local file that has no hashes, pyarrow reads a column after the other
+        if hashed or not storage.is_local(source.url):
             pieces = _fetched(source, names) if ahead is None else ahead.take(source)
-            file, remote = _opened_remote(source)
-            remote.at_hand = pieces
-            table = _table(file, source, names, most)
-            remote.at_hand = {}
+        with opened.file.holding(pieces, only=hashed):
+            table = _table(opened.trusting if hashed else opened.verifying, source, names, most)
     except (pa.ArrowException, OSError) as error:
-        _open_local.cache_clear()
         raise DataError(
             f"{source.url}: row group {source.group} cannot be read ({_reason(error)}); "
             f"restore the file, or pack the data again"
@@ -160,18 +161,30 @@ def _table(file: pq.ParquetFile, source: Source, names: list[str], most: int | N
 
 
 def _fetched(source: Source, names: Sequence[str]) -> Pieces:
-    """Return the bytes of a remote row group; threads may call this side by side."""
-    file, remote = _opened_remote(source)
-    ranges = ranges_of(file.metadata.row_group(source.group), names)
-    return {start: remote.read_at(length, start) for start, length in ranges}
+    """Return the bytes of a row group, their hash verified if it is known; threads may call this side by side."""
+    opened = _opened(source)
+    ranges, _ = opened.wanted(source.group, names)
+    pieces = {start: opened.file.read_at(length, start) for start, length in ranges}
+    if _is_hashed(source, names) and xxhash.xxh3_64_hexdigest(pieces[ranges[0][0]]) != source.xxh3:
+        raise DataError(
+            f"{source.url}: row group {source.group} cannot be read (hash mismatch: the file is corrupted); "
+            f"restore the file, or pack the data again"
+        )
+    return pieces
+
+
+def _is_hashed(source: Source, names: Sequence[str]) -> bool:
+    """Say whether the hash of a row group covers the bytes that these columns need, and no more than them."""
+    return source.xxh3 is not None and _opened(source).wanted(source.group, names)[1]
 
 
 def _forget(source: Source, names: Sequence[str]) -> bool:
-    """Open a remote file anew; say whether the row group was in the cache, from which it is removed."""
+    """Open a file anew; say whether the row group was in the cache, from which it is removed."""
     if storage.is_local(source.url):
+        _open_local.cache_clear()
         return False
-    file, remote = _opened_remote(source)
-    cached = remote.forget(ranges_of(file.metadata.row_group(source.group), names))
+    opened = _opened(source)
+    cached = opened.file.forget(opened.wanted(source.group, names)[0])
     _open_remote.cache_clear()
     return cached
 
@@ -194,22 +207,31 @@ def _check_kind(schema: pa.Schema, column: Column, where: str) -> None:
         )
 
 
-def _opened(source: Source) -> pq.ParquetFile:
-    """Return a local file, opened once a process."""
-    return _open_local(source.url, source.size_bytes, source.footer, encrypted=source.encrypted)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened:
+    """A file that this process has opened: its bytes, and what decodes them with page checksums verified or without."""
+
+    file: RangeFile
+    verifying: pq.ParquetFile
+    trusting: pq.ParquetFile
+    known: dict[tuple[int, tuple[str, ...]], tuple[list[tuple[int, int]], bool]] = field(default_factory=dict)
+
+    def wanted(self, group: int, names: Sequence[str]) -> tuple[list[tuple[int, int]], bool]:
+        """Return the ranges that hold these columns of a row group, and whether they are the whole row group."""
+        key = (group, tuple(names))
+        if key not in self.known:
+            held = self.verifying.metadata.row_group(group)
+            ranges = ranges_of(held, names)
+            self.known[key] = ranges, ranges == [range_of(held)]
+        return self.known[key]
 
 
-@lru_cache(maxsize=OPEN_FILES)
-def _open_local(url: str, size_bytes: int, footer: str, *, encrypted: bool) -> pq.ParquetFile:
-    metadata, _ = read_footer(url, size_bytes, expected=footer, encrypted=encrypted)
-    return _parquet(storage.open_arrow(url), metadata, encrypted=encrypted)
-
-
-def _opened_remote(source: Source) -> tuple[pq.ParquetFile, RemoteFile]:
-    """Return a remote file, opened once a process; threads may call this side by side."""
+def _opened(source: Source) -> Opened:
+    """Return a file, opened once a process; threads may call this side by side."""
+    opening = _open_local if storage.is_local(source.url) else _open_remote
     with _turn(source.url):
         file = (source.url, source.size_bytes, source.footer, source.sha256, source.cache)
-        return _open_remote(*file, encrypted=source.encrypted)
+        return opening(*file, encrypted=source.encrypted)
 
 
 @lru_cache(maxsize=REMOTE_FILES)
@@ -217,28 +239,32 @@ def _turn(url: str) -> threading.Lock:  # noqa: ARG001 -- one for each
     return threading.Lock()
 
 
-@lru_cache(maxsize=REMOTE_FILES)
-def _open_remote(
+def _open(
     url: str, size_bytes: int, footer: str, sha256: str | None, cache: Cache | None, *, encrypted: bool
-) -> tuple[pq.ParquetFile, RemoteFile]:
-    remote = RemoteFile(url, size_bytes, sha256, cache)
+) -> Opened:
+    file = RangeFile(url, size_bytes, sha256, cache)
     try:
-        metadata, _ = read_footer(url, size_bytes, remote, expected=footer, encrypted=encrypted)
+        metadata, _ = read_footer(url, size_bytes, file, expected=footer, encrypted=encrypted)
     except DataError:
-        if not remote.forget(remote.asked):
+        if not file.forget(file.asked):
             raise
-        metadata, _ = read_footer(url, size_bytes, remote, expected=footer, encrypted=encrypted)
-    return _parquet(pa.PythonFile(remote, mode="r"), metadata, encrypted=encrypted), remote
+        metadata, _ = read_footer(url, size_bytes, file, expected=footer, encrypted=encrypted)
+    verifying, trusting = (_parquet(file, metadata, encrypted=encrypted, verify=verify) for verify in (True, False))
+    return Opened(file=file, verifying=verifying, trusting=trusting)
 
 
-def _parquet(file: Any, metadata: pq.FileMetaData, *, encrypted: bool) -> pq.ParquetFile:
+_open_local = lru_cache(maxsize=OPEN_FILES)(_open)
+_open_remote = lru_cache(maxsize=REMOTE_FILES)(_open)
+
+
+def _parquet(file: RangeFile, metadata: pq.FileMetaData, *, encrypted: bool, verify: bool) -> pq.ParquetFile:
     if encrypted:
         from elastrain.data.parquet_encryption import decryption  # noqa: PLC0415 -- for encrypted datasets only
     return pq.ParquetFile(
-        file,
+        pa.PythonFile(file, mode="r"),
         metadata=metadata,
         decryption_properties=decryption() if encrypted else None,
-        page_checksum_verification=not encrypted,  # the tags of AES-GCM find more, and are looked at anyway
+        page_checksum_verification=verify and not encrypted,  # the tags of AES-GCM find more, and are looked at anyway
         pre_buffer=False,
     )
 

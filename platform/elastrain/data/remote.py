@@ -1,16 +1,18 @@
-"""Shards in remote storage: ranges of them from the cache or by one request each, fetched ahead of their use.
+"""Shards by ranges: from a local file, from the cache or by one request each, those of remote ones ahead of their use.
 
 How many requests are under way is measured: as many as row groups are decoded while one request lasts, so that decoding
 does not wait for the store, and not many more.
 """
 
+import contextlib
 import math
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from elastrain import storage
@@ -26,11 +28,21 @@ AT_ONCE_S, AT_ONCE_SHARE = 0.001, 0.25  # of the time of decoding: what comes fa
 MEASURED = 32
 
 
-class RemoteFile:
-    """A shard for `pyarrow.PythonFile`: what was fetched for the row group at hand, else a request for what is read."""
+class _Hand(threading.local):
+    """What a thread has of the row group that it decodes: buffers by where they begin, and whether there is no more."""
+
+    pieces: Mapping[int, Any] = MappingProxyType({})
+    only = False
+
+
+class RangeFile:
+    """A shard for `pyarrow.PythonFile`: what was fetched for the row group at hand, else what `read_at` gives.
+
+    Threads may decode from one side by side: each sees what it holds itself.
+    """
 
     def __init__(self, url: str, size_bytes: int, sha256: str | None, cache: Cache | None) -> None:
-        self.at_hand: Pieces = {}
+        self._hand = _Hand()
         self._url, self._size, self._at, self._closed = url, size_bytes, 0, False
         self._sha256, self._cache = sha256, cache
         self._opening = threading.Lock()
@@ -59,8 +71,17 @@ class RemoteFile:
         dropped = [self._cache.drop(key_of(self._url, self._sha256, start, length)) for start, length in ranges]
         return any(dropped)
 
+    @contextlib.contextmanager
+    def holding(self, pieces: Pieces, *, only: bool) -> Iterator[None]:
+        """Let this thread read from these pieces; with `only`, since they were verified, from nothing else."""
+        self._hand.pieces, self._hand.only = pieces, only
+        try:
+            yield
+        finally:
+            self._hand.pieces, self._hand.only = {}, False
+
     def read(self, size: int = -1) -> Any:
-        """Return the next bytes."""
+        """Return the next bytes; raises DataError where only what is at hand may be read, and they are not."""
         stop = self._size if size < 0 else min(self._size, self._at + size)
         pieces = []
         while self._at < stop:
@@ -79,8 +100,8 @@ class RemoteFile:
         return self._at
 
     def close(self) -> None:
-        """Forget what is at hand."""
-        self.at_hand, self._closed = {}, True
+        """Note that nobody reads it any more."""
+        self._closed = True
 
     @property
     def closed(self) -> bool:
@@ -88,12 +109,14 @@ class RemoteFile:
         return self._closed
 
     def _from_hand(self, stop: int) -> memoryview | None:
-        for start, data in self.at_hand.items():
+        for start, data in self._hand.pieces.items():
             if start <= self._at < start + len(data):
                 return memoryview(data)[self._at - start : stop - start]
+        if self._hand.only:
+            raise DataError(f"{self._url}: byte {self._at} belongs to no row group that was verified; restore the file")
         return None
 
-    def _fetched(self, length: int, start: int) -> bytes:
+    def _fetched(self, length: int, start: int) -> Any:
         with self._opening:
             if self._ranges is None:
                 opened = storage.open_ranges(self._url)
@@ -103,7 +126,7 @@ class RemoteFile:
                         f"restore it"
                     )
                 self._ranges = opened
-        data: bytes = self._ranges.read_at(length, start)
+        data = self._ranges.read_at(length, start)
         if len(data) != length:
             raise DataError(f"{self._url}: truncated or replaced while it was read; restore it")
         return data
@@ -111,14 +134,25 @@ class RemoteFile:
 
 def ranges_of(group: Any, names: Sequence[str]) -> list[tuple[int, int]]:
     """Return the ranges (start, length) that hold these columns of a row group (`RowGroupMetaData`)."""
-    chunks = (group.column(index) for index in range(group.num_columns))
-    wanted = sorted(_extent(chunk) for chunk in chunks if chunk.path_in_schema.partition(".")[0] in names)
     joined: list[tuple[int, int]] = []
-    for start, stop in wanted:
+    for start, stop in sorted(_extent(chunk) for name, chunk in _chunks(group) if name in names):
         near = bool(joined) and start - sum(joined[-1]) <= HOLE_BYTES
         first = joined.pop()[0] if near else start
         joined.append((first, stop - first))
     return joined
+
+
+def range_of(group: Any) -> tuple[int, int]:
+    """Return the range (start, length) of a whole row group, from its first column chunk to the end of its last."""
+    starts, stops = zip(*(_extent(chunk) for _, chunk in _chunks(group)), strict=True)
+    return min(starts), max(stops) - min(starts)
+
+
+def _chunks(group: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the chunks of a row group with the names of their columns."""
+    for index in range(group.num_columns):
+        chunk = group.column(index)
+        yield chunk.path_in_schema.partition(".")[0], chunk
 
 
 def _extent(chunk: Any) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Rows in, proven Parquet shards out: exact row groups and shards, whatever pieces the rows come in.
 
-A shard is written beside its place, read back with page checksums verified, hashed, and then appears at once. Proving
+A shard is written beside its place, hashed, read back with page checksums verified, and then appears at once. Proving
 one shard overlaps with writing the next, so that at most two shards are under way. No Ray here.
 
 An encrypted shard is another one each time, since its keys are random. So the same shard without encryption is written
@@ -22,12 +22,14 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from elastrain import storage
 from elastrain.data.chunks import Arrays, PackOptions, first_line
 from elastrain.data.columns import Column, encode, from_table
 from elastrain.data.dataset import Shard, read_footer
 from elastrain.data.parquet_encryption import decryption, encryption_of
+from elastrain.data.remote import range_of
 from elastrain.data.statistics import Sums
 from elastrain.errors import DataError, StorageError
 
@@ -211,12 +213,14 @@ class ShardWriter:
 
 
 def prove(shard: OpenShard, sums: Sequence[Sums]) -> Shard:
-    """Read a written shard back with its page checksums, add up its statistics, hash it, and let it appear.
+    """Hash a written shard, read it back with its page checksums, add up its statistics, and let it appear.
 
+    What is hashed before it is checked cannot have been corrupted in between and yet be called good.
     Raises StorageError if what was written cannot be read back; then nothing appears.
     """
     with shard.stack:
         try:
+            xxh3 = None if shard.plain is not None else group_hashes(shard.temporary)
             for arrays in read_back(shard.temporary, encrypted=shard.plain is not None):
                 for column in sums:
                     column.add(arrays[column.column.name])
@@ -235,7 +239,16 @@ def prove(shard: OpenShard, sums: Sequence[Sums]) -> Shard:
         footer=footer,
         sha256=sha256,
         content=None if shard.plain is None else shard.plain.hexdigest(),
+        xxh3=xxh3,
     )
+
+
+def group_hashes(path: Path) -> str:
+    """Return the hashes of a file's row groups as `Shard.xxh3` holds them."""
+    metadata = pq.read_metadata(path)
+    ranges = (range_of(metadata.row_group(group)) for group in range(metadata.num_row_groups))
+    with pa.OSFile(str(path)) as file:
+        return "".join(xxhash.xxh3_64_hexdigest(file.read_at(length, start)) for start, length in ranges)
 
 
 def read_back(path: Path, *, encrypted: bool = False) -> Iterator[Arrays]:
