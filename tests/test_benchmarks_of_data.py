@@ -54,17 +54,21 @@ def test_pack_writes_every_row_on_all_sides(work: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_integrity_cost_reads_the_same_rows_on_all_sides(work: Path) -> None:
-    from benchmarks.integrity_cost.case import SMALL_EPOCHS, SMALL_ROWS
+    from benchmarks.integrity_cost.case import SMALL_ROWS
+    from benchmarks.integrity_cost.data import KINDS
 
     found = small("integrity_cost", work)
     assert found.keys() == {"read tasks", "ingest"}
     for series in found.values():
-        assert len({side["digest"] for side in series.values()}) == 1
-        assert len({side["counters"]["rows"] for side in series.values()}) == 1
-    assert found["read tasks"]["encrypted"]["counters"]["rows"] == SMALL_EPOCHS * SMALL_ROWS
-    sizes, marks = {}, {}
-    for kind in ("ours", "unchecked", "encrypted"):
+        assert series["ours"]["counters"]["rows"] == SMALL_ROWS
+        assert {f"cpu_{kind}" for kind in KINDS} < series["ours"]["measures"].keys()
+    sizes, marks, hashed = {}, {}, {}
+    for kind in KINDS:
         (shard,) = work.glob(f"*-{kind}/part-00000.parquet")
         sizes[kind], marks[kind] = shard.stat().st_size, shard.read_bytes()[:4]
-    assert marks == {"ours": b"PAR1", "unchecked": b"PAR1", "encrypted": b"PARE"}
-    assert sizes["unchecked"] < sizes["ours"] < sizes["encrypted"], "a checksum takes some bytes a page"
+        hashed[kind] = b"xxh3" in (shard.parent / "_manifest.json").read_bytes()
+    assert marks == {"ours": b"PAR1", "pages": b"PAR1", "unchecked": b"PAR1", "encrypted": b"PARE"}
+    assert hashed == {"ours": True, "pages": False, "unchecked": False, "encrypted": False}
+    assert sizes["unchecked"] < sizes["ours"] == sizes["pages"] < sizes["encrypted"], (
+        "a checksum takes some bytes a page"
+    )

@@ -11,6 +11,7 @@ import secrets
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ import pytest
 import torch
 
 from elastrain import storage
+from elastrain.data.cache import Cache
 from elastrain.data.columns import Array, Column
 from elastrain.data.dataset import MANIFEST as DATASET
 from elastrain.data.dataset import Dataset
-from elastrain.data.reader import _open_local, read_group, sources_of
+from elastrain.data.reader import forget_files, read_group, sources_of
 from elastrain.data.shards import ShardWriter
 from elastrain.data.sources import PackOptions
 from elastrain.errors import DataError, StorageError
@@ -106,42 +108,108 @@ def flipped(data: bytes, place: int) -> bytes:
     return bytes(changed)
 
 
-def rows_of(url: str) -> dict[str, Array]:
-    """All rows of a dataset, read as a run reads them."""
-    _open_local.cache_clear()
+def rows_of(url: str, cache: Cache | None = None) -> dict[str, Array]:
+    """All rows of a dataset, read as a run reads them that has just begun."""
+    forget_files()
+    return rows_again(url, cache)
+
+
+def rows_again(url: str, cache: Cache | None = None) -> dict[str, Array]:
+    """The same by a process that has the files open."""
     dataset = Dataset.open(url)
-    groups = [read_group(dataset.columns, source) for source in sources_of(dataset, np.arange(len(dataset.group_rows)))]
+    every = np.arange(len(dataset.group_rows))
+    groups = [read_group(dataset.columns, source) for source in sources_of(dataset, every, cache)]
     return {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
 
 
-def pack_small(url: str) -> None:
-    """Put a dataset of one shard with a few row groups."""
+def pack_small(url: str, verified: str = "hashes") -> None:
+    """Put a dataset of one shard with a few row groups; without hashes it is as older packs left it."""
     rng = np.random.default_rng(0)
     columns = [Column(name="x", dtype="uint8", shape=(8, 8)), Column(name="y", dtype="uint8", shape=())]
     with ShardWriter(url, columns, PackOptions(row_group_bytes=16 << 10)) as writer:
         writer.write({"x": rng.integers(0, 17, (1000, 8, 8), dtype=np.uint8), "y": rng.integers(0, 9, 1000, np.uint8)})
         shards, _ = writer.finish()
+    if verified == "page checksums":
+        shards = tuple(replace(shard, xxh3=None) for shard in shards)
     made = Dataset(url=url, columns=tuple(columns), shards=tuple(shards), fingerprint="", packed=True)
     storage.put_json(storage.join(url, DATASET), made.manifest())
 
 
-def test_no_bit_that_flips_in_a_shard_is_silent(place: str) -> None:
-    pack_small(place)
-    good, rng = rows_of(place), random.Random(SEED)  # noqa: S311 -- repeatable
-    (shard,) = Dataset.open(place).shards
-    url = storage.join(place, shard.path)
+def same(found: dict[str, Array], good: dict[str, Array]) -> bool:
+    return all(np.array_equal(found[name], good[name]) for name in good)
+
+
+@pytest.fixture(params=["hashes", "page checksums"])
+def packed(request: pytest.FixtureRequest, place: str) -> str:
+    """A small dataset there, whose rows are verified in one way or the other."""
+    pack_small(place, request.param)
+    assert (Dataset.open(place).shards[0].xxh3 is not None) == (request.param == "hashes")
+    return place
+
+
+def test_no_bit_that_flips_in_a_shard_is_silent(packed: str) -> None:
+    good, rng = rows_of(packed), random.Random(SEED)  # noqa: S311 -- repeatable
+    (shard,) = Dataset.open(packed).shards
+    url = storage.join(packed, shard.path)
     data = storage.read_bytes(url)
     told = 0
     for _ in range(FLIPS):
         storage.put(url, flipped(data, rng.randrange(8 * len(data))))
         try:
-            found = rows_of(place)
+            found = rows_of(packed)
         except DataError as error:
             assert str(error).startswith(url)  # noqa: PT017 -- some flips are harmless
             told += 1
         else:
-            assert all(np.array_equal(found[name], good[name]) for name in good)
+            assert same(found, good)
     assert told > FLIPS // 2
+
+
+def test_no_bit_that_flips_in_a_shard_between_two_reads_of_an_open_file_is_silent(packed: str) -> None:
+    """In the same file where it is local; on S3 in an object that takes the place of the one that was read."""
+    good, rng = rows_of(packed), random.Random(SEED)  # noqa: S311 -- repeatable
+    (shard,) = Dataset.open(packed).shards
+    url, told = storage.join(packed, shard.path), 0
+    data = storage.read_bytes(url)
+    for _ in range(FLIPS):
+        assert same(rows_again(packed), good)
+        overwrite(url, flipped(data, rng.randrange(8 * len(data))))
+        try:
+            found = rows_again(packed)
+        except (DataError, StorageError) as error:
+            assert url in str(error)  # noqa: PT017 -- some flips are harmless, or in the footer, which is not read again
+            told += 1
+        else:
+            assert same(found, good)
+        overwrite(url, data)
+        forget_files()
+    assert told > FLIPS // 4
+
+
+def overwrite(url: str, data: bytes) -> None:
+    if storage.is_local(url):
+        with storage.local_path(url).open("r+b") as file:
+            file.write(data)
+    else:
+        storage.put(url, data)
+
+
+@pytest.mark.parametrize("verified", ["hashes", "page checksums"])
+def test_no_bit_that_flips_in_the_cache_is_silent(s3_bucket: str, tmp_path: Path, verified: str) -> None:
+    """What was filled well is not believed later: the row group is read from storage again."""
+    place = f"{s3_bucket}/{secrets.token_hex(4)}"
+    pack_small(place, verified)
+    cache, rng = Cache(folder=str(tmp_path), max_bytes=1 << 20), random.Random(SEED)  # noqa: S311 -- repeatable
+    good, healed = rows_of(place, cache), 0
+    for number in range(FLIPS):
+        entries = sorted(Path(tmp_path, "entries").iterdir())
+        path = rng.choice(entries)
+        data = path.read_bytes()
+        path.write_bytes(flipped(data, rng.randrange(8 * len(data))))
+        assert same((rows_of if number % 2 else rows_again)(place, cache), good)
+        healed += path.read_bytes() == data
+        path.write_bytes(data)
+    assert healed > FLIPS // 4
 
 
 def test_no_bit_that_flips_in_a_checkpoint_is_silent(place: str) -> None:

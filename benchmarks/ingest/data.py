@@ -28,7 +28,7 @@ WARM = 4  # epochs until pipelines are full and pages of the object store have b
 
 def prepare(folder: Path, *, rows: int, codec: str) -> str:
     """Pack images like MNIST's (a fifth of the pixels is ink) with our own writer; return the dataset's folder."""
-    url = str(folder / f"ingest-{rows}-{codec}")
+    url = str(folder / f"images-{rows}-{codec}")
     return pack_images(url, rows=rows, options=PackOptions(codec=codec, shard_bytes=32 << 20))
 
 

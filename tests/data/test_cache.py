@@ -300,7 +300,7 @@ def test_a_row_group_is_one_request_and_columns_that_are_not_wanted_are_none(pro
     reader.read_group(data.columns, source)
     assert requests(proxy, lambda: reader.read_group(data.columns, source)) == {"GET": 1, "HEAD": 0}
     label = data.select(["label"])
-    (((_, length),), _) = reader._opened(source).wanted(0, [column.name for column in label.columns])
+    (((_, length),), _) = reader._opened(source).wanted(0, tuple(column.name for column in label.columns))
     assert length < 1000
 
 

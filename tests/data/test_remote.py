@@ -14,7 +14,7 @@ import pytest
 from elastrain.data import remote as remote_module
 from elastrain.data.dataset import Dataset
 from elastrain.data.reader import read_group, sources_of
-from elastrain.data.remote import AHEAD_BYTES, MOST_FETCHES, Pace, Pieces, RangeFile, ReadAhead, ranges_of
+from elastrain.data.remote import AHEAD_BYTES, MOST_FETCHES, Pace, Pieces, RangeFile, ReadAhead, Verified, ranges_of
 from elastrain.errors import DataError
 
 CONTENT = np.random.default_rng(0).bytes(100_000)
@@ -111,44 +111,56 @@ def test_a_file_is_read_from_what_is_at_hand_and_else_from_storage(url: str, mon
     monkeypatch.setattr(RangeFile, "read_at", noted)
     wrapped = pa.PythonFile(file, mode="r")
     assert wrapped.size() == len(CONTENT)
-    with file.holding(pieces, only=False):
-        assert wrapped.read_at(200, 20) == CONTENT[20:220]
-        assert wrapped.read_at(1000, 5000) == CONTENT[5000:6000]
-        assert not requests
-        assert wrapped.read_at(300, 99_900) == CONTENT[99_900:]
-        assert requests == [(99_900, 100)]
+    file.hold(pieces)
+    assert wrapped.read_at(200, 20) == CONTENT[20:220]
+    assert wrapped.read_at(1000, 5000) == CONTENT[5000:6000]
+    assert not requests
+    assert wrapped.read_at(300, 99_900) == CONTENT[99_900:]
+    assert requests == [(99_900, 100)]
+    file.hold({})
     assert wrapped.read_at(10, 0) == CONTENT[:10]
     assert requests == [(99_900, 100), (0, 10)], "nothing is at hand any more"
     wrapped.close()
     assert file.closed
 
 
-def test_where_only_verified_bytes_may_be_read_no_others_are(url: str) -> None:
-    file = RangeFile(url, len(CONTENT), None, None)
+def test_nothing_but_what_was_verified_can_be_read_from_it() -> None:
+    file = Verified("x", len(CONTENT))
     wrapped = pa.PythonFile(file, mode="r")
-    with file.holding({100: CONTENT[100:250]}, only=True):
-        assert wrapped.read_at(150, 100) == CONTENT[100:250]
-        with pytest.raises(DataError, match=f"{url}: byte 250 belongs to no row group that was verified"):
-            wrapped.read_at(10, 250)
+    assert wrapped.size() == len(CONTENT)
+    file.hold(100, CONTENT[100:250])
+    assert wrapped.read_at(150, 100) == CONTENT[100:250]
+    assert wrapped.read_at(10, 130) == CONTENT[130:140]
+    for place in (0, 95, 245, 250, 90_000):
+        with pytest.raises(DataError, match=f"x: 10 bytes at {place} belong to no row group that was verified"):
+            wrapped.read_at(10, place)
+    file.hold(0, b"")
+    with pytest.raises(DataError, match="x: 10 bytes at 100 belong to no row group"):
+        wrapped.read_at(10, 100)
 
 
 def test_threads_that_decode_from_one_file_see_what_they_hold_themselves(url: str) -> None:
-    file = RangeFile(url, len(CONTENT), None, None)
-    wrapped, inside = pa.PythonFile(file, mode="r"), threading.Barrier(2, timeout=60)
-    found: dict[int, bytes] = {}
+    file, verified, inside = (
+        RangeFile(url, len(CONTENT), None, None),
+        Verified(url, 0),
+        threading.Barrier(2, timeout=60),
+    )
+    wrapped = [pa.PythonFile(one, mode="r") for one in (file, verified)]
+    found: dict[int, list[bytes]] = {}
 
     def decode(start: int) -> None:
-        with file.holding({start: CONTENT[start : start + 100]}, only=True):
-            inside.wait()
-            found[start] = wrapped.read_at(100, start)
-            inside.wait()
+        file.hold({start: b"%4d" % start * 25})
+        verified.hold(start, CONTENT[start : start + 100])
+        inside.wait()
+        found[start] = [one.read_at(100, start) for one in wrapped]
+        inside.wait()
 
-    threads = [threading.Thread(target=decode, args=(start,)) for start in (0, 500)]
+    threads = [threading.Thread(target=decode, args=(start,)) for start in (1000, 5000)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {0: CONTENT[:100], 500: CONTENT[500:600]}
+    assert found == {start: [b"%4d" % start * 25, CONTENT[start : start + 100]] for start in (1000, 5000)}
 
 
 def test_a_file_of_another_size_than_the_manifest_says_is_told_apart(url: str) -> None:

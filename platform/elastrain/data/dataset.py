@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -54,7 +55,7 @@ class Column:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row in memory."""
-        return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
+        return int(np.dtype(self.dtype).itemsize * math.prod(self.shape))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ from elastrain.data.cache import Cache
 from elastrain.data.columns import Array, Column, decode, describe
 from elastrain.data.dataset import Dataset, read_footer
 from elastrain.data.plan import Ints
-from elastrain.data.remote import Pieces, RangeFile, ReadAhead, range_of, ranges_of
+from elastrain.data.remote import Pieces, RangeFile, ReadAhead, Verified, range_of, ranges_of
 from elastrain.errors import DataError
 
 OPEN_FILES = 64
@@ -32,7 +33,7 @@ REMOTE_FILES = 1024  # of which only the footer is held
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One row group: its file with size and hashes, the group in it, its rows and hash, and the cache if it is remote."""
+    """One row group: its file with size and hashes, the group in it, its rows and hash; the cache if it is remote."""
 
     url: str
     size_bytes: int
@@ -73,9 +74,9 @@ def sources_of(dataset: Dataset, groups: Ints, cache: Cache | None = None) -> li
 
 def read_ahead(columns: Sequence[Column], sources: Sequence[Source]) -> ReadAhead[Source]:
     """Return what fetches the remote ones of these row groups, in this order, before `read_rows` comes to them."""
-    names = [column.name for column in columns]
+    names = tuple(column.name for column in columns)
     remote = [source for source in sources if not storage.is_local(source.url)]
-    return ReadAhead(remote, lambda source: _fetched(source, names))
+    return ReadAhead(remote, lambda source: _fetched(_opened(source), source, names))
 
 
 def read_rows(
@@ -114,7 +115,7 @@ def read_group(
 
     Raises DataError, naming the file, if it is not what the manifest says.
     """
-    names = [column.name for column in columns]
+    names = tuple(column.name for column in columns)
     try:
         return _read(columns, source, most, ahead)
     except DataError as error:
@@ -131,14 +132,10 @@ def read_group(
 def _read(
     columns: Sequence[Column], source: Source, most: int | None, ahead: ReadAhead[Source] | None
 ) -> dict[str, Array]:
-    names = [column.name for column in columns]
+    names = tuple(column.name for column in columns)
     try:
-        opened, hashed = _opened(source), _is_hashed(source, names)
-        pieces: Pieces = {}  # of a local file that has no hashes, pyarrow reads a column after the other
-        if hashed or not storage.is_local(source.url):
-            pieces = _fetched(source, names) if ahead is None else ahead.take(source)
-        with opened.file.holding(pieces, only=hashed):
-            table = _table(opened.trusting if hashed else opened.verifying, source, names, most)
+        opened = _opened(source)
+        table = _decoded(opened, source, names, most, ahead)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{source.url}: row group {source.group} cannot be read ({_reason(error)}); "
@@ -148,24 +145,43 @@ def _read(
     expected = source.num_rows if most is None else min(most, source.num_rows)
     if table.num_rows != expected:
         raise DataError(f"{where}: {table.num_rows} rows where the manifest says {expected}; restore the file")
-    for column in columns:
-        _check_kind(table.schema, column, where)
+    opened.check_kinds(tuple(columns), where)
     return {column.name: decode(table.column(column.name), column, where=where) for column in columns}
 
 
-def _table(file: pq.ParquetFile, source: Source, names: list[str], most: int | None) -> pa.Table:
+def _decoded(
+    opened: "Opened", source: Source, names: tuple[str, ...], most: int | None, ahead: ReadAhead[Source] | None
+) -> pa.Table:
+    """Return the columns of a row group, decoded without page checksums where its hash was right."""
+    remote = not storage.is_local(source.url)
+    hashed = opened.is_hashed(source, names)
+    pieces: Pieces = {}  # of a local file that has no hashes, pyarrow reads one column after the other
+    if remote or hashed:
+        pieces = ahead.take(source) if remote and ahead is not None else _fetched(opened, source, names)
+    if hashed:
+        ((start, data),) = pieces.items()
+        opened.verified.hold(start, data)
+    else:
+        opened.file.hold(pieces)
+    try:
+        return _table(opened.trusting if hashed else opened.verifying, source, names, most)
+    finally:
+        opened.verified.hold(0, b"")
+        opened.file.hold({})
+
+
+def _table(file: pq.ParquetFile, source: Source, names: tuple[str, ...], most: int | None) -> pa.Table:
     if most is None:
-        return file.read_row_group(source.group, columns=names, use_threads=False)
-    batches = file.iter_batches(most, row_groups=[source.group], columns=names, use_threads=False)
+        return file.read_row_group(source.group, columns=list(names), use_threads=False)
+    batches = file.iter_batches(most, row_groups=[source.group], columns=list(names), use_threads=False)
     return pa.Table.from_batches([next(batches)])
 
 
-def _fetched(source: Source, names: Sequence[str]) -> Pieces:
+def _fetched(opened: "Opened", source: Source, names: tuple[str, ...]) -> Pieces:
     """Return the bytes of a row group, their hash verified if it is known; threads may call this side by side."""
-    opened = _opened(source)
     ranges, _ = opened.wanted(source.group, names)
     pieces = {start: opened.file.read_at(length, start) for start, length in ranges}
-    if _is_hashed(source, names) and xxhash.xxh3_64_hexdigest(pieces[ranges[0][0]]) != source.xxh3:
+    if opened.is_hashed(source, names) and xxhash.xxh3_64_hexdigest(pieces[ranges[0][0]]) != source.xxh3:
         raise DataError(
             f"{source.url}: row group {source.group} cannot be read (hash mismatch: the file is corrupted); "
             f"restore the file, or pack the data again"
@@ -173,12 +189,7 @@ def _fetched(source: Source, names: Sequence[str]) -> Pieces:
     return pieces
 
 
-def _is_hashed(source: Source, names: Sequence[str]) -> bool:
-    """Say whether the hash of a row group covers the bytes that these columns need, and no more than them."""
-    return source.xxh3 is not None and _opened(source).wanted(source.group, names)[1]
-
-
-def _forget(source: Source, names: Sequence[str]) -> bool:
+def _forget(source: Source, names: tuple[str, ...]) -> bool:
     """Open a file anew; say whether the row group was in the cache, from which it is removed."""
     if storage.is_local(source.url):
         _open_local.cache_clear()
@@ -195,6 +206,41 @@ def forget_files() -> None:
     _open_remote.cache_clear()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened:
+    """A file that this process has opened: its bytes, and what decodes them with page checksums verified or without.
+
+    What is found out about it is kept: `known` ranges, and `kinds` of columns that are in it.
+    """
+
+    file: RangeFile
+    verified: Verified
+    verifying: pq.ParquetFile
+    trusting: pq.ParquetFile
+    known: dict[tuple[int, tuple[str, ...]], tuple[list[tuple[int, int]], bool]] = field(default_factory=dict)
+    kinds: set[tuple[Column, ...]] = field(default_factory=set)
+
+    def wanted(self, group: int, names: tuple[str, ...]) -> tuple[list[tuple[int, int]], bool]:
+        """Return the ranges that hold these columns of a row group, and whether they are the whole row group."""
+        key = (group, names)
+        if key not in self.known:
+            held = self.verifying.metadata.row_group(group)
+            ranges = ranges_of(held, names)
+            self.known[key] = ranges, ranges == [range_of(held)]
+        return self.known[key]
+
+    def is_hashed(self, source: Source, names: tuple[str, ...]) -> bool:
+        """Say whether a hash is known that covers the bytes that these columns of a row group need, and no others."""
+        return source.xxh3 is not None and self.wanted(source.group, names)[1]
+
+    def check_kinds(self, columns: tuple[Column, ...], where: str) -> None:
+        """Raise DataError if a column of the dataset is missing or another one here."""
+        if columns not in self.kinds:
+            for column in columns:
+                _check_kind(self.verifying.schema_arrow, column, where)
+            self.kinds.add(columns)
+
+
 def _check_kind(schema: pa.Schema, column: Column, where: str) -> None:
     """Raise DataError if a file's column is missing or another than the dataset's."""
     if column.name not in schema.names:
@@ -205,25 +251,6 @@ def _check_kind(schema: pa.Schema, column: Column, where: str) -> None:
             f"{where}: column {column.name!r} holds {held.dtype}{list(held.shape)}, where the dataset has "
             f"{column.dtype}{list(column.shape)}; restore the file, or pack the data again"
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Opened:
-    """A file that this process has opened: its bytes, and what decodes them with page checksums verified or without."""
-
-    file: RangeFile
-    verifying: pq.ParquetFile
-    trusting: pq.ParquetFile
-    known: dict[tuple[int, tuple[str, ...]], tuple[list[tuple[int, int]], bool]] = field(default_factory=dict)
-
-    def wanted(self, group: int, names: Sequence[str]) -> tuple[list[tuple[int, int]], bool]:
-        """Return the ranges that hold these columns of a row group, and whether they are the whole row group."""
-        key = (group, tuple(names))
-        if key not in self.known:
-            held = self.verifying.metadata.row_group(group)
-            ranges = ranges_of(held, names)
-            self.known[key] = ranges, ranges == [range_of(held)]
-        return self.known[key]
 
 
 def _opened(source: Source) -> Opened:
@@ -249,19 +276,25 @@ def _open(
         if not file.forget(file.asked):
             raise
         metadata, _ = read_footer(url, size_bytes, file, expected=footer, encrypted=encrypted)
-    verifying, trusting = (_parquet(file, metadata, encrypted=encrypted, verify=verify) for verify in (True, False))
-    return Opened(file=file, verifying=verifying, trusting=trusting)
+    straight = storage.open_arrow(url) if storage.is_local(url) else pa.PythonFile(file, mode="r")
+    verified = Verified(url, size_bytes)
+    return Opened(
+        file=file,
+        verified=verified,
+        verifying=_parquet(straight, metadata, encrypted=encrypted, verify=True),
+        trusting=_parquet(pa.PythonFile(verified, mode="r"), metadata, encrypted=encrypted, verify=False),
+    )
 
 
 _open_local = lru_cache(maxsize=OPEN_FILES)(_open)
 _open_remote = lru_cache(maxsize=REMOTE_FILES)(_open)
 
 
-def _parquet(file: RangeFile, metadata: pq.FileMetaData, *, encrypted: bool, verify: bool) -> pq.ParquetFile:
+def _parquet(file: Any, metadata: pq.FileMetaData, *, encrypted: bool, verify: bool) -> pq.ParquetFile:
     if encrypted:
         from elastrain.data.parquet_encryption import decryption  # noqa: PLC0415 -- for encrypted datasets only
     return pq.ParquetFile(
-        pa.PythonFile(file, mode="r"),
+        file,
         metadata=metadata,
         decryption_properties=decryption() if encrypted else None,
         page_checksum_verification=verify and not encrypted,  # the tags of AES-GCM find more, and are looked at anyway

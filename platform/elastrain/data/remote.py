@@ -4,7 +4,6 @@ How many requests are under way is measured: as many as row groups are decoded w
 does not wait for the store, and not many more.
 """
 
-import contextlib
 import math
 import os
 import threading
@@ -28,11 +27,54 @@ AT_ONCE_S, AT_ONCE_SHARE = 0.001, 0.25  # of the time of decoding: what comes fa
 MEASURED = 32
 
 
+class Verified(threading.local):
+    """What a thread has verified of a shard, for `pyarrow.PythonFile`: nothing else can be read from it.
+
+    One call a column chunk, while a row group is decoded: short ones.
+    """
+
+    closed = False
+
+    def __init__(self, url: str, size_bytes: int) -> None:
+        self._url, self._size, self._at = url, size_bytes, 0
+        self.hold(0, b"")
+
+    def hold(self, start: int, data: Any) -> None:
+        """Let this thread read these bytes of the file, which begin at `start`."""
+        self._start, self._data = start, memoryview(data)
+
+    def size(self) -> int:
+        """Return the bytes that the manifest names."""
+        return self._size
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a place."""
+        self._at = offset if whence == os.SEEK_SET else _place(offset, whence, self._at, self._size)
+        return self._at
+
+    def tell(self) -> int:
+        """Return the place."""
+        return self._at
+
+    def read(self, size: int = -1) -> memoryview:
+        """Return the next bytes; raises DataError if they are not among those that were verified."""
+        first = self._at - self._start
+        data = self._data[first : first + size] if first >= 0 else self._data[:0]
+        if len(data) != size:
+            raise DataError(
+                f"{self._url}: {size} bytes at {self._at} belong to no row group that was verified; restore it"
+            )
+        self._at += size
+        return data
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to close."""
+
+
 class _Hand(threading.local):
-    """What a thread has of the row group that it decodes: buffers by where they begin, and whether there is no more."""
+    """What a thread has fetched of the row group that it decodes: buffers by where they begin."""
 
     pieces: Mapping[int, Any] = MappingProxyType({})
-    only = False
 
 
 class RangeFile:
@@ -71,17 +113,12 @@ class RangeFile:
         dropped = [self._cache.drop(key_of(self._url, self._sha256, start, length)) for start, length in ranges]
         return any(dropped)
 
-    @contextlib.contextmanager
-    def holding(self, pieces: Pieces, *, only: bool) -> Iterator[None]:
-        """Let this thread read from these pieces; with `only`, since they were verified, from nothing else."""
-        self._hand.pieces, self._hand.only = pieces, only
-        try:
-            yield
-        finally:
-            self._hand.pieces, self._hand.only = {}, False
+    def hold(self, pieces: Pieces) -> None:
+        """Let this thread read from these pieces first."""
+        self._hand.pieces = pieces
 
     def read(self, size: int = -1) -> Any:
-        """Return the next bytes; raises DataError where only what is at hand may be read, and they are not."""
+        """Return the next bytes."""
         stop = self._size if size < 0 else min(self._size, self._at + size)
         pieces = []
         while self._at < stop:
@@ -92,7 +129,7 @@ class RangeFile:
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move to a place."""
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = _place(offset, whence, self._at, self._size)
         return self._at
 
     def tell(self) -> int:
@@ -112,8 +149,6 @@ class RangeFile:
         for start, data in self._hand.pieces.items():
             if start <= self._at < start + len(data):
                 return memoryview(data)[self._at - start : stop - start]
-        if self._hand.only:
-            raise DataError(f"{self._url}: byte {self._at} belongs to no row group that was verified; restore the file")
         return None
 
     def _fetched(self, length: int, start: int) -> Any:
@@ -130,6 +165,10 @@ class RangeFile:
         if len(data) != length:
             raise DataError(f"{self._url}: truncated or replaced while it was read; restore it")
         return data
+
+
+def _place(offset: int, whence: int, at: int, size: int) -> int:
+    return offset + {os.SEEK_SET: 0, os.SEEK_CUR: at, os.SEEK_END: size}[whence]
 
 
 def ranges_of(group: Any, names: Sequence[str]) -> list[tuple[int, int]]:
