@@ -5,11 +5,17 @@ files beside and below.
 """
 
 import asyncio
+import os
 import re
 import secrets
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import pytest
@@ -30,7 +36,7 @@ from elastrain.uploads import abort
 pytestmark = pytest.mark.slow
 
 SPEC = str(Path(__file__).parents[1] / "pipelines" / "digits_mlp" / "train.yaml")
-MANY, AT_ONCE = 10_000, 64
+MANY, AT_ONCE, MILLION = 10_000, 64, 1_000_000
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +149,11 @@ def test_ten_thousand_files_are_listed_in_pages_and_cost_nothing_where_they_only
     async def fill() -> None:
         import obstore
 
-        store, turn = conditional._store(root), asyncio.Semaphore(AT_ONCE)
+        store, turn = conditional.store_of(root), asyncio.Semaphore(AT_ONCE)
 
         async def put(number: int) -> None:
             async with turn:
-                await obstore.put_async(store, f"{folder}/{number:05d}", b"")
+                await obstore.put_async(store, f"{folder}/{number:05d}", b"1")
 
         await asyncio.gather(*(put(number) for number in range(MANY)))
 
@@ -161,3 +167,76 @@ def test_ten_thousand_files_are_listed_in_pages_and_cost_nothing_where_they_only
     assert pages <= MANY // 1000 + 3
     assert np.array_equal(sorted(found), found)
     assert storage.list_folders(root) == ["data", "run"]
+
+
+class Million(BaseHTTPRequestHandler):
+    """Names as a store gives them, a page of a thousand at a time; the pages that are `lame` are refused once."""
+
+    protocol_version = "HTTP/1.1"
+    pages = 0
+    lame = (3, 700)
+
+    def do_GET(self) -> None:
+        """Answer a listing."""
+        kind, query = type(self), dict(parse_qsl(urlsplit(self.path).query))
+        after = query.get("start-after", "").rpartition("/")[2].partition(".")[0]
+        first = int(query.get("continuation-token") or (int(after) + 1 if after else 0))
+        last = min(MILLION, first + 1000)
+        kind.pages += 1
+        code = 503 if kind.pages in kind.lame else 200
+        names = (
+            f"{query['prefix']}{number:07d}.{'parquet' if number % 1000 else 'txt'}" for number in range(first, last)
+        )
+        listed = "".join(
+            f"<Contents><Key>{name}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><Size>7</Size></Contents>"
+            for name in names
+        )
+        more = f"<NextContinuationToken>{last}</NextContinuationToken>" if last < MILLION else ""
+        head = f"<IsTruncated>{'true' if more else 'false'}</IsTruncated><KeyCount>{last - first}</KeyCount>"
+        body = f"<ListBucketResult><Name>b</Name>{head}{listed}{more}</ListBucketResult>".encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+LIST = """
+import re
+import obstore, pyarrow.fs
+from elastrain import storage
+
+def most_kib():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+before = most_kib()
+found = storage.list_files("s3://bucket/many", suffix=".txt")
+print(len(found), found[1].path, found[-1].path, found[0].size_bytes, (most_kib() - before) // 1024)
+"""
+
+
+def test_of_a_million_files_only_those_are_held_that_are_asked_for() -> None:
+    """So many cannot be put here: a server gives the names that a store would, and is busy now and then."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Million) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        where = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "AWS_ALLOW_HTTP": "true"}
+        keys = {
+            "AWS_ACCESS_KEY_ID": "a",
+            "AWS_SECRET_ACCESS_KEY": "b",
+            "PYTHONPATH": str(Path(storage.__file__).parents[1]),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", LIST],
+            check=False,
+            env={**os.environ, **where, **keys},
+            capture_output=True,
+            text=True,
+        )
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    count, second, last, size, mib = done.stdout.split()
+    assert (count, second, last, size) == ("1000", "0001000.txt", "0999000.txt", "7")
+    assert int(mib) < 60, "a few pages, where a million names are hundreds"
+    assert Million.pages == MILLION // 1000 + len(Million.lame)

@@ -130,7 +130,7 @@ def test_conditional_writes_are_won_by_one_and_lost_by_all_others(root: str) -> 
 
 def test_who_lost_against_itself_has_won(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that gets lost after the write was done: the write is tried again, and meets itself."""
-    put, calls = conditional._store(root).put, []
+    put, calls = conditional.store_of(root).put, []
 
     class Shaky:
         def __getattr__(self, name: str) -> object:
@@ -142,8 +142,8 @@ def test_who_lost_against_itself_has_won(root: str, monkeypatch: pytest.MonkeyPa
                 raise ConnectionResetError("the answer got lost")
             return calls[-1]
 
-    store = conditional._store(root)
-    monkeypatch.setattr(conditional, "_store", lambda _: Shaky())
+    store = conditional.store_of(root)
+    monkeypatch.setattr(conditional, "store_of", lambda _: Shaky())
     etag = conditional.create(f"{root}/x", b"mine")
     assert etag is not None
     calls.clear()

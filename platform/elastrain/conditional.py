@@ -57,8 +57,8 @@ def read(url: str, *, patient: bool = True) -> Version:
     """Return an object as it is now; raises FileNotFoundError, or StorageError; `patient` is as in `create`."""
 
     def once() -> Version:
-        with _spoken(url):
-            found = _store(url).get(_key(url))
+        with spoken(url):
+            found = store_of(url).get(key_of(url))
             data, meta = bytes(found.bytes()), found.meta
         return Version(data=data, etag=str(meta["e_tag"]), written=meta["last_modified"].timestamp())
 
@@ -69,8 +69,8 @@ def delete(url: str) -> None:
     """Remove an object, whatever version it is; raises StorageError."""
 
     def once() -> None:
-        with _spoken(url):
-            _store(url).delete(_key(url))
+        with spoken(url):
+            store_of(url).delete(key_of(url))
 
     with contextlib.suppress(FileNotFoundError):
         tried("remove", url, once)
@@ -109,9 +109,9 @@ def _put(url: str, data: bytes, mode: Any, patient: bool) -> str | None:  # noqa
     from obstore.exceptions import AlreadyExistsError, PreconditionError  # noqa: PLC0415 -- only runs on S3 need it
 
     def once() -> str | None:
-        with _spoken(url):
+        with spoken(url):
             try:
-                return str(_store(url).put(_key(url), data, mode=mode, use_multipart=False)["e_tag"])
+                return str(store_of(url).put(key_of(url), data, mode=mode, use_multipart=False)["e_tag"])
             except (AlreadyExistsError, PreconditionError):
                 return None
 
@@ -137,7 +137,7 @@ def _asked(operation: str, url: str, once: Callable[[], T], patient: bool) -> T:
 
 
 @contextlib.contextmanager
-def _spoken(url: str) -> Iterator[None]:
+def spoken(url: str) -> Iterator[None]:
     """Bring what obstore says into the words of Arrow's errors, which `s3` knows how to judge."""
     from obstore.exceptions import BaseError  # noqa: PLC0415 -- only runs on S3 need it
 
@@ -157,11 +157,12 @@ def _spoken(url: str) -> Iterator[None]:
         raise OSError(f"AWS Error {word}{number}: {said[1] if said else text}") from None
 
 
-def _key(url: str) -> str:
+def key_of(url: str) -> str:
+    """Return a URL's key in its bucket."""
     return place(url).partition("/")[2]
 
 
-def _store(url: str) -> Any:
+def store_of(url: str) -> Any:
     """Return obstore's client for a URL's bucket and the endpoint, region and credentials of now."""
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
     bucket = place(url).partition("/")[0]

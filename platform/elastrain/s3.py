@@ -9,7 +9,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,23 +120,29 @@ def exists(url: str) -> bool:
     return _kind(url) is not None
 
 
-def files(url: str) -> Iterator[tuple[str, int]]:
-    """Yield path below `url` and size of every file there; a single file has the path "".
+def size_of(url: str) -> int:
+    """Return the size of a file, raises FileNotFoundError where there is none, or StorageError."""
+    from pyarrow import fs  # noqa: PLC0415 -- 0.3 s that local runs need not pay
 
-    Raises FileNotFoundError if there is neither, or StorageError.
-    """
+    path = place(url)
+
+    def once() -> Any:
+        info = client().get_file_info(path)
+        if info.type != fs.FileType.File:
+            raise FileNotFoundError(url)
+        return info
+
+    return int(tried("list", url, once).size)
+
+
+def folders_among(url: str, paths: Sequence[str]) -> set[str]:
+    """Return which of these paths below `url` are folders, and no files; raises StorageError."""
     from pyarrow import fs  # noqa: PLC0415 -- 0.3 s that local runs need not pay
 
     root = place(url)
-    try:
-        found = tried("list", url, lambda: client().get_file_info(fs.FileSelector(root, recursive=True)))
-    except FileNotFoundError:
-        info = tried("list", url, lambda: client().get_file_info(root))
-        if info.type != fs.FileType.File:
-            raise
-        yield "", info.size
-        return
-    yield from ((info.path[len(root) + 1 :], info.size) for info in found if info.type == fs.FileType.File)
+    places = [f"{root}/{path}" for path in paths]
+    found = tried("list", url, lambda: client().get_file_info(places)) if places else []
+    return {path for path, info in zip(paths, found, strict=True) if info.type == fs.FileType.Directory}
 
 
 def folders(url: str) -> list[str]:

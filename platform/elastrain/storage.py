@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from elastrain import s3
+from elastrain import listing, s3
 from elastrain.errors import StorageError
 from elastrain.urls import REMEDY, holds_credentials, redacted
 
@@ -141,7 +141,7 @@ def list_files(url: str, *, suffix: str | tuple[str, ...] = "") -> list[FileInfo
     if is_local(url):
         found = _local_files(local_path(url), suffix)
     else:
-        found = (file for file in _remote_files(url) if file.path.endswith(suffix) and not _hidden(file.path))
+        found = _remote_files(url, lambda path: path.endswith(suffix) and not _hidden(path))
     return sorted(found, key=lambda file: file.path)
 
 
@@ -153,7 +153,9 @@ def list_folders(url: str) -> list[str]:
             return sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
     if s3.is_s3(url):
         return sorted(s3.folders(url))
-    names = {file.path.split("/", 1)[0] for file in _remote_files(url) if "/" in file.path} if exists(url) else set()
+    names = (
+        {file.path.split("/", 1)[0] for file in _remote_files(url, lambda path: "/" in path)} if exists(url) else set()
+    )
     return sorted(names)
 
 
@@ -302,16 +304,18 @@ def _size(path: Path) -> int | None:
             return None
 
 
-def _remote_files(url: str) -> Iterator[FileInfo]:
+def _remote_files(url: str, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[FileInfo]:
     if s3.is_s3(url):
-        yield from (FileInfo(path=path, size_bytes=size) for path, size in s3.files(url))
+        yield from (FileInfo(path=path, size_bytes=size) for path, size in listing.files(url, wanted))
         return
     filesystem, root = _remote(url)
     found: dict[str, Any] = _tried("list", url, lambda: filesystem.find(root, detail=True))
     if not found:
         raise FileNotFoundError(url)
-    for path, info in found.items():
-        yield FileInfo(path=path[len(root.rstrip("/")) + 1 :], size_bytes=int(info["size"]))
+    for place, info in found.items():
+        path = place[len(root.rstrip("/")) + 1 :]
+        if wanted(path):
+            yield FileInfo(path=path, size_bytes=int(info["size"]))
 
 
 def _remote(url: str) -> tuple[Any, str]:
