@@ -93,5 +93,8 @@ def test_a_single_sign_on_is_asked_for_through_the_command_line_of_aws(
     script(files / "bin" / "aws", json.dumps({"AccessKeyId": "a", "SecretAccessKey": "b"}))
     assert found() == ("a", "b", None)
     monkeypatch.setenv("AWS_PROFILE", "role")
-    with pytest.raises(StorageError, match="AWS_PROFILE is role, which holds no keys"):
+    with pytest.raises(
+        StorageError,
+        match=r"AWS_PROFILE is role, which is a role to be assumed .role_arn.: put keys into .* export-credentials",
+    ):
         find_keys()

@@ -68,6 +68,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         pass
 
 
-def test_remote_folders_are_not_locked() -> None:
+def test_other_remote_folders_are_not_locked_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with locked("memory://lock", remedy=""), locked("memory://lock", remedy=""):
         pass
+    assert caplog.text.count("memory://lock: this kind of URL has no lock; see to it yourself that no other") == 2

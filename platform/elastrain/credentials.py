@@ -56,9 +56,10 @@ def find_keys() -> Keys | None:
     if cli:
         return _of_process([cli, "configure", "export-credentials", "--profile", name, "--format", "process"], name)
     if asked:
+        what = "is a role to be assumed (role_arn)" if "role_arn" in held else "holds no keys and no credential_process"
         raise StorageError(
-            f"AWS_PROFILE is {asked}, which holds no keys and no credential_process: put keys into the environment, "
-            f'with eval "$(aws configure export-credentials --format env)" for instance'
+            f"AWS_PROFILE is {asked}, which {what}: put keys into the environment, with "
+            f'eval "$(aws configure export-credentials --format env)" for instance'
         )
     return None
 

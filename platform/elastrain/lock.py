@@ -1,12 +1,14 @@
 """One writer a folder: on this machine by the kernel, on S3 by a lease.
 
 A local folder has an advisory lock on a file in it, which the kernel drops when its owner dies: a dead owner never
-stands in the way, and who holds it cannot lose it. On S3 see `lease`. Folders on other remote storage are not locked.
+stands in the way, and who holds it cannot lose it. On S3 see `lease`. Folders on other remote storage are not locked,
+which is said each time.
 """
 
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -35,6 +37,9 @@ def locked(folder: str, *, remedy: str) -> Iterator[Hold]:
             held.release()
         return
     if not storage.is_local(folder):
+        logging.getLogger(__name__).warning(
+            "%s: this kind of URL has no lock; see to it yourself that no other command writes there", folder
+        )
         yield Hold(folder)
         return
     path = storage.local_path(folder) / ".lock"
