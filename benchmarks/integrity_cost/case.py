@@ -29,7 +29,7 @@ def make(work: Path, *, small: bool) -> Case:
         series=tuple(
             Series(
                 name=name,
-                sides=(Side(name="ours", module=f"benchmarks.integrity_cost.{module}", options=given),),
+                sides=(Side(name="ours", module=f"benchmarks.integrity_cost.{module}", options=given, limit_s=900.0),),
                 comparisons=(*_comparisons(), *more),
             )
             for name, module, more in (("read tasks", "read", ()), ("ingest", "ingest", _shares()))
