@@ -51,6 +51,7 @@ def test_two_modules_reach_into_ray_and_a_few_others_for_what_is_named_here() ->
         "cluster/job_server.py": {"ray._private.authentication"},
         "cluster/preemption.py": {"ray._private.authentication", "ray._raylet", "ray.core.generated"},
         "cluster/scheduling.py": {"ray.core.generated"},
+        "cluster/security.py": {"ray._private.authentication", "ray._private.services", "ray._raylet"},
         "data/feed.py": {"ray.data.block"},
         "data/pack.py": {"ray._private.utils"},
     }

@@ -24,6 +24,7 @@ from elastrain.elastic.ray_inner import (
     draining_nodes,
     enable_token_auth,
     node_types,
+    secure_new_cluster,
     without_monitors,
 )
 from elastrain.errors import ResourceError
@@ -51,6 +52,7 @@ def ray_session(address: str | None, *, cpus: float) -> Iterator[None]:
             enable_token_auth()
             ray.init(address=target, **quiet)
         else:
+            secure_new_cluster()
             with without_monitors():
                 ray.init(address="local", num_cpus=math.ceil(cpus), include_dashboard=False, **_quoted(), **quiet)
     except Exception as error:  # a bare one where a node does not start in time
