@@ -16,11 +16,10 @@ import pytest
 from tests.cluster.head import Head, free_port, head
 
 from elastrain.cluster.doors import knock, listeners
+from elastrain.cluster.environment import NO_EXPORTERS
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-# Without these, Ray's exporters of numbers listen on all addresses and ask for nothing.
-QUIET = {"RAY_enable_metrics_collection": "false", "DASHBOARD_METRIC_PORT": "-1", "AUTOSCALER_METRIC_PORT": "-1"}
 PORTS = ["GCS", "dashboard and jobs", "raylet", "object manager", "runtime env agent", "agent", "agent's HTTP"]
 PLANTED = "planted-5d0c1e"
 
@@ -37,7 +36,7 @@ def started(**environment: str) -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def closed() -> Iterator[Head]:
-    with started(**QUIET) as found:
+    with started(**NO_EXPORTERS) as found:
         yield found
 
 
@@ -79,7 +78,7 @@ def test_a_closed_cluster_refuses_on_every_port_that_its_processes_hold_open(clo
 
 
 def test_a_cluster_without_tokens_fails_on_every_port(token: Path) -> None:
-    with started(RAY_AUTH_MODE="disabled") as found:
+    with started(RAY_AUTH_MODE="disabled", RAY_enable_metrics_collection="true") as found:
         code, told, checks = doctor(found.address, RAY_AUTH_TOKEN_PATH=str(token))
         done = elastrain("doctor", "--security", "--address", found.address, RAY_AUTH_TOKEN_PATH=str(token))
     assert code == done.returncode == 6

@@ -4,8 +4,10 @@ Pure: data in, data out. Pods run as a plain user without capabilities; a token 
 """
 
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
+from elastrain.cluster.environment import NO_EXPORTERS
 from elastrain.cluster.merging import merged
 from elastrain.spec.cluster import Accelerator, ClusterSpec, Head, Mount, Pool
 from elastrain.spec.providers import Job, KubeRay
@@ -55,7 +57,9 @@ def cluster_body(spec: ClusterSpec) -> dict[str, Any]:
             "upscalingMode": "Default",
             "idleTimeoutSeconds": 300,
             # After so long without capacity the next pool by priority is tried; Ray's default is an hour.
-            "env": [{"name": "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S", "value": "900"}],
+            "env": _variables(
+                {**NO_EXPORTERS, **spec.env, "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": "900"}
+            ),
             "resources": _same({"cpu": "500m", "memory": "1Gi"}),
             "securityContext": _SECURITY,
         },
@@ -132,6 +136,10 @@ def _kuberay(spec: ClusterSpec) -> KubeRay:
     return spec.provider
 
 
+def _variables(settings: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [{"name": name, "value": value} for name, value in settings.items()]
+
+
 def _same(amounts: dict[str, str]) -> dict[str, Any]:
     """Return requests and limits that are equal, so that no pod is ended for what another one takes."""
     return {"requests": dict(amounts), "limits": dict(amounts)}
@@ -181,12 +189,12 @@ def _pod(
     spec: ClusterSpec, machine: Head | Pool, name: str, extra: dict[str, str], identity: str | None
 ) -> dict[str, Any]:
     amounts = {"cpu": str(machine.cpus), "memory": f"{machine.memory_gib}Gi", **extra}
-    settings = {**spec.env, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_DRAIN_S)}
+    settings = {**NO_EXPORTERS, **spec.env, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_DRAIN_S)}
     shared = Mount(path="/dev/shm", scratch_gib=max(1, machine.memory_gib * 3 // 10))  # noqa: S108 -- Ray's object store
     container = {
         "name": name,
         "image": spec.image,
-        "env": [{"name": key, "value": value} for key, value in settings.items()],
+        "env": _variables(settings),
         "resources": _same(amounts),
         "securityContext": _SECURITY,
         "volumeMounts": [_mounted(at, mount) for at, mount in enumerate((shared, *machine.mounts))],

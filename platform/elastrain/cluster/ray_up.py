@@ -8,6 +8,7 @@ import shlex
 from typing import Any
 
 from elastrain.cluster.clouds import aws_node, aws_provider, azure_node, azure_provider, gcp_node, gcp_provider
+from elastrain.cluster.environment import NO_EXPORTERS
 from elastrain.cluster.merging import merged
 from elastrain.spec.cluster import ClusterSpec, Head, Mount, Pool
 from elastrain.spec.providers import Aws, Azure, Gcp, KubeRay, OnPrem
@@ -111,7 +112,7 @@ def _auth(provider: Aws | Gcp | Azure | OnPrem) -> dict[str, Any]:
 
 
 def _docker(spec: ClusterSpec) -> dict[str, Any]:
-    settings = {**spec.env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{TOKEN_DIR}/auth_token"}
+    settings = {**NO_EXPORTERS, **spec.env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{TOKEN_DIR}/auth_token"}
     env = [f"--env {shlex.quote(f'{name}={value}')}" for name, value in settings.items()]
     found: dict[str, Any] = {
         "image": spec.image,

@@ -113,8 +113,10 @@ def enable_token_auth() -> None:
 def secure_new_cluster() -> None:
     """Have tokens checked as a Ray that `ray.init` starts does, and make one where the user has none.
 
-    Ray would make a file that every user of the machine can read. Stands on `ray._private.authentication`.
+    Ray would make a file that every user of the machine can read. Its exporter of numbers, which asks for no token, stays
+    off unless the user has set it on. Stands on `ray._private.authentication` and `RAY_enable_metrics_collection`.
     """
+    os.environ.setdefault("RAY_enable_metrics_collection", "false")
     logging.getLogger(token.__name__).setLevel(logging.ERROR)
     if token.enable_token_auth_by_default() and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         path = Path.home() / ".ray" / "auth_token"
