@@ -323,6 +323,22 @@ def doctor(
 
 
 @app.command()
+def audit(
+    url: Annotated[str, typer.Argument(metavar="STORAGE", help="the folder or URL that runs are stored in")],
+    as_json: Json = False,
+) -> None:
+    """Print who submitted, started, resumed, stopped and deleted which runs of a storage, and when."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.observe.actions import as_text, read_actions
+
+        found = read_actions(url)
+        return {"storage": url, "actions": found}, as_text(found)
+
+    _print(run, as_json=as_json)
+
+
+@app.command()
 def schema(as_json: Json = False) -> None:
     """Print the JSON Schema of specs, for editors."""
 

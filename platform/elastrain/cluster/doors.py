@@ -4,6 +4,7 @@ Knows Ray's services by name only. Nothing is asked for that changes anything.
 """
 
 import http.client
+import os
 import socket
 import ssl
 from collections.abc import Iterable, Iterator
@@ -30,6 +31,7 @@ READS = (
     "/ray.rpc.RayletDriver/ClusterInfo",
 )
 OBJECTS = "/ray.rpc.ObjectManagerService/Pull"
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # HTTP/2: preface and empty settings
 _PAGE = "/metrics"  # what exporters serve; all others of Ray's HTTP servers ask for a token before they look
 
 
@@ -91,6 +93,35 @@ def speaks_tls(host: str, port: int) -> bool:
         return False
 
 
+def check_tls(host: str, port: int) -> None:
+    """Raise ConnectionError where one side has TLS on and the other has not: Ray itself would wait for minutes."""
+    ours = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+    theirs = speaks_tls(host, port)
+    if theirs and not ours:
+        raise ConnectionError("it wants a certificate; set RAY_USE_TLS=1 and RAY_TLS_* as its nodes do")
+    if ours and not theirs:
+        raise ConnectionError("RAY_USE_TLS is set here, and the cluster has no TLS")
+    if ours:
+        _recognised(host, port)
+
+
+def _recognised(host: str, port: int) -> None:
+    """Raise ConnectionError unless both sides' certificates are of one authority, and theirs is for this address."""
+    try:
+        context = ssl.create_default_context(cafile=os.environ["RAY_TLS_CA_CERT"])
+        context.load_cert_chain(os.environ["RAY_TLS_SERVER_CERT"], os.environ["RAY_TLS_SERVER_KEY"])
+        context.set_alpn_protocols(["h2"])
+        plain = socket.create_connection((host, port), timeout=KNOCK_S)
+        with plain, context.wrap_socket(plain, server_hostname=host) as connection:
+            connection.sendall(_HELLO)
+            if connection.recv(1) == b"":
+                raise ConnectionError("it refuses our certificate")
+    except KeyError as error:
+        raise ConnectionError(f"RAY_USE_TLS is set, and {error} is not") from None
+    except OSError as error:  # what ssl raises, and files that are not there
+        raise ConnectionError(f"the certificates do not fit: {getattr(error, 'reason', None) or error}") from None
+
+
 def _tls(host: str, port: int) -> ssl.SSLSocket:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # who it is does not matter, only what it asks
@@ -109,7 +140,7 @@ def _mutual_tls(host: str, port: int) -> bool:
         return False
     try:
         with _tls(host, port) as connection:
-            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
+            connection.sendall(_HELLO)
             return connection.recv(1) == b""
     except OSError:
         return True

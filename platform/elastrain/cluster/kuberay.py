@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from elastrain.cluster.environment import NO_EXPORTERS
+from elastrain.cluster.environment import AUTHORITY_DIR, MAKE_CERTIFICATE, NO_EXPORTERS, TLS_DIR, tls_variables
 from elastrain.cluster.merging import merged
 from elastrain.spec.cluster import Accelerator, ClusterSpec, Head, Mount, Pool
 from elastrain.spec.providers import Job, KubeRay
@@ -30,6 +30,7 @@ _POD_SECURITY = {
     "fsGroup": 100,
     "seccompProfile": {"type": "RuntimeDefault"},
 }
+_CERTIFICATE = {"name": "certificate", "mountPath": TLS_DIR}
 _SECURITY = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
@@ -48,7 +49,7 @@ def cluster_body(spec: ClusterSpec) -> dict[str, Any]:
     """Return the `spec` of the RayCluster, which is also the `rayClusterSpec` of the RayJob."""
     provider = _kuberay(spec)
     auth = {"mode": "token"} | ({"secretName": provider.token_secret} if provider.token_secret else {})
-    body = {
+    body: dict[str, Any] = {
         "rayVersion": RAY_VERSION,
         "enableInTreeAutoscaling": True,
         "authOptions": auth,
@@ -66,6 +67,10 @@ def cluster_body(spec: ClusterSpec) -> dict[str, Any]:
         "headGroupSpec": _head_group(spec),
         "workerGroupSpecs": [_group(spec, pool) for pool in spec.pools],
     }
+    if spec.tls:  # the autoscaler runs beside the head and speaks with it
+        options = body["autoscalerOptions"]
+        options["env"] += _variables(tls_variables(TLS_DIR))
+        options["volumeMounts"] = [_CERTIFICATE]
     return dict(merged(body, spec.override))
 
 
@@ -190,6 +195,7 @@ def _pod(
 ) -> dict[str, Any]:
     amounts = {"cpu": str(machine.cpus), "memory": f"{machine.memory_gib}Gi", **extra}
     settings = {**NO_EXPORTERS, **spec.env, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_DRAIN_S)}
+    settings |= tls_variables(TLS_DIR) if spec.tls else {}
     shared = Mount(path="/dev/shm", scratch_gib=max(1, machine.memory_gib * 3 // 10))  # noqa: S108 -- Ray's object store
     container = {
         "name": name,
@@ -208,7 +214,32 @@ def _pod(
     }
     if identity:
         pod["serviceAccountName"] = identity
+    if spec.tls:
+        _certify(spec, pod)
     return pod
+
+
+def _certify(spec: ClusterSpec, pod: dict[str, Any]) -> None:
+    """Have a container make the pod's certificate before Ray starts, valid for the head's service, too."""
+    assert spec.tls is not None
+    service = f"$(CLUSTER)-head-svc.{_kuberay(spec).namespace}.svc.cluster.local"
+    cluster = {"name": "CLUSTER", "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['ray.io/cluster']"}}}
+    authority = {"name": "authority", "mountPath": AUTHORITY_DIR, "readOnly": True}
+    maker = {
+        "name": "certificate",
+        "image": spec.image,
+        "command": [*MAKE_CERTIFICATE.split(), "--host", service],
+        "env": [cluster],
+        "resources": _same({"cpu": "500m", "memory": "512Mi"}),
+        "securityContext": _SECURITY,
+        "volumeMounts": [authority, _CERTIFICATE],
+    }
+    pod["initContainers"] = [maker]
+    pod["containers"][0]["volumeMounts"].append(_CERTIFICATE)
+    pod["volumes"] += [
+        {"name": "authority", "secret": {"secretName": spec.tls.secret, "defaultMode": 0o440}},
+        {"name": "certificate", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}},
+    ]
 
 
 def _mounted(at: int, mount: Mount) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import shlex
 from typing import Any
 
 from elastrain.cluster.clouds import aws_node, aws_provider, azure_node, azure_provider, gcp_node, gcp_provider
-from elastrain.cluster.environment import NO_EXPORTERS
+from elastrain.cluster.environment import AUTHORITY_DIR, MAKE_CERTIFICATE, NO_EXPORTERS, TLS_DIR, tls_variables
 from elastrain.cluster.merging import merged
 from elastrain.spec.cluster import ClusterSpec, Head, Mount, Pool
 from elastrain.spec.providers import Aws, Azure, Gcp, KubeRay, OnPrem
@@ -49,7 +49,7 @@ def launcher_file(spec: ClusterSpec) -> dict[str, Any]:
         "idle_timeout_minutes": 5,
         "auth": _auth(provider),
         "docker": _docker(spec),
-        "file_mounts": {TOKEN_DIR: provider.token_dir},
+        "file_mounts": {TOKEN_DIR: provider.token_dir} | ({AUTHORITY_DIR: spec.tls.folder} if spec.tls else {}),
         **_commands(spec),
     }
     return dict(merged(found, spec.override))
@@ -113,6 +113,7 @@ def _auth(provider: Aws | Gcp | Azure | OnPrem) -> dict[str, Any]:
 
 def _docker(spec: ClusterSpec) -> dict[str, Any]:
     settings = {**NO_EXPORTERS, **spec.env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{TOKEN_DIR}/auth_token"}
+    settings |= tls_variables(TLS_DIR) if spec.tls else {}
     env = [f"--env {shlex.quote(f'{name}={value}')}" for name, value in settings.items()]
     found: dict[str, Any] = {
         "image": spec.image,

@@ -19,7 +19,7 @@ from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray._raylet import GcsClient  # type: ignore[attr-defined] # compiled
 from ray.job_submission import JobDetails
 
-from elastrain.cluster.doors import Answer, Door, Listener, knock_all, listeners, speaks_tls
+from elastrain.cluster.doors import Answer, Door, Listener, check_tls, knock_all, listeners, speaks_tls
 from elastrain.cluster.job_server import JobServer
 from elastrain.errors import ElastrainError, ResourceError, SpecError
 from elastrain.spec.secrets import secrets_in
@@ -81,6 +81,7 @@ def _found(address: str | None) -> str:
         found = str(canonicalize_bootstrap_address_or_die(given))
         host, _, port = found.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+        check_tls(host.strip("[]"), int(port))
     except (OSError, ValueError, ConnectionError) as error:
         reason = str(error).partition(". ")[0]
         raise ResourceError(f"no Ray answers at {given} ({reason}); is it up?") from None

@@ -113,8 +113,8 @@ def enable_token_auth() -> None:
 def secure_new_cluster() -> None:
     """Have tokens checked as a Ray that `ray.init` starts does, and make one where the user has none.
 
-    Ray would make a file that every user of the machine can read. Its exporter of numbers, which asks for no token, stays
-    off unless the user has set it on. Stands on `ray._private.authentication` and `RAY_enable_metrics_collection`.
+    Ray would make a file that every user of the machine can read. Its exporter of numbers, which asks for no token,
+    stays off unless the user has set it on (`RAY_enable_metrics_collection`). Stands on `ray._private.authentication`.
     """
     os.environ.setdefault("RAY_enable_metrics_collection", "false")
     logging.getLogger(token.__name__).setLevel(logging.ERROR)

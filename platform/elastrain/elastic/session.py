@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 
+from elastrain.cluster.doors import check_tls
 from elastrain.elastic.policy import sizes_at_start
 from elastrain.elastic.ray_inner import (
     NODE_TYPE_LABEL,
@@ -97,6 +98,7 @@ def _reachable(address: str) -> None:
         raise ConnectionError("a Ray Client address; give HOST:PORT of the head itself, or auto on one of its nodes")
     if port.isdigit():
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        check_tls(host, int(port))
     elif address != "auto":
         raise ConnectionError("not auto and not HOST:PORT")
 
