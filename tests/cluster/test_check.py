@@ -202,6 +202,8 @@ WORKER = "    identity: arn:aws:iam::000000000000:instance-profile/elastrain-wor
         ("kuberay", OPTIONS, "rayVersion: '2.40'", "2.56 or later"),
         ("kuberay", ", topology: 2x4", "", "missing key 'topology'"),
         ("kuberay", "  spot_nodes: {cloud.google.com/gke-spot: \"true\"}\n", "", "missing key 'provider.spot_nodes'"),
+        ("kuberay", "\nimage:", "\ntls: {folder: x}\nimage:", "on kuberay tls has the key 'secret_name', and nothing"),
+        ("aws", "\nimage:", "\ntls: {}\nimage:", "on aws tls has the key 'folder', and nothing else"),
         ("kuberay", "claim: datasets}", "claim: datasets, host: /x}", "give exactly one of host, claim, scratch_gib"),
     ],
 )  # fmt: skip
@@ -217,6 +219,8 @@ def test_mistakes_are_told_as_sentences(name: str, old: str, new: str, expected:
         "{AWS_SECRET_ACCESS_KEY: abc}",
         "{NOTE: AKIAABCDEFGHIJKLMNOP}",
         "{OPTIONS: '--password=hunter2'}",
+        "{OPTIONS: 'serve --api-key hunter2'}",
+        "{OPTIONS: 'serve --auth-token=hunter2'}",
         "{STORE: 's3://key:secret@bucket/x'}",
     ],
 )
@@ -231,6 +235,10 @@ def test_a_secret_in_an_override_is_seen_and_a_reference_is_not(problems: Find) 
     assert problems(put("aws", command, "override:\n  setup_commands: ['export WANDB_API_KEY=abc']"))
     variable = "{name: ray-worker, env: [{name: HF_TOKEN, %s}]}"
     change = "          containers: [%s]\n          priorityClassName"
+    job = "command: [python, -m, elastrain, train, pipelines/tiny_gpt/train.yaml]"
+    (found,) = problems(put("kuberay", job, "command: [python, x.py, --api-key, abc]"))
+    assert "api-key looks like a secret" in found
+    assert problems(put("kuberay", job, "command: [python, x.py, --tokenizer, bpe, --max-tokens, '8']")) == []
     literal, reference = "value: abc", "valueFrom: {secretKeyRef: {name: hf, key: token}}"
     assert problems(put("kuberay", "          priorityClassName", change % (variable % literal)))
     assert problems(put("kuberay", "          priorityClassName", change % (variable % reference))) == []

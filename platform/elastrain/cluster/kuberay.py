@@ -237,7 +237,7 @@ def _certify(spec: ClusterSpec, pod: dict[str, Any]) -> None:
     pod["initContainers"] = [maker]
     pod["containers"][0]["volumeMounts"].append(_CERTIFICATE)
     pod["volumes"] += [
-        {"name": "authority", "secret": {"secretName": spec.tls.secret, "defaultMode": 0o440}},
+        {"name": "authority", "secret": {"secretName": spec.tls.secret_name, "defaultMode": 0o440}},
         {"name": "certificate", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}},
     ]
 

@@ -145,8 +145,11 @@ def _commands(spec: ClusterSpec) -> dict[str, Any]:
         worker += f" --num-cpus={pool.cpus} --num-gpus={gpus} --labels={shlex.quote(labels)}"
     return {
         **{name: [] for name in none},
-        "head_start_ray_commands": ["ray stop", _HEAD_START],
-        "worker_start_ray_commands": ["ray stop", worker, *([_watch(spec, watched)] if watched else [])],
+        "head_start_ray_commands": ["ray stop", *_certified(spec), _HEAD_START],
+        "worker_start_ray_commands": [
+            *("ray stop", *_certified(spec), worker),
+            *([_watch(spec, watched)] if watched else []),
+        ],
         "cluster_synced_files": [],
         "file_mounts_sync_continuously": False,
         "rsync_exclude": [],
@@ -162,3 +165,12 @@ def _watch(spec: ClusterSpec, pools: list[str]) -> str:
         f"umask 077; case $RAY_NODE_TYPE_NAME in {'|'.join(pools)}) "
         f"{watcher} </dev/null >/tmp/elastrain-preemption.log 2>&1 & ;; esac"
     )
+
+
+def _certified(spec: ClusterSpec) -> list[str]:
+    """Return what makes a node's certificate; hosts of one's own are called by the names that the spec has for them."""
+    if not spec.tls:
+        return []
+    provider = spec.provider
+    hosts = [provider.head_host, *spec.pools[0].hosts] if isinstance(provider, OnPrem) else []
+    return [" ".join([MAKE_CERTIFICATE, *(f"--host {host}" for host in hosts)])]

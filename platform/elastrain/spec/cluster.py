@@ -94,7 +94,7 @@ class Tls(Model):
     folder: Text | None = Field(
         default=None, description="folder on this machine with ca.crt and ca.key, copied to the nodes; not on kuberay"
     )
-    secret: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")] | None = Field(
+    secret_name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")] | None = Field(
         default=None, description="kuberay: the name of a Secret with the keys ca.crt and ca.key"
     )
 
@@ -252,7 +252,7 @@ def _misfits(spec: ClusterSpec) -> Iterator[tuple[str, str]]:
     if kind == "onprem" and len(spec.pools) > 1:
         yield "pools.1", "Ray's provider for hosts has one kind of worker: give one pool, or use kuberay for several"
     if spec.tls is not None:
-        name, other = ("secret", "folder") if kind == "kuberay" else ("folder", "secret")
+        name, other = ("secret_name", "folder") if kind == "kuberay" else ("folder", "secret_name")
         if getattr(spec.tls, name) is None or getattr(spec.tls, other) is not None:
             yield "tls", f"on {kind} tls has the key '{name}', and nothing else"
     if spec.provider.type == "kuberay" and not spec.provider.spot_nodes and any(pool.spot for pool in spec.pools):
