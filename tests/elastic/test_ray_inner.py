@@ -60,6 +60,14 @@ def test_two_modules_reach_into_ray_and_a_few_others_for_what_is_named_here() ->
     )
 
 
+def test_tune_still_takes_the_names_of_what_it_gives_to_trials_from_where_sweeps_take_the_keys_out() -> None:
+    from ray.tune.execution import class_cache
+
+    said = "sweeps/tuning.py takes AWS's keys out of Tune's ENV_VARS_TO_PROPAGATE, else Ray's logs show them"
+    assert isinstance(class_cache.ENV_VARS_TO_PROPAGATE, set), said
+    assert says(class_cache._ActorClassCache.get, "ENV_VARS_TO_PROPAGATE"), said
+
+
 # --- the cluster: ray_inner.py
 
 

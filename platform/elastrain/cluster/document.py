@@ -14,7 +14,7 @@ from elastrain.errors import SpecError
 from elastrain.spec.cluster import ClusterSpec
 from elastrain.spec.document import absolute, plain
 from elastrain.spec.problems import Problem, Where, nearest, nowhere, refuse, shown, validate
-from elastrain.spec.secrets import secrets_in
+from elastrain.spec.secrets import refuse_secrets
 from elastrain.spec.source import load, override
 
 _KEYS = "a cluster spec has name, provider, image, head and pools"
@@ -57,7 +57,7 @@ def cluster_spec(data: Mapping[str, Any], where: Where = nowhere) -> ClusterSpec
     if (kind := data.get("kind", "cluster")) in ("train", "sweep"):
         refuse([Problem(keys=("kind",), text=f"this is a {kind} spec, and a cluster spec is wanted")], where)
     found = plain(data, where)
-    refuse([Problem(keys=keys, text=text) for keys, text in secrets_in(found)], where)
+    refuse_secrets(found, where)
     provider = found.get("provider")
     if isinstance(provider, dict) and "type" not in provider:
         # Which provider's keys the others are nobody knows, so this one is told before them.

@@ -20,6 +20,7 @@ Answer = Literal["refused", "open", "metrics", "foreign", "away"]
 """Of a port: wants a token or certificate, answers anybody, tells anybody numbers, is not Ray's, is not there."""
 
 KNOCK_S = 5.0
+GREETING_S = 1.0  # who greets does so at once; all others wait for us
 AT_ONCE = 32
 LISTENS = "0A"  # the state of a socket, as the kernel writes it
 # One method of each service that only reads. Who serves it and checks tokens says so before it looks at the request.
@@ -32,6 +33,7 @@ READS = (
 )
 OBJECTS = "/ray.rpc.ObjectManagerService/Pull"
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # HTTP/2: preface and empty settings
+_RIDDLE = b"#CHALLENGE#"  # of Python's multiprocessing
 _PAGE = "/metrics"  # what exporters serve; all others of Ray's HTTP servers ask for a token before they look
 
 
@@ -79,7 +81,7 @@ def knock(host: str, port: int) -> Answer:
         return "away"
     if _mutual_tls(host, port):
         return "refused"
-    return _by_rpc(host, port) or _by_http(host, port) or "foreign"
+    return _by_challenge(host, port) or _by_rpc(host, port) or _by_http(host, port) or "foreign"
 
 
 def speaks_tls(host: str, port: int) -> bool:
@@ -144,6 +146,16 @@ def _mutual_tls(host: str, port: int) -> bool:
             return connection.recv(1) == b""
     except OSError:
         return True
+
+
+def _by_challenge(host: str, port: int) -> Answer | None:
+    """Return `refused` where a port greets with a riddle that needs a token, as a run's membership does."""
+    try:
+        with socket.create_connection((host, port), timeout=KNOCK_S) as connection:
+            connection.settimeout(GREETING_S)
+            return "refused" if _RIDDLE in connection.recv(64) else None
+    except OSError:
+        return None
 
 
 def _by_rpc(host: str, port: int) -> Answer | None:

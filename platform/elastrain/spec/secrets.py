@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from elastrain.spec.problems import Keys
+from elastrain.spec.problems import Keys, Problem, Where, refuse
 from elastrain.urls import holds_credentials
 
 _WORDS = r"secret|passw|passphrase|token(?!i[sz])|credential|api[_-]?key|access[_-]?key|private[_-]?key|account[_-]?key"
@@ -21,8 +21,13 @@ _VALUE = re.compile(
 )
 # NAME=value, and --name value as arguments of a program have it; $NAME is a reference.
 _ASSIGNED = re.compile(rf"(?i)([\w-]*(?:{_WORDS})[\w-]*)=(?!\$|\s|$)|(?<!\S)--([\w-]*(?:{_WORDS})[\w-]*)\s+(?![-$])\S")
-_REMEDY = "a spec is stored and shown, and what it renders is logged by Ray: use an identity, a mount or a Secret"
+_REMEDY = "specs and jobs are stored, logged and shown: use a role, a file that is mounted or, on Kubernetes, a Secret"
 _OURS = {"token_dir", "token_secret", "ssh_private_key", "ssh_public_key"}  # fields with names of files and Secrets
+
+
+def refuse_secrets(data: Any, where: Where) -> None:
+    """Raise SpecError, a line for each, if plain `data` hold what looks like a secret; `where` tells places."""
+    refuse([Problem(keys=keys, text=text) for keys, text in secrets_in(data)], where)
 
 
 def secrets_in(data: Any, keys: Keys = ()) -> Iterator[tuple[Keys, str]]:
