@@ -25,7 +25,7 @@ from elastrain.cluster.doors import knock, listeners
 from elastrain.cluster.environment import NO_EXPORTERS
 from elastrain.cluster.job_server import JobServer
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 # Of who uses the cluster, and of the machine that it runs on; none of the names is one that Ray knows.
 USERS = {"AWS_SECRET_ACCESS_KEY": "canary-u1-83b1", "HF_TOKEN": "canary-u2-61fe", "MY_DATABASE_LOGIN": "canary-u3-0d4c"}
@@ -65,7 +65,7 @@ class Place:
     def done(self, *arguments: str) -> str:
         """Run a command to its end and return all that it has said."""
         process = self.elastrain(*arguments)
-        out, said = process.communicate(timeout=400)
+        out, said = process.communicate(timeout=900)
         assert process.returncode == 0, said
         return out + said
 
@@ -165,7 +165,7 @@ def test_the_ports_of_a_run_on_a_ray_of_its_own_open_to_nobody_without_a_token(p
     sets = ("--set", "name=long", "--set", "budget={steps: 100000}")
     process = place.elastrain("train", "alone.yaml", *sets)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while not list((place.folder / "runs" / "long").glob("checkpoints/step-*/manifest.json")):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline

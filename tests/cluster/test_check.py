@@ -153,6 +153,8 @@ def test_each_mutation_is_caught_at_its_line(name: str, problems: Find) -> None:
 
 IDLE = "idle_timeout_minutes: 10"
 OPTIONS = "autoscalerOptions:\n    idleTimeoutSeconds: 600"
+SSH = "{FromPort: 22, ToPort: 22, IpProtocol: TCP, IpRanges: [{CidrIp: 0.0.0.0/0}]}"
+START = "name: onprem\noverride: {head_start_ray_commands: ['ray start --head --dashboard-host=0.0.0.0']}"
 WORKER = "    identity: arn:aws:iam::000000000000:instance-profile/elastrain-worker\n"
 
 
@@ -182,6 +184,12 @@ WORKER = "    identity: arn:aws:iam::000000000000:instance-profile/elastrain-wor
         ("aws", "    override:\n", "    override:\n      spot: true\n", "unknown key 'spot'"),
         ("aws", IDLE, "provider: {use_internal_ips: false}", "gives nodes public addresses"),
         ("aws", IDLE, "docker: {run_options: ['-p 0.0.0.0:8265:8265']}", "this is open to every address"),
+        ("aws", IDLE, f"provider: {{security_group: {{IpPermissions: [{SSH}]}}}}", "this is open to every address"),
+        ("aws", IDLE, "head_start_ray_commands: ['ray start --head --dashboard-host=::']", "keep --dashboard-host=127"),
+        ("onprem", "name: onprem", START, "this is open to every address"),
+        ("gcp", "    identity: ", "    # ", "missing key 'identity'"),
+        ("azure", "    identity: ", "    # ", "missing key 'identity'"),
+        ("kuberay", "    identity: ", "    # ", "missing key 'identity'"),
         ("aws", IDLE, "setup_commands: null", "expected a list, got nothing"),
         ("aws", IDLE, "max_workers: null", "expected a whole number, got nothing"),
         ("kuberay", "      template:\n", "      minReplicas: 9\n      template:\n", "minReplicas 9 is not between"),
