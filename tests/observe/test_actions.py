@@ -7,6 +7,7 @@ import re
 import secrets
 import socket
 import threading
+from datetime import datetime, tzinfo
 from pathlib import Path
 
 import pytest
@@ -40,13 +41,20 @@ def test_entries_say_who_did_what_when_and_stay_as_they_are(tmp_path: Path, monk
     assert lines[1].endswith("stop   digits  step 7, job digits-1")
 
 
-def test_many_who_write_at_once_lose_no_entry(tmp_path: Path) -> None:
+def test_many_who_write_at_the_same_moment_lose_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Still(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Still":
+            return cls(2026, 11, 27, 17, tzinfo=tz)
+
+    monkeypatch.setattr(actions, "datetime", Still)
     threads = [threading.Thread(target=note, args=(str(tmp_path / f"run-{n}"), "start")) for n in range(32)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert {entry["run"].rpartition("-")[2] for entry in read_actions(str(tmp_path))} == set(map(str, range(32)))
+    found = [entry["run"].rpartition("-")[2] for entry in read_actions(str(tmp_path))]
+    assert sorted(found, key=int) == [str(n) for n in range(32)]
 
 
 def test_the_verb_prints_a_table_or_json_and_nothing_is_no_error(tmp_path: Path) -> None:
