@@ -22,6 +22,8 @@ from ray._private.authentication import authentication_token_setup as token
 from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup
 
+from elastrain.cluster.environment import NO_EXPORTERS
+
 COORDINATOR = "AutoscalingCoordinator"  # the name and the namespace of Ray's detached actor
 NODE_ID_LABEL = "ray.io/node-id"  # what every raylet labels itself with
 NODE_TYPE_LABEL = "ray.io/node-group"  # and those that an autoscaler has started
@@ -113,10 +115,11 @@ def enable_token_auth() -> None:
 def secure_new_cluster() -> None:
     """Have tokens checked as a Ray that `ray.init` starts does, and make one where the user has none.
 
-    Ray would make a file that every user of the machine can read. Its exporter of numbers, which asks for no token,
-    stays off unless the user has set it on (`RAY_enable_metrics_collection`). Stands on `ray._private.authentication`.
+    Ray would make a file that every user of the machine can read. Its exporters of numbers, which ask for no token,
+    stay off unless the user has set them on. Stands on `ray._private.authentication`.
     """
-    os.environ.setdefault("RAY_enable_metrics_collection", "false")
+    for name, value in NO_EXPORTERS.items():
+        os.environ.setdefault(name, value)
     logging.getLogger(token.__name__).setLevel(logging.ERROR)
     if token.enable_token_auth_by_default() and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         path = Path.home() / ".ray" / "auth_token"
