@@ -144,7 +144,13 @@ def test_everything_public_has_a_docstring(module: Path) -> None:
 
 # --- dependencies
 
-IMPORTED_AS = {"pillow": "PIL", "ruamel-yaml": "ruamel", "scikit-learn": "sklearn", "tensorboardx": "tensorboardX"}
+IMPORTED_AS = {
+    "grpcio": "grpc",
+    "pillow": "PIL",
+    "ruamel-yaml": "ruamel",
+    "scikit-learn": "sklearn",
+    "tensorboardx": "tensorboardX",
+}
 
 
 def requirements() -> list[Requirement]:

@@ -300,15 +300,19 @@ def export(
 @app.command()
 def doctor(
     url: Annotated[str | None, typer.Argument(help="where runs or data are to be; this machine alone if unset")] = None,
+    security: Annotated[bool, typer.Option("--security", help="try how closed a running cluster is")] = False,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Try this machine and a storage: libraries, limits, reads, writes, conditional writes, clocks."""
+    """Try this machine and a storage: libraries, limits, writes, clocks; or how closed a cluster is (--security)."""
     found: dict[str, Any] = {}
 
     def run() -> tuple[dict[str, Any], str]:
-        from elastrain.doctor import as_text, examine
+        from elastrain.doctor import as_text, examine, examine_cluster
 
-        found.update(examine(url))
+        if (url if security else address) is not None:
+            raise SpecError("doctor takes either a storage, or --security and the --address of a cluster")
+        found.update(examine_cluster(address) if security else examine(url))
         return found, as_text(found)
 
     _print(run, as_json=as_json)
@@ -316,6 +320,22 @@ def doctor(
 
     if error := failure(found):
         raise error
+
+
+@app.command()
+def audit(
+    url: Annotated[str, typer.Argument(metavar="STORAGE", help="the folder or URL that runs are stored in")],
+    as_json: Json = False,
+) -> None:
+    """Print who submitted, started, resumed, stopped and deleted which runs of a storage, and when."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.observe.actions import as_text, read_actions
+
+        found = read_actions(url)
+        return {"storage": url, "actions": found}, as_text(found)
+
+    _print(run, as_json=as_json)
 
 
 @app.command()

@@ -54,6 +54,18 @@ def examine(url: str | None = None) -> dict[str, Any]:
     return {"ok": not codes, "storage": url, "checks": checks, "exit_code": next(iter(codes), 0)}
 
 
+def examine_cluster(address: str | None = None) -> dict[str, Any]:
+    """Try how closed the running cluster at `address` (HOST:PORT, auto) is; return what `examine` does.
+
+    Raises SpecError for an address of another form, ResourceError if no Ray answers there that lets us in.
+    """
+    from elastrain.cluster.security import findings  # noqa: PLC0415 -- Ray, which is to be tried by whoever has a storage
+
+    checks = [{"name": name, "state": state, "found": text} for name, state, text in findings(address)]
+    ok = all(check["state"] != "fail" for check in checks)
+    return {"ok": ok, "storage": None, "checks": checks, "exit_code": 0 if ok else ResourceError.exit_code}
+
+
 def as_text(found: dict[str, Any]) -> str:
     """Return the checks as a table for people."""
     rows = [(check["state"], check["name"], check["found"]) for check in found["checks"]]

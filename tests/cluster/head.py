@@ -21,10 +21,11 @@ START_S = 120.0
 
 @dataclass(frozen=True)
 class Head:
-    """Where it is: `url` of the dashboard, `address` of Ray itself."""
+    """Where it is: `url` of the dashboard, `address` of Ray itself, and the folder of all its files."""
 
     url: str
     address: str
+    folder: Path
 
     @contextlib.contextmanager
     def node(self, folder: Path) -> Iterator[str]:
@@ -54,7 +55,7 @@ def head(folder: Path, *, cpus: int, environment: dict[str, str]) -> Iterator[He
     written = folder / "ray" / "ray_current_cluster"
     with _started(folder, *options, *(f"--{name}={port}" for name, port in ports.items()), **environment) as wait:
         wait(lambda: written.exists() and written.read_text().strip() and _listens(ports["dashboard-port"]))
-        yield Head(f"http://127.0.0.1:{ports['dashboard-port']}", written.read_text().strip())
+        yield Head(f"http://127.0.0.1:{ports['dashboard-port']}", written.read_text().strip(), folder)
 
 
 @contextlib.contextmanager

@@ -153,6 +153,8 @@ def test_each_mutation_is_caught_at_its_line(name: str, problems: Find) -> None:
 
 IDLE = "idle_timeout_minutes: 10"
 OPTIONS = "autoscalerOptions:\n    idleTimeoutSeconds: 600"
+SSH = "{FromPort: 22, ToPort: 22, IpProtocol: TCP, IpRanges: [{CidrIp: 0.0.0.0/0}]}"
+START = "name: onprem\noverride: {head_start_ray_commands: ['ray start --head --dashboard-host=0.0.0.0']}"
 WORKER = "    identity: arn:aws:iam::000000000000:instance-profile/elastrain-worker\n"
 
 
@@ -182,6 +184,12 @@ WORKER = "    identity: arn:aws:iam::000000000000:instance-profile/elastrain-wor
         ("aws", "    override:\n", "    override:\n      spot: true\n", "unknown key 'spot'"),
         ("aws", IDLE, "provider: {use_internal_ips: false}", "gives nodes public addresses"),
         ("aws", IDLE, "docker: {run_options: ['-p 0.0.0.0:8265:8265']}", "this is open to every address"),
+        ("aws", IDLE, f"provider: {{security_group: {{IpPermissions: [{SSH}]}}}}", "this is open to every address"),
+        ("aws", IDLE, "head_start_ray_commands: ['ray start --head --dashboard-host=::']", "keep --dashboard-host=127"),
+        ("onprem", "name: onprem", START, "this is open to every address"),
+        ("gcp", "    identity: ", "    # ", "missing key 'identity'"),
+        ("azure", "    identity: ", "    # ", "missing key 'identity'"),
+        ("kuberay", "    identity: ", "    # ", "missing key 'identity'"),
         ("aws", IDLE, "setup_commands: null", "expected a list, got nothing"),
         ("aws", IDLE, "max_workers: null", "expected a whole number, got nothing"),
         ("kuberay", "      template:\n", "      minReplicas: 9\n      template:\n", "minReplicas 9 is not between"),
@@ -202,6 +210,8 @@ WORKER = "    identity: arn:aws:iam::000000000000:instance-profile/elastrain-wor
         ("kuberay", OPTIONS, "rayVersion: '2.40'", "2.56 or later"),
         ("kuberay", ", topology: 2x4", "", "missing key 'topology'"),
         ("kuberay", "  spot_nodes: {cloud.google.com/gke-spot: \"true\"}\n", "", "missing key 'provider.spot_nodes'"),
+        ("kuberay", "\nimage:", "\ntls: {folder: x}\nimage:", "on kuberay tls has the key 'secret_name', and nothing"),
+        ("aws", "\nimage:", "\ntls: {}\nimage:", "on aws tls has the key 'folder', and nothing else"),
         ("kuberay", "claim: datasets}", "claim: datasets, host: /x}", "give exactly one of host, claim, scratch_gib"),
     ],
 )  # fmt: skip
@@ -217,6 +227,8 @@ def test_mistakes_are_told_as_sentences(name: str, old: str, new: str, expected:
         "{AWS_SECRET_ACCESS_KEY: abc}",
         "{NOTE: AKIAABCDEFGHIJKLMNOP}",
         "{OPTIONS: '--password=hunter2'}",
+        "{OPTIONS: 'serve --api-key hunter2'}",
+        "{OPTIONS: 'serve --auth-token=hunter2'}",
         "{STORE: 's3://key:secret@bucket/x'}",
     ],
 )
@@ -231,6 +243,10 @@ def test_a_secret_in_an_override_is_seen_and_a_reference_is_not(problems: Find) 
     assert problems(put("aws", command, "override:\n  setup_commands: ['export WANDB_API_KEY=abc']"))
     variable = "{name: ray-worker, env: [{name: HF_TOKEN, %s}]}"
     change = "          containers: [%s]\n          priorityClassName"
+    job = "command: [python, -m, elastrain, train, pipelines/tiny_gpt/train.yaml]"
+    (found,) = problems(put("kuberay", job, "command: [python, x.py, --api-key, abc]"))
+    assert "api-key looks like a secret" in found
+    assert problems(put("kuberay", job, "command: [python, x.py, --tokenizer, bpe, --max-tokens, '8']")) == []
     literal, reference = "value: abc", "valueFrom: {secretKeyRef: {name: hf, key: token}}"
     assert problems(put("kuberay", "          priorityClassName", change % (variable % literal)))
     assert problems(put("kuberay", "          priorityClassName", change % (variable % reference))) == []

@@ -2,12 +2,14 @@
 
 import base64
 import dataclasses
+import getpass
 import json
 import logging
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from elastrain.cluster.rayjob import FILE, FOLDER
 from elastrain.elastic import keep
 from elastrain.elastic.ray_inner import draining_nodes
 from elastrain.errors import ConflictError, Interrupted, ResourceError, SpecError
+from elastrain.observe.actions import read_actions
 from elastrain.observe.report import read_report
 from elastrain.spec.document import read_train
 from elastrain.spec.train import TrainSpec
@@ -275,6 +278,12 @@ def test_a_lost_driver_is_followed_by_another_job_and_a_stopped_one_ends_after_a
     assert stopped["status"] == "stopped"
     assert [found["status"] for found in _jobs(place, job.run)] == ["failed", "stopped"]
     assert re.search(r"stopped at step \d+ after a commit", str(ended[0])), ended
+    noted = [each for each in read_actions(str(place.folder / "runs")) if each["run"] == job.run]
+    me = f"{getpass.getuser()}@{socket.gethostname()}"
+    by_hand = [(each["action"], each["job"]) for each in noted if "asked_by" not in each]
+    assert by_hand == [("submit", first), ("submit", job.id), ("stop", job.id)]
+    by_jobs = [(each["action"], each["job"], each["asked_by"]) for each in noted if "asked_by" in each]
+    assert by_jobs == [("start", first, me), ("resume", job.id, me), ("stop", job.id, me)]
     report = read_report(job.run)
     assert report["outcome"] == "interrupted"
     assert report["resumed_from"] > 0

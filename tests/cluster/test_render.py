@@ -11,7 +11,9 @@ import jsonschema
 import pytest
 from ruamel.yaml import YAML
 
+from elastrain.cluster.check import check_cluster
 from elastrain.cluster.document import cluster_spec, read_cluster
+from elastrain.cluster.environment import AUTHORITY_DIR, TLS_DIR, tls_variables
 from elastrain.cluster.render import as_yaml, manifests, write
 from elastrain.cluster.schemas import _kuberay_schemas, kuberay_findings
 from elastrain.errors import StorageError
@@ -204,6 +206,42 @@ def test_pods_are_closed() -> None:
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},
         }
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_machines_with_tls_make_their_own_certificates_before_ray_starts(name: str) -> None:
+    spec = read_cluster(CLUSTERS / f"{name}.yaml", ["tls={folder: ~/.elastrain/tls}"]).spec
+    (data,) = manifests(spec).values()
+    options = data["docker"]["run_options"]
+    assert {f"--env {key}={value}" for key, value in tls_variables(TLS_DIR).items()} <= set(options)
+    assert data["file_mounts"][AUTHORITY_DIR] == "~/.elastrain/tls"
+    for kind in ("head", "worker"):
+        _, certify, start = data[f"{kind}_start_ray_commands"][:3]
+        assert certify.startswith(f"python -m elastrain cluster certificates {AUTHORITY_DIR} --out {TLS_DIR}")
+        assert " ray start " in start
+        assert ("--host h100-2.example.internal" in certify) is (name == "onprem")
+    assert check_cluster(read_cluster(CLUSTERS / f"{name}.yaml", ["tls={folder: ~/.elastrain/tls}"]))
+
+
+def test_pods_with_tls_make_their_own_certificates_before_ray_starts() -> None:
+    document = read_cluster(CLUSTERS / "kuberay.yaml", ["tls={secret_name: elastrain-tls}"])
+    files = manifests(document.spec)
+    assert check_cluster(document)
+    body = files["kuberay-raycluster.yaml"]["spec"]
+    assert files["kuberay-rayjob.yaml"]["spec"]["rayClusterSpec"] == body
+    variables = {(name, value) for name, value in tls_variables(TLS_DIR).items()}
+    for group in (body["headGroupSpec"], *body["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (maker,), (ray,) = pod["initContainers"], pod["containers"]
+        assert maker["command"][:5] == ["python", "-m", "elastrain", "cluster", "certificates"]
+        assert maker["command"][-1] == "$(CLUSTER)-head-svc.elastrain.svc.cluster.local"
+        assert variables <= {(each["name"], each["value"]) for each in ray["env"]}
+        assert "authority" not in {each["name"] for each in ray["volumeMounts"]}, "Ray never sees the authority's key"
+        assert {"name": "certificate", "mountPath": TLS_DIR} in ray["volumeMounts"]
+        assert maker["securityContext"] == ray["securityContext"]
+    options = body["autoscalerOptions"]
+    assert variables <= {(each["name"], each["value"]) for each in options["env"]}
+    assert options["volumeMounts"] == [{"name": "certificate", "mountPath": TLS_DIR}]
 
 
 def test_spot_pods_and_others_are_on_their_own_nodes() -> None:

@@ -17,6 +17,7 @@ from elastrain.elastic import session
 from elastrain.elastic.check import check_run
 from elastrain.errors import DataError, DivergedError, ResourceError, SpecError, StorageError
 from elastrain.lock import locked
+from elastrain.observe.actions import read_actions
 from elastrain.training.checkpoint import read_weights
 from elastrain.training.export import export_weights
 
@@ -177,6 +178,8 @@ def test_another_dataset_or_seed_is_refused_and_fresh_starts_over(
     changed = spec_of("base", *BASE, f"storage={tmp_path}", "data.seed=1")
     assert elastrain.train(changed, fresh=True).weights_sha256 != finished.weights_sha256
     assert "seed: 1" in (tmp_path / "base" / "spec.yaml").read_text()
+    noted = [each["action"] for each in read_actions(str(tmp_path))]
+    assert noted == ["delete", "start"], "what was refused has done nothing"
 
 
 @pytest.mark.usefixtures("local_ray")

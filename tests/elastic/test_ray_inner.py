@@ -51,12 +51,21 @@ def test_two_modules_reach_into_ray_and_a_few_others_for_what_is_named_here() ->
         "cluster/job_server.py": {"ray._private.authentication"},
         "cluster/preemption.py": {"ray._private.authentication", "ray._raylet", "ray.core.generated"},
         "cluster/scheduling.py": {"ray.core.generated"},
+        "cluster/security.py": {"ray._private.authentication", "ray._private.services", "ray._raylet"},
         "data/feed.py": {"ray.data.block"},
         "data/pack.py": {"ray._private.utils"},
     }
     assert found == below, (
         "another module reaches into Ray: move that to elastic/ray_inner.py, or to elastic/trainer.py for Ray Train"
     )
+
+
+def test_tune_still_takes_the_names_of_what_it_gives_to_trials_from_where_sweeps_take_the_keys_out() -> None:
+    from ray.tune.execution import class_cache
+
+    said = "sweeps/tuning.py takes AWS's keys out of Tune's ENV_VARS_TO_PROPAGATE, else Ray's logs show them"
+    assert isinstance(class_cache.ENV_VARS_TO_PROPAGATE, set), said
+    assert says(class_cache._ActorClassCache.get, "ENV_VARS_TO_PROPAGATE"), said
 
 
 # --- the cluster: ray_inner.py

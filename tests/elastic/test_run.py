@@ -1,5 +1,6 @@
 """Runs in real Ray Train workers: the same batches for any number of them, the same bits after any interruption."""
 
+import getpass
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import pytest
 import elastrain
 from elastrain.elastic.holder import NAMESPACE
 from elastrain.errors import ConflictError
+from elastrain.observe.actions import read_actions
 from elastrain.observe.ledger import read_ledger, read_steps
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -236,6 +238,11 @@ def test_a_run_that_is_stopped_then_killed_then_wiped_out_comes_to_the_same_bits
     assert event["steps_redone"] >= 0
 
     stopped, before_the_kill, before_the_end = seen[1:]
+    noted = [each for each in read_actions(str(run.parent)) if each["run"] == str(run)]
+    assert [each["action"] for each in noted] == ["start", "stop", "resume", "resume"]
+    assert [each["attempt"] for each in noted if "attempt" in each] == [0, 1, 2]
+    assert [each["step"] for each in noted[1:3]] == [stopped, stopped]
+    assert {(each["user"], each["host"]) for each in noted} == {(getpass.getuser(), socket.gethostname())}
     first, second, third, last = (record["step"] for record in read_ledger(str(run)) if record["kind"] == "start")
     assert (first, second) == (0, stopped), "the commit that it was stopped after"
     assert second < before_the_kill <= third < before_the_end <= last == found["resumed_from"]

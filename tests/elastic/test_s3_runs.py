@@ -11,6 +11,7 @@ from tests.s3_server import SECRET_KEY
 from tests.test_uploads import abandon
 
 from elastrain import storage
+from elastrain.observe.actions import read_actions
 from elastrain.training.manifests import newest_whole, revoke
 from elastrain.uploads import unfinished
 
@@ -46,6 +47,9 @@ def test_a_run_on_s3_that_is_killed_goes_on_to_the_bits_of_one_on_a_local_folder
 
     again = result(cli("train", SPEC, *TWO, *there))
     assert (again["resumed_from"], again["weights_sha256"]) == (460, went_on["weights_sha256"])
+
+    told = [(each["action"], each["attempt"]) for each in read_actions(f"{s3_bucket}/runs") if each["run"] == run]
+    assert told == [("start", 0), ("resume", 1)], "who has nothing to do is not noted"
 
     local = result(cli("train", SPEC, *TWO, "--set", "name=beside-s3", "--set", "workers={min: 1, max: 1}"))
     assert local["weights_sha256"] == went_on["weights_sha256"]

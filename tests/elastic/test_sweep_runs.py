@@ -15,6 +15,7 @@ import pytest
 import elastrain
 from elastrain.errors import ConflictError, ResourceError, SpecError
 from elastrain.lock import locked
+from elastrain.observe.actions import read_actions
 from elastrain.observe.ledger import read_ledger
 from elastrain.spec.document import read_train
 from elastrain.sweeps.document import read_sweep
@@ -234,6 +235,8 @@ def test_a_killed_and_an_interrupted_driver_go_on_to_the_same_leaderboard(
     assert result["trials"]["finished"] == 4
     ended = [event["trial"] for event in read_ledger(str(url)) if event["kind"] == "ended"]
     assert sorted(ended) == sorted(set(ended)), "no trial is run to its end twice"
+    noted = [each["action"] for each in read_actions(str(workspace / "runs")) if each["run"] == str(url)]
+    assert noted == ["start", "resume", "stop", "resume"]
 
 
 def test_what_can_be_refused_is_refused_before_anything_starts(sweep_of: Callable[..., Any], workspace: Path) -> None:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from elastrain.errors import ElastrainError, SpecError
 from elastrain.spec.document import changed, dump, parse_train, read_train, resolve, schema, train_spec
 from elastrain.spec.problems import validate
+from elastrain.spec.secrets import secrets_in
 from elastrain.spec.source import load, override, parse
 from elastrain.spec.train import DataSpec, Model, OptimizerSpec, TrainSpec, WorkersSpec
 
@@ -223,6 +224,42 @@ def test_a_secret_in_a_url_is_refused_and_not_shown(problems: Problems, key: str
     assert len(lines) == 1
     assert lines[0].startswith(f"--set {key}=…: {key}: the URL holds credentials")
     assert "hunter2" not in lines[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "task_args={api_key: hunter2}",
+        "task_args={hub: {HF_TOKEN: hunter2}}",
+        "task_args.note=AKIAABCDEFGHIJKLMNOP",
+        "task_args.serve='serve --password hunter2'",
+        "task_args.serve=[serve, --auth-token, hunter2]",
+        "task_args.from='postgres://me:hunter2@db/x'",
+    ],
+)
+def test_what_looks_like_a_secret_is_refused_and_not_shown(problems: Problems, change: str) -> None:
+    (line,) = problems(GOOD, change)
+    assert "looks like a secret; specs and jobs are stored, logged and shown" in line
+    assert "hunter2" not in line
+    assert "AKIA" not in line
+
+
+def test_words_of_a_language_model_are_no_secrets() -> None:
+    words = {"tokenizer": "bytes", "pad_token": "x", "token": "<pad>", "mask_token": "[MASK]", "max_tokens": "5"}
+    paths = {"token_dir": "x", "auth_token_path": "y", "secret_name": "z", "run": "x.py --tokenizer bpe --max-tokens 9"}
+    assert list(secrets_in({"task_args": words | paths, "arguments": ["--tokenizer", "bpe"]})) == []
+
+
+def test_a_secret_is_refused_from_python_too(folder: Path) -> None:
+    spec = train_spec({**SMALL, "task": "task.py:DigitsMLP", "task_args": {"wandb_api_key": "hunter2"}})
+    with pytest.raises(SpecError, match=r"^task_args\.wandb_api_key: wandb_api_key looks like a secret"):
+        resolve(spec, base=folder / "spec", cwd=folder)
+
+
+@pytest.mark.parametrize("name", ["a/b", "../up", "a;rm", "a b", ".hidden", "-x", "$(id)", "a\nb", "", "x" * 129, "ü"])
+def test_a_name_that_a_path_or_a_shell_would_take_apart_is_refused(problems: Problems, name: str) -> None:
+    (line,) = problems(GOOD.replace("name: digits-mlp", f"name: {json.dumps(name)}"))
+    assert "name" in line
 
 
 def test_resolve_from_python(folder: Path) -> None:
@@ -722,7 +759,7 @@ def test_dump_refuses_objects() -> None:
 def test_every_key_of_the_schema_is_described() -> None:
     root = schema()
     json.dumps(root)
-    assert len(root["$defs"]) == 33
+    assert len(root["$defs"]) == 34
     for model in root["$defs"].values():
         assert model["additionalProperties"] is False
         for key, value in model["properties"].items():

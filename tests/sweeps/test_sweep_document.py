@@ -155,6 +155,9 @@ def test_a_fixed_value_in_a_space_is_set_in_all_trials(read: Read) -> None:
         ("mode: search", "mode: fair", "5: mode fair compares two arms at least; give arms, or write mode: search"),
         ("name: search", "nmae: search", "2: unknown key 'nmae'; did you mean 'name'?"),
         ("name: search", "name: search\nstorage: s3://key:secret@bucket", "3: storage: the URL holds credentials"),
+        ("name: search", "name: sea/rch", "2: name: "),
+        ("name: search", "name: sea;rch", "2: name: "),
+        ("set: {workers", "set: {task_args.api_key: abc, workers", "4: set.task_args.api_key: task_args"),
     ],
 )  # fmt: skip
 def test_a_problem_has_its_line_and_its_sentence(read: Read, old: str, new: str, expected: str) -> None:

@@ -82,6 +82,11 @@ class JobServer(JobSubmissionClient):
         with _told(self.url):
             return [job for job in self.list_jobs() if job.submission_id]
 
+    def all_jobs(self) -> list[JobDetails]:
+        """Return the submitted jobs and the drivers that connected by themselves."""
+        with _told(self.url):
+            return list(self.list_jobs())
+
     def known(self, job: str) -> JobDetails | None:
         """Return what is known of a job; None where the server knows none of this name."""
         return next((found for found in self.jobs() if found.submission_id == job), None)

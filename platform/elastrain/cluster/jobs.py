@@ -6,6 +6,7 @@ its run locked, it stops after a commit. All jobs of one run share its directory
 
 import hashlib
 import json
+import logging
 import re
 import socket
 import tempfile
@@ -20,7 +21,8 @@ from ray.job_submission import JobDetails, JobStatus
 from elastrain import storage
 from elastrain.cluster.job_server import JobServer, ended
 from elastrain.cluster.package import ENTRYPOINT, ENVIRONMENT, RUN_KEY, STOP_S, places, stage
-from elastrain.errors import ConflictError, ElastrainError, Interrupted, ResourceError, SpecError
+from elastrain.errors import ConflictError, ElastrainError, Interrupted, ResourceError, SpecError, StorageError
+from elastrain.observe import actions
 from elastrain.observe.progress import LiveLine, Status, status_in
 from elastrain.spec.document import resolve
 from elastrain.spec.train import TrainSpec
@@ -100,7 +102,9 @@ def submit(spec: TrainSpec, *, address: str | None = None, shared: Sequence[str]
 def stop_job(job: str, *, address: str | None = None) -> dict[str, Any]:
     """End a job after a last checkpoint, wait for that, and return its status; raises SpecError, ResourceError."""
     server = JobServer(address)
+    run = (server.info(job).metadata or {}).get(RUN_KEY)
     server.end(job)
+    _note(run, "stop", job)
     deadline = time.monotonic() + STOP_S + 30
     while not ended(info := server.info(job)):
         if time.monotonic() > deadline:
@@ -186,9 +190,22 @@ def _sent(server: JobServer, spec: TrainSpec, run: str) -> str:
     with tempfile.TemporaryDirectory(prefix="elastrain-") as scratch:
         folder = Path(scratch).resolve()
         stage(spec, folder)
-        runtime_env = {"working_dir": str(folder), "env_vars": ENVIRONMENT}
+        told = {**ENVIRONMENT, actions.ASKED_BY: actions.asking(), actions.JOB: job}
+        runtime_env = {"working_dir": str(folder), "env_vars": told}
         server.send(job=job, entrypoint=ENTRYPOINT, runtime_env=runtime_env, metadata={RUN_KEY: run})
+    _note(run, "submit", job)
     return job
+
+
+def _note(run: str | None, action: str, job: str) -> None:
+    """Say in the storage's actions who did it; who may not write there is told, and the job's own entry remains."""
+    try:
+        if run is not None:
+            actions.note(run, action, patient=False, job=job)
+    except StorageError as error:
+        logging.getLogger(__name__).warning(
+            "elastrain: %s of %s is not in its storage's actions: %s", action, job, error
+        )
 
 
 def job_id(name: str, run: str, attempt: int) -> str:

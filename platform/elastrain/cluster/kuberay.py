@@ -4,8 +4,10 @@ Pure: data in, data out. Pods run as a plain user without capabilities; a token 
 """
 
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
+from elastrain.cluster.environment import AUTHORITY_DIR, MAKE_CERTIFICATE, NO_EXPORTERS, TLS_DIR, tls_variables
 from elastrain.cluster.merging import merged
 from elastrain.spec.cluster import Accelerator, ClusterSpec, Head, Mount, Pool
 from elastrain.spec.providers import Job, KubeRay
@@ -28,6 +30,7 @@ _POD_SECURITY = {
     "fsGroup": 100,
     "seccompProfile": {"type": "RuntimeDefault"},
 }
+_CERTIFICATE = {"name": "certificate", "mountPath": TLS_DIR}
 _SECURITY = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
@@ -46,7 +49,7 @@ def cluster_body(spec: ClusterSpec) -> dict[str, Any]:
     """Return the `spec` of the RayCluster, which is also the `rayClusterSpec` of the RayJob."""
     provider = _kuberay(spec)
     auth = {"mode": "token"} | ({"secretName": provider.token_secret} if provider.token_secret else {})
-    body = {
+    body: dict[str, Any] = {
         "rayVersion": RAY_VERSION,
         "enableInTreeAutoscaling": True,
         "authOptions": auth,
@@ -55,13 +58,19 @@ def cluster_body(spec: ClusterSpec) -> dict[str, Any]:
             "upscalingMode": "Default",
             "idleTimeoutSeconds": 300,
             # After so long without capacity the next pool by priority is tried; Ray's default is an hour.
-            "env": [{"name": "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S", "value": "900"}],
+            "env": _variables(
+                {**NO_EXPORTERS, **spec.env, "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": "900"}
+            ),
             "resources": _same({"cpu": "500m", "memory": "1Gi"}),
             "securityContext": _SECURITY,
         },
         "headGroupSpec": _head_group(spec),
         "workerGroupSpecs": [_group(spec, pool) for pool in spec.pools],
     }
+    if spec.tls:  # the autoscaler runs beside the head and speaks with it
+        options = body["autoscalerOptions"]
+        options["env"] += _variables(tls_variables(TLS_DIR))
+        options["volumeMounts"] = [_CERTIFICATE]
     return dict(merged(body, spec.override))
 
 
@@ -132,6 +141,10 @@ def _kuberay(spec: ClusterSpec) -> KubeRay:
     return spec.provider
 
 
+def _variables(settings: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [{"name": name, "value": value} for name, value in settings.items()]
+
+
 def _same(amounts: dict[str, str]) -> dict[str, Any]:
     """Return requests and limits that are equal, so that no pod is ended for what another one takes."""
     return {"requests": dict(amounts), "limits": dict(amounts)}
@@ -181,12 +194,13 @@ def _pod(
     spec: ClusterSpec, machine: Head | Pool, name: str, extra: dict[str, str], identity: str | None
 ) -> dict[str, Any]:
     amounts = {"cpu": str(machine.cpus), "memory": f"{machine.memory_gib}Gi", **extra}
-    settings = {**spec.env, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_DRAIN_S)}
+    settings = {**NO_EXPORTERS, **spec.env, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(_DRAIN_S)}
+    settings |= tls_variables(TLS_DIR) if spec.tls else {}
     shared = Mount(path="/dev/shm", scratch_gib=max(1, machine.memory_gib * 3 // 10))  # noqa: S108 -- Ray's object store
     container = {
         "name": name,
         "image": spec.image,
-        "env": [{"name": key, "value": value} for key, value in settings.items()],
+        "env": _variables(settings),
         "resources": _same(amounts),
         "securityContext": _SECURITY,
         "volumeMounts": [_mounted(at, mount) for at, mount in enumerate((shared, *machine.mounts))],
@@ -200,7 +214,32 @@ def _pod(
     }
     if identity:
         pod["serviceAccountName"] = identity
+    if spec.tls:
+        _certify(spec, pod)
     return pod
+
+
+def _certify(spec: ClusterSpec, pod: dict[str, Any]) -> None:
+    """Have a container make the pod's certificate before Ray starts, valid for the head's service, too."""
+    assert spec.tls is not None
+    service = f"$(CLUSTER)-head-svc.{_kuberay(spec).namespace}.svc.cluster.local"
+    cluster = {"name": "CLUSTER", "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['ray.io/cluster']"}}}
+    authority = {"name": "authority", "mountPath": AUTHORITY_DIR, "readOnly": True}
+    maker = {
+        "name": "certificate",
+        "image": spec.image,
+        "command": [*MAKE_CERTIFICATE.split(), "--host", service],
+        "env": [cluster],
+        "resources": _same({"cpu": "500m", "memory": "512Mi"}),
+        "securityContext": _SECURITY,
+        "volumeMounts": [authority, _CERTIFICATE],
+    }
+    pod["initContainers"] = [maker]
+    pod["containers"][0]["volumeMounts"].append(_CERTIFICATE)
+    pod["volumes"] += [
+        {"name": "authority", "secret": {"secretName": spec.tls.secret_name, "defaultMode": 0o440}},
+        {"name": "certificate", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}},
+    ]
 
 
 def _mounted(at: int, mount: Mount) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import shlex
 from typing import Any
 
 from elastrain.cluster.clouds import aws_node, aws_provider, azure_node, azure_provider, gcp_node, gcp_provider
+from elastrain.cluster.environment import AUTHORITY_DIR, MAKE_CERTIFICATE, NO_EXPORTERS, TLS_DIR, tls_variables
 from elastrain.cluster.merging import merged
 from elastrain.spec.cluster import ClusterSpec, Head, Mount, Pool
 from elastrain.spec.providers import Aws, Azure, Gcp, KubeRay, OnPrem
@@ -48,7 +49,7 @@ def launcher_file(spec: ClusterSpec) -> dict[str, Any]:
         "idle_timeout_minutes": 5,
         "auth": _auth(provider),
         "docker": _docker(spec),
-        "file_mounts": {TOKEN_DIR: provider.token_dir},
+        "file_mounts": {TOKEN_DIR: provider.token_dir} | ({AUTHORITY_DIR: spec.tls.folder} if spec.tls else {}),
         **_commands(spec),
     }
     return dict(merged(found, spec.override))
@@ -111,7 +112,8 @@ def _auth(provider: Aws | Gcp | Azure | OnPrem) -> dict[str, Any]:
 
 
 def _docker(spec: ClusterSpec) -> dict[str, Any]:
-    settings = {**spec.env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{TOKEN_DIR}/auth_token"}
+    settings = {**NO_EXPORTERS, **spec.env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{TOKEN_DIR}/auth_token"}
+    settings |= tls_variables(TLS_DIR) if spec.tls else {}
     env = [f"--env {shlex.quote(f'{name}={value}')}" for name, value in settings.items()]
     found: dict[str, Any] = {
         "image": spec.image,
@@ -143,8 +145,11 @@ def _commands(spec: ClusterSpec) -> dict[str, Any]:
         worker += f" --num-cpus={pool.cpus} --num-gpus={gpus} --labels={shlex.quote(labels)}"
     return {
         **{name: [] for name in none},
-        "head_start_ray_commands": ["ray stop", _HEAD_START],
-        "worker_start_ray_commands": ["ray stop", worker, *([_watch(spec, watched)] if watched else [])],
+        "head_start_ray_commands": ["ray stop", *_certified(spec), _HEAD_START],
+        "worker_start_ray_commands": [
+            *("ray stop", *_certified(spec), worker),
+            *([_watch(spec, watched)] if watched else []),
+        ],
         "cluster_synced_files": [],
         "file_mounts_sync_continuously": False,
         "rsync_exclude": [],
@@ -160,3 +165,12 @@ def _watch(spec: ClusterSpec, pools: list[str]) -> str:
         f"umask 077; case $RAY_NODE_TYPE_NAME in {'|'.join(pools)}) "
         f"{watcher} </dev/null >/tmp/elastrain-preemption.log 2>&1 & ;; esac"
     )
+
+
+def _certified(spec: ClusterSpec) -> list[str]:
+    """Return what makes a node's certificate; hosts of one's own are called by the names that the spec has for them."""
+    if not spec.tls:
+        return []
+    provider = spec.provider
+    hosts = [provider.head_host, *spec.pools[0].hosts] if isinstance(provider, OnPrem) else []
+    return [" ".join([MAKE_CERTIFICATE, *(f"--host {host}" for host in hosts)])]

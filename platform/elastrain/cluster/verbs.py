@@ -1,6 +1,7 @@
 """The verbs below `elastrain cluster`: check, plan and render. Ray is loaded by the one that plans."""
 
 import json
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -78,6 +79,26 @@ def cluster_render(
         files = manifests(document.spec)
         texts = (as_yaml(data, spec_name=document.spec.name) for data in files.values())
         return {"files": files}, "---\n".join(texts).rstrip()
+
+    _print(*run(), as_json=as_json)
+
+
+@cluster.command("certificates")
+def cluster_certificates(
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="has the authority, ca.crt and ca.key; made if missing")
+    ],
+    host: Annotated[list[str] | None, typer.Option(help="a name or address beside this machine's own")] = None,
+    out: Annotated[str | None, typer.Option(help="folder for the certificate; FOLDER if unset")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make certificates with which Ray encrypts its gRPC: an authority, and from it this machine's own."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.cluster.certificates import make_certificates
+
+        found = make_certificates(folder, host or [], out=out)
+        return found, "\n".join(f"export {name}={shlex.quote(value)}" for name, value in found["environment"].items())
 
     _print(*run(), as_json=as_json)
 

@@ -7,9 +7,11 @@ says what has changed when the next one differs.
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,6 +21,8 @@ import ray._private.worker
 from ray._private.authentication import authentication_token_setup as token
 from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup
+
+from elastrain.cluster.environment import NO_EXPORTERS
 
 COORDINATOR = "AutoscalingCoordinator"  # the name and the namespace of Ray's detached actor
 NODE_ID_LABEL = "ray.io/node-id"  # what every raylet labels itself with
@@ -111,10 +115,17 @@ def enable_token_auth() -> None:
 def secure_new_cluster() -> None:
     """Have tokens checked as a Ray that `ray.init` starts does, and make one where the user has none.
 
-    Stands on `ray._private.authentication`.
+    Ray would make a file that every user of the machine can read. Its exporters of numbers, which ask for no token,
+    stay off unless the user has set them on. Stands on `ray._private.authentication`.
     """
+    for name, value in NO_EXPORTERS.items():
+        os.environ.setdefault(name, value)
     logging.getLogger(token.__name__).setLevel(logging.ERROR)
-    token.enable_token_auth_by_default()
+    if token.enable_token_auth_by_default() and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        path = Path.home() / ".ray" / "auth_token"
+        with contextlib.suppress(OSError):  # Ray tells what is wrong with it
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)  # one that is there stays as it is; an empty one is filled by Ray
     token.ensure_token_if_auth_enabled()
 
 

@@ -24,7 +24,7 @@ from elastrain.data.quarantine import Note, events, find_bad, fits, noted, witho
 from elastrain.data.transforms import check_transforms
 from elastrain.elastic.config import LEASE_S, WorkerConfig
 from elastrain.elastic.fleet import Fleet
-from elastrain.elastic.history import Resume, begin, is_same, prepare, resumable
+from elastrain.elastic.history import SPEC, Resume, begin, is_same, prepare, resumable
 from elastrain.elastic.holder import end_holder, recall
 from elastrain.elastic.host import RECORDS, Host
 from elastrain.elastic.protocol import Roster
@@ -36,6 +36,7 @@ from elastrain.errors import DivergedError, Interrupted, ResourceError, ours
 from elastrain.keys import check_key
 from elastrain.lease import Hold
 from elastrain.lock import locked
+from elastrain.observe import actions
 from elastrain.observe.ledger import Ledger
 from elastrain.observe.progress import LiveLine, Status
 from elastrain.observe.report import TRAIN_KEYS, read_report, write_html
@@ -158,8 +159,17 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
                 end_holder(run_url)
             else:
                 recall(run_url, plan.identity(), warn=job.warn, settle=hold.check)
+            _note(run_url, resume, fresh=fresh)
             begin(run_url, spec, plan, left_out, fresh=fresh)
             return _attempts(job)
+
+
+def _note(run: str, resume: Resume | None, *, fresh: bool) -> None:
+    """Say in the storage's actions who begins or goes on with the run, and who removes what was there."""
+    if fresh and storage.exists(storage.join(run, SPEC)):
+        actions.note(run, "delete")
+    attempt = 0 if fresh else Ledger.next_attempt(run)
+    actions.note(run, "resume" if resume else "start", attempt=attempt, step=resume.step if resume else 0)
 
 
 def _left_out(data: Mapping[str, Dataset], run: str, line: LiveLine, *, fresh: bool) -> dict[str, Note]:
@@ -202,6 +212,7 @@ def _attempts(job: Job) -> Run:
         job.hold.check()
         end_holder(job.run_url)
         if result["stopped"]:
+            actions.note(job.run_url, "stop", step=result["step"])
             raise Interrupted(f"stopped at step {result['step']} after a commit; the same command goes on from there")
         return _finished(job, resume)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 
+from elastrain.cluster.doors import check_tls
 from elastrain.elastic.policy import sizes_at_start
 from elastrain.elastic.ray_inner import (
     NODE_TYPE_LABEL,
@@ -24,6 +25,7 @@ from elastrain.elastic.ray_inner import (
     draining_nodes,
     enable_token_auth,
     node_types,
+    secure_new_cluster,
     without_monitors,
 )
 from elastrain.errors import ResourceError
@@ -51,6 +53,7 @@ def ray_session(address: str | None, *, cpus: float) -> Iterator[None]:
             enable_token_auth()
             ray.init(address=target, **quiet)
         else:
+            secure_new_cluster()
             with without_monitors():
                 ray.init(address="local", num_cpus=math.ceil(cpus), include_dashboard=False, **_quoted(), **quiet)
     except Exception as error:  # a bare one where a node does not start in time
@@ -95,6 +98,7 @@ def _reachable(address: str) -> None:
         raise ConnectionError("a Ray Client address; give HOST:PORT of the head itself, or auto on one of its nodes")
     if port.isdigit():
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        check_tls(host, int(port))
     elif address != "auto":
         raise ConnectionError("not auto and not HOST:PORT")
 

@@ -84,6 +84,21 @@ class Mount(Model):
         return self
 
 
+class Tls(Model):
+    """Ray's gRPC encrypted, both sides showing a certificate of the cluster's own authority.
+
+    `elastrain cluster certificates FOLDER` makes one. Each node makes its own certificate from it when it starts, so
+    the image holds Elastrain. The dashboard's HTTP is not part of it: use a tunnel.
+    """
+
+    folder: Text | None = Field(
+        default=None, description="folder on this machine with ca.crt and ca.key, copied to the nodes; not on kuberay"
+    )
+    secret_name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")] | None = Field(
+        default=None, description="kuberay: the name of a Secret with the keys ca.crt and ca.key"
+    )
+
+
 class Head(Model):
     """The node that drives and never works: it stays on while the cluster is up, so make it small."""
 
@@ -197,6 +212,7 @@ class ClusterSpec(Model):
     )
     head: Head = Field(description="the node that drives and never works")
     pools: Annotated[tuple[Pool, ...], Field(min_length=1)] = Field(description="the machines that work")
+    tls: Tls | None = Field(default=None, description="encrypts Ray's gRPC; off where unset")
     env: dict[str, str] = Field(default={}, description="environment of all containers; no secrets")
     prices: str | None = Field(
         default=None, description="a table of machine types of your own, relative to this file: see clusters/README.md"
@@ -235,6 +251,10 @@ def _misfits(spec: ClusterSpec) -> Iterator[tuple[str, str]]:
         yield from _pool_misfits(kind, f"pools.{at}", pool)
     if kind == "onprem" and len(spec.pools) > 1:
         yield "pools.1", "Ray's provider for hosts has one kind of worker: give one pool, or use kuberay for several"
+    if spec.tls is not None:
+        name, other = ("secret_name", "folder") if kind == "kuberay" else ("folder", "secret_name")
+        if getattr(spec.tls, name) is None or getattr(spec.tls, other) is not None:
+            yield "tls", f"on {kind} tls has the key '{name}', and nothing else"
     if spec.provider.type == "kuberay" and not spec.provider.spot_nodes and any(pool.spot for pool in spec.pools):
         at = next(at for at, pool in enumerate(spec.pools) if pool.spot)
         yield f"pools.{at}.market", "spot: missing key 'provider.spot_nodes', by which Kubernetes tells such nodes"

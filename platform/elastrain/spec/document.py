@@ -30,6 +30,7 @@ from elastrain.spec.problems import (
     shown,
     validate,
 )
+from elastrain.spec.secrets import refuse_secrets
 from elastrain.spec.source import Source, load, override, parse
 from elastrain.spec.sweep import Dimension, SweepSpec
 from elastrain.spec.train import OptimizerSpec, TrainSpec
@@ -250,6 +251,7 @@ def _resolved(spec: TrainSpec, *, base: Path, cwd: Path, where: Where) -> TrainS
         except ValueError as error:
             problems.append(Problem(keys=keys, text=str(error)))
     refuse(problems, where)
+    refuse_secrets(data, where)
     return _checked(data, where)
 
 

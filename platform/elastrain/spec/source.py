@@ -18,6 +18,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from elastrain.errors import SpecError
 from elastrain.spec.problems import Keys, Problem, dotted, refuse, short, shown
+from elastrain.spec.secrets import secrets_in
 from elastrain.urls import holds_credentials
 
 Position = tuple[int, int]
@@ -240,7 +241,9 @@ def _others(name: str) -> str:
 def _masked(text: str) -> str:
     """Return an override fit to be shown: no secrets, one line, not long."""
     key, _, value = text.partition("=")
-    return f"{key}=…" if holds_credentials(value) else f"{key}={short(' '.join(value.split()))}"
+    flat = text.replace(": ", "=").replace(",", " ")  # as arguments of a program would say it
+    hidden = holds_credentials(value) or any(True for _ in secrets_in(flat))
+    return f"{key}=…" if hidden else f"{key}={short(' '.join(value.split()))}"
 
 
 def _assignment(text: str) -> tuple[Keys, Any]:

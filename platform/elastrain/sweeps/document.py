@@ -12,6 +12,7 @@ from typing import Any
 from elastrain.errors import SpecError
 from elastrain.spec.document import absolute, located, placed, plain, read_train, working_folder
 from elastrain.spec.problems import Keys, Problem, Where, dotted, nowhere, refuse, shown, validate
+from elastrain.spec.secrets import refuse_secrets
 from elastrain.spec.source import Source, load, override, parse
 from elastrain.spec.sweep import KINDS, LISTS, SweepSpec
 from elastrain.spec.train import TrainSpec
@@ -111,6 +112,7 @@ def _resolved(spec: SweepSpec, *, base: Path, where: Where) -> SweepSpec:
         _relocate(data, ("arms", index, "optimizer"), ("optimizer",), base, problems)
         _relocate(data, ("arms", index, "space"), (), base, problems)
     refuse(problems, where)
+    refuse_secrets(data, where)
     found = sweep_spec(data, where)
     arms_of(found, base_of(found), where)
     return found

@@ -22,6 +22,7 @@ from elastrain.elastic.session import ray_session, stopping
 from elastrain.errors import ConflictError, Interrupted, SpecError, error_named
 from elastrain.lease import Hold
 from elastrain.lock import locked
+from elastrain.observe import actions
 from elastrain.observe.ledger import Ledger, read_ledger
 from elastrain.spec.document import dump
 from elastrain.spec.sweep import SweepSpec
@@ -121,6 +122,8 @@ def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False) -
     start = time.monotonic()
     scoring = scoring_of(spec, arms)
     with locked(url, remedy="give this sweep another name") as hold, LiveView(scoring) as view:
+        if fresh and storage.exists(storage.join(url, SPEC)):
+            actions.note(url, "delete")
         before = _begin(url, spec, fresh=fresh)
         known = trials_of(before)
         job = _Job(
@@ -141,6 +144,7 @@ def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False) -
             with ray_session(address, cpus=max(os.cpu_count() or 1, job.size * workers.cpus)), stopping(job.stop):
                 check_room(workers, job.size)
                 goal = spec.objective.goal
+                actions.note(url, "resume" if before else "start", attempt=Ledger.next_attempt(url))
                 _run(job, Objective(metric=spec.objective.metric, goal=goal, decisions=steps, saves=saves))
         hold.check()
         return Sweep(url, *conclude(url, spec, arms, read_ledger(url), wall_s=time.monotonic() - start))
@@ -233,6 +237,7 @@ def _run(job: _Job, objective: Objective) -> None:
             ray.get(desk.close.remote(outcome.pop("outcome"), outcome), timeout=END_S)
         ray.kill(desk)
     if job.stop.is_set():
+        actions.note(job.url, "stop")
         raise Interrupted("stopped; what has ended is kept, and the same command goes on from there")
 
 

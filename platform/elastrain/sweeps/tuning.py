@@ -20,6 +20,7 @@ import ray
 from ray import tune
 from ray.train._internal.storage import StorageContext
 from ray.tune import PlacementGroupFactory
+from ray.tune.execution import class_cache
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.registry import register_trainable
@@ -35,8 +36,7 @@ WORST = 1e30  # what counts for a trial that diverged or failed: infinity would 
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_WARN_THRESHOLD_S": "10",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    **dict.fromkeys(("TUNE_PRINT_ALL_TRIAL_ERRORS", "RAY_CHDIR_TO_TRIAL_DIR"), "0"),
 }
 
 
@@ -266,6 +266,8 @@ def tune_trials(
 ) -> None:
     """Run the agenda's trials to their end; `look()` is called many times a second and says whether to break off."""
     os.environ.update(QUIET)
+    given = class_cache.ENV_VARS_TO_PROPAGATE  # to trials' actors, AWS's keys among them: Ray's logs and APIs show them
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in given if not name.startswith("AWS_")}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     random.seed(agenda.seed)
     np.random.seed(agenda.seed)  # noqa: NPY002 -- what Tune's schedulers draw from

@@ -23,6 +23,7 @@ from elastrain.spec.train import CheckpointSpec
 
 MANIFEST = "manifest.json"
 FOLDER = re.compile(r"step-(\d{8,})")
+PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # the name of a file, and no path
 REVOKED = b"revoked "
 SEAL = ',\n "sha256": "'
 
@@ -58,6 +59,8 @@ def unseal(data: bytes, step: int) -> dict[str, Any]:
     if not found or data != _sealed(text):
         raise ValueError("corrupted (not the bytes that were written)")
     manifest: dict[str, Any] = json.loads(data)
+    if not all(PLAIN.fullmatch(name) for name in (*manifest["files"], manifest.get("part", "0"))):
+        raise ValueError("it names a file that would lie elsewhere")
     if manifest["step"] != step:
         raise ValueError(f"the manifest of step {manifest['step']}; checkpoints are not to be renamed")
     return manifest
@@ -151,7 +154,7 @@ def revoke(run: str) -> None:
 def read_manifest(run: str, step: int) -> dict[str, Any]:
     """Return the manifest of a checkpoint; raises FileNotFoundError if it has none, StorageError if it is broken."""
     url = storage.join(folder(run, step), MANIFEST)
-    data = storage.read_bytes(url)
+    data = storage.read_bytes(_within(run, url))
     if data.startswith(REVOKED):
         raise FileNotFoundError(url)
     try:
@@ -202,12 +205,21 @@ def read_verified(run: str, step: int, manifest: Mapping[str, Any], name: str) -
     """Return the bytes of a checkpoint's file; raises StorageError, naming it, if they are not the manifest's."""
     path, expected = file_url(run, step, manifest.get("part", ""), name), manifest["files"][name]
     try:
-        data = storage.read_bytes(path)
+        data = storage.read_bytes(_within(run, path))
     except FileNotFoundError as error:
         raise StorageError(f"{path}: missing, though the checkpoint's manifest names it") from error
     if described(data) != expected:
         raise StorageError(f"{path}: corrupted (not the bytes that the checkpoint's manifest names)")
     return data
+
+
+def _within(run: str, url: str) -> str:
+    """Return the URL of a file; raises StorageError if links lead out of the folder of the run's checkpoints."""
+    if storage.is_local(url):
+        root = storage.local_path(storage.join(run, "checkpoints")).resolve()
+        if not storage.local_path(url).resolve().is_relative_to(root):
+            raise StorageError(f"{url}: a link that leads out of {root}; put the file itself there")
+    return url
 
 
 def clear(run: str, step: int) -> None:

@@ -1,0 +1,128 @@
+"""Certificates for Ray's gRPC: what they hold, and a real cluster that speaks with nobody who has none of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from tests.cluster.head import Head, head
+
+from elastrain.cluster.certificates import make_certificates, own_hosts
+from elastrain.cluster.doors import knock, listeners, speaks_tls
+from elastrain.cluster.environment import NO_EXPORTERS
+from elastrain.errors import SpecError, StorageError
+
+
+def certificate(path: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(path.read_bytes())
+
+
+def test_an_authority_is_made_once_and_certificates_of_it_as_often_as_asked(tmp_path: Path) -> None:
+    home, node = tmp_path / "tls", tmp_path / "node"
+    first = make_certificates(str(home), ["head.example.internal", "10.1.2.3"])
+    authority = (home / "ca.crt").read_bytes()
+    second = make_certificates(str(home), out=str(node))
+    assert (home / "ca.crt").read_bytes() == authority == (node / "ca.crt").read_bytes()
+    assert sorted(path.name for path in node.iterdir()) == ["ca.crt", "node.crt", "node.key"], "the key stays at home"
+    for folder in (home, node):
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+    mine, issuer = certificate(home / "node.crt"), certificate(home / "ca.crt")
+    mine.verify_directly_issued_by(issuer)
+    names = mine.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert "head.example.internal" in names.get_values_for_type(x509.DNSName)
+    assert ip_address("10.1.2.3") in names.get_values_for_type(x509.IPAddress)
+    assert {"127.0.0.1", *own_hosts()} <= set(second["hosts"]) < set(first["hosts"])
+    assert mine.serial_number != certificate(node / "node.crt").serial_number
+
+
+def test_what_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"'a/b; c' is no address and no name"):
+        make_certificates(str(tmp_path / "tls"), ["a/b; c"])
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="cannot be written"):
+        make_certificates(str(tmp_path / "file" / "tls"))
+    make_certificates(str(tmp_path / "tls"))
+    (tmp_path / "tls" / "ca.key").write_text("no key")
+    with pytest.raises(StorageError, match=r"authority cannot be read .* restore ca.crt and ca.key"):
+        make_certificates(str(tmp_path / "tls"))
+    (tmp_path / "tls" / "ca.key").unlink()
+    with pytest.raises(StorageError):
+        make_certificates(str(tmp_path / "tls"))
+
+
+# --- a cluster
+
+
+@dataclass(frozen=True)
+class Encrypted:
+    """A head with TLS, the variables of who belongs to it, and a folder to write in."""
+
+    head: Head
+    environment: dict[str, str]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def encrypted() -> Iterator[Encrypted]:
+    folder = Path(tempfile.mkdtemp(prefix="elastrain-"))
+    try:
+        environment = make_certificates(str(folder / "tls"))["environment"]
+        with head(folder / "head", cpus=2, environment=NO_EXPORTERS | environment) as started:
+            yield Encrypted(started, environment, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def pack(on: Encrypted, name: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Let the cluster's processes pack the digits."""
+    command = [sys.executable, "-m", "elastrain", "pack", "digits", str(on.folder / name), "--address", on.head.address]
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_cluster_with_tls_works_for_its_own_and_refuses_all_others(encrypted: Encrypted) -> None:
+    done = pack(encrypted, "packed", encrypted.environment)
+    assert done.returncode == 0, done.stderr
+    assert "train 1,442 rows" in done.stdout
+
+    other = make_certificates(str(encrypted.folder / "other"))["environment"]
+    swapped = {**encrypted.environment, "RAY_TLS_CA_CERT": other["RAY_TLS_CA_CERT"]}
+    forged = {**other, "RAY_TLS_CA_CERT": encrypted.environment["RAY_TLS_CA_CERT"]}
+    strangers = {
+        "without": ({}, "it wants a certificate; set RAY_USE_TLS=1"),
+        "unsure": (swapped, "the certificates do not fit"),
+        "forged": (forged, "the certificates do not fit"),
+        "missing": ({"RAY_USE_TLS": "1"}, "RAY_USE_TLS is set, and 'RAY_TLS_CA_CERT' is not"),
+    }
+    for name, (environment, words) in strangers.items():
+        done = pack(encrypted, name, environment)
+        assert done.returncode == 6, (name, done.stdout, done.stderr)
+        assert words in done.stderr.splitlines()[-1], name
+        assert not (encrypted.folder / name).exists(), name
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_every_port_of_its_own_protocol_speaks_tls_and_doctor_says_so(encrypted: Encrypted) -> None:
+    found = listeners([encrypted.head.address, str(encrypted.folder / "head" / "ray")])
+    assert {each.port: knock(each.reachable, each.port) for each in found} == {each.port: "refused" for each in found}
+    # What speaks HTTP stays as it is, on loopback or with a token.
+    native = [each for each in found if each.process in ("gcs_server", "raylet")]
+    assert len(native) >= 3
+    assert all(speaks_tls(each.reachable, each.port) for each in native)
+    command = [sys.executable, "-m", "elastrain", "doctor", "--security", "--address", encrypted.head.address]
+    done = subprocess.run(
+        command, env=os.environ | encrypted.environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert "ok    TLS                 Ray's gRPC is encrypted" in done.stdout, done.stderr
