@@ -262,6 +262,29 @@ def verify(
         raise ElastrainError(f"the disturbed run came out differently: {found['difference']}; please report it")
 
 
+@cluster.command("local")
+def cluster_local(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="YAML file of a cluster of provider local")],
+    no_capacity: Annotated[
+        list[str] | None, typer.Option(metavar="POOL", help="a pool that launches nothing (repeatable)")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Hold a cluster on this machine until Ctrl-C: Ray's real autoscaler, from zero nodes whose GPUs are names."""
+    from elastrain.cluster.check import check_cluster
+    from elastrain.cluster.document import read_cluster
+    from elastrain.elastic.local_autoscaling import LocalAutoscaling, as_text, hold
+
+    document = read_cluster(spec)
+    check_cluster(document)
+
+    def show(found: LocalAutoscaling) -> None:
+        places = {"address": found.address, "dashboard": found.dashboard}
+        print(json.dumps(places) if as_json else as_text(found, document.spec), flush=True)
+
+    hold(document.spec, no_capacity or [], show=show)
+
+
 @app.command()
 def report(
     run_path: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder or URL")], as_json: Json = False

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from elastrain.errors import SpecError
+
 cluster = typer.Typer(help="Machines for runs: check, plan and render the spec of a cluster.", no_args_is_help=True)
 
 ClusterPath = Annotated[str, typer.Argument(metavar="SPEC", help="YAML file of a cluster")]
@@ -72,6 +74,8 @@ def cluster_render(
 
         document = read_cluster(spec, sets or [])
         check_cluster(document)
+        if not manifests(document.spec):
+            raise SpecError(f"{spec}: there is nothing to render; start it: elastrain cluster local {spec}")
         if out is not None:
             paths = write(document.spec, out)
             return {"files": paths}, "\n".join(paths)

@@ -1,0 +1,93 @@
+"""What a run asks of an autoscaler: one pending placement group for each worker that finds no room.
+
+The autoscaler packs them on nodes as it sees fit. One that has found a node is given back and a cell started there: it
+is a wish, not a place. Pools whose launches fail are left out for a while by the label of their nodes, so that the next
+pool by priority is tried; Ray itself would try the same one again and again.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from elastrain.elastic.ray_inner import Autoscaler, autoscaler
+
+OUT_S = 120.0  # a pool that could not launch is left out for so long
+HOPELESS_S = 30.0  # what an autoscaler cannot place for so long it never will, unless others hold the room
+POOL_LABEL = "ray.io/node-group"  # what `ClusterSpec` labels the nodes of a pool with
+
+
+class Demand:
+    """Asks for workers that hold `resources` each; whatever happens, `close` it."""
+
+    def __init__(self, resources: Mapping[str, float]) -> None:
+        self._resources = dict(resources)
+        self._asks: list[PlacementGroup] = []
+        self._failed: dict[str, float] = {}  # pools that could not launch, and when (Unix time)
+        self._out: tuple[str, ...] = ()
+        self._hopeful = time.monotonic()
+
+    def __len__(self) -> int:
+        """Count the workers that are asked for."""
+        return len(self._asks)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether the autoscaler has for long been unable to place any of them."""
+        return bool(self._asks) and time.monotonic() - self._hopeful > HOPELESS_S
+
+    def take(self) -> dict[str, int]:
+        """Return for how many workers room was found, by node; it is free from now on."""
+        if not self._asks:
+            return {}
+        table: Mapping[str, Any] = ray.util.placement_group_table()
+        found: Counter[str] = Counter()
+        for ask in list(self._asks):
+            entry = table.get(ask.id.hex(), {"state": "REMOVED"})
+            if entry["state"] in ("CREATED", "REMOVED"):
+                self._asks.remove(ask)
+                remove_placement_group(ask)
+            if entry["state"] == "CREATED":
+                found[entry["bundles_to_node_id"][0]] += 1
+        return dict(found)
+
+    def ask(self, workers: int) -> None:
+        """Ask for so many workers in all, more or fewer than before."""
+        while len(self._asks) > workers:
+            remove_placement_group(self._asks.pop())
+        if not self._asks:
+            self._hopeful = time.monotonic()
+        where = [{POOL_LABEL: f"!in({','.join(self._out)})"}] if self._out else None
+        while len(self._asks) < workers:
+            self._asks.append(placement_group([self._resources], bundle_label_selector=where))
+
+    def look(self) -> list[str]:
+        """See what the autoscaler says; return the pools that are left out from now on: what is asked for avoids them."""
+        said = autoscaler() if self._asks else None
+        if said is None:
+            return []
+        self._hope(said)
+        now = time.time()
+        known = dict(self._failed)
+        self._failed |= {pool: when for pool, when in said.failed.items() if when > known.get(pool, 0.0)}
+        out = tuple(sorted(pool for pool, when in self._failed.items() if now - when < OUT_S))
+        begun = [pool for pool in out if pool not in self._out]
+        if out != self._out:
+            self._out = out
+            workers = len(self)
+            self.ask(0)
+            self.ask(workers)
+        return begun
+
+    def close(self) -> None:
+        """Ask for nothing any more."""
+        self.ask(0)
+
+    def _hope(self, said: Autoscaler) -> None:
+        names = [ask.id.hex() for ask in self._asks]
+        placed = [name for name in names if not any(name in text for text in said.infeasible)]
+        if placed or self._out:
+            self._hopeful = time.monotonic()
