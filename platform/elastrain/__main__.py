@@ -268,6 +268,7 @@ def cluster_local(
     no_capacity: Annotated[
         list[str] | None, typer.Option(metavar="POOL", help="a pool that launches nothing (repeatable)")
     ] = None,
+    sets: Sets = None,
     as_json: Json = False,
 ) -> None:
     """Hold a cluster on this machine until Ctrl-C: Ray's real autoscaler, from zero nodes whose GPUs are names."""
@@ -275,11 +276,11 @@ def cluster_local(
     from elastrain.cluster.document import read_cluster
     from elastrain.elastic.local_autoscaling import LocalAutoscaling, as_text, hold
 
-    document = read_cluster(spec)
+    document = read_cluster(spec, sets or [])
     check_cluster(document)
 
     def show(found: LocalAutoscaling) -> None:
-        places = {"address": found.address, "dashboard": found.dashboard}
+        places = {"address": found.address, "dashboard": found.dashboard, "no_capacity": str(found.lacking)}
         print(json.dumps(places) if as_json else as_text(found, document.spec), flush=True)
 
     hold(document.spec, no_capacity or [], show=show)

@@ -128,7 +128,7 @@ def test_every_node_carries_its_id_as_a_label() -> None:
 def test_the_status_of_a_cluster_tells_failed_launches_what_cannot_be_placed_and_who_is_managed() -> None:
     from ray.core.generated import autoscaler_pb2
 
-    types: Any = autoscaler_pb2.DESCRIPTOR.message_types_by_name  # type: ignore[attr-defined] # made by protobuf
+    types: Any = autoscaler_pb2.DESCRIPTOR.message_types_by_name
     fields = {
         "GetClusterStatusReply": {"autoscaling_state", "cluster_resource_state"},
         "AutoscalingState": {

@@ -7,13 +7,13 @@ pool by priority is tried; Ray itself would try the same one again and again.
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from elastrain.elastic.ray_inner import Autoscaler, autoscaler
+from elastrain.elastic.ray_inner import NODE_ID_LABEL, Autoscaler, autoscaler
 
 OUT_S = 120.0  # a pool that could not launch is left out for so long
 HOPELESS_S = 30.0  # what an autoscaler cannot place for so long it never will, unless others hold the room
@@ -28,6 +28,7 @@ class Demand:
         self._asks: list[PlacementGroup] = []
         self._failed: dict[str, float] = {}  # pools that could not launch, and when (Unix time)
         self._out: tuple[str, ...] = ()
+        self._where: dict[str, tuple[str, ...]] = {}  # values of labels that no answer may have
         self._hopeful = time.monotonic()
 
     def __len__(self) -> int:
@@ -54,37 +55,38 @@ class Demand:
                 found[entry["bundles_to_node_id"][0]] += 1
         return dict(found)
 
-    def ask(self, workers: int) -> None:
-        """Ask for so many workers in all, more or fewer than before."""
-        while len(self._asks) > workers:
-            remove_placement_group(self._asks.pop())
-        if not self._asks:
-            self._hopeful = time.monotonic()
-        where = [{POOL_LABEL: f"!in({','.join(self._out)})"}] if self._out else None
-        while len(self._asks) < workers:
-            self._asks.append(placement_group([self._resources], bundle_label_selector=where))
+    def ask(self, workers: int, *, beside: Collection[str] = ()) -> None:
+        """Ask for so many workers in all, more or fewer than before; room on the nodes `beside` is no answer."""
+        where = {POOL_LABEL: self._out, NODE_ID_LABEL: tuple(sorted(beside))}
+        if where != self._where:
+            self._where = where
+            self._keep(0)
+        self._keep(workers)
 
     def look(self) -> list[str]:
-        """See what the autoscaler says; return the pools that are left out from now on: what is asked for avoids them."""
+        """See what the autoscaler says; return the pools that are left out from the next `ask` on."""
         said = autoscaler() if self._asks else None
         if said is None:
             return []
         self._hope(said)
-        now = time.time()
-        known = dict(self._failed)
-        self._failed |= {pool: when for pool, when in said.failed.items() if when > known.get(pool, 0.0)}
-        out = tuple(sorted(pool for pool, when in self._failed.items() if now - when < OUT_S))
-        begun = [pool for pool in out if pool not in self._out]
-        if out != self._out:
-            self._out = out
-            workers = len(self)
-            self.ask(0)
-            self.ask(workers)
-        return begun
+        now, before = time.time(), self._out
+        for pool, when in said.failed.items():
+            self._failed[pool] = max(when, self._failed.get(pool, 0.0))
+        self._out = tuple(sorted(pool for pool, when in self._failed.items() if now - when < OUT_S))
+        return [pool for pool in self._out if pool not in before]
 
     def close(self) -> None:
         """Ask for nothing any more."""
-        self.ask(0)
+        self._keep(0)
+
+    def _keep(self, workers: int) -> None:
+        while len(self._asks) > workers:
+            remove_placement_group(self._asks.pop())
+        if not self._asks:
+            self._hopeful = time.monotonic()
+        where = {label: f"!in({','.join(values)})" for label, values in self._where.items() if values}
+        while len(self._asks) < workers:
+            self._asks.append(placement_group([self._resources], bundle_label_selector=[where] if where else None))
 
     def _hope(self, said: Autoscaler) -> None:
         names = [ask.id.hex() for ask in self._asks]

@@ -106,7 +106,7 @@ class Fleet:
     def start(self, sizes: Mapping[str, int]) -> list[Event]:
         """Start a cell of so many workers on each node, all at once; {} where an autoscaler is to make the room."""
         if not sizes:
-            return self._ask(min(self._workers.max, self._slots))
+            return self._ask(min(self._workers.max, self._slots), time.monotonic())
         return [self._launch(node, size) for node, size in sizes.items()]
 
     def tend(self, seen: Seen) -> list[Event]:
@@ -253,27 +253,25 @@ class Fleet:
         coming = {cell.name: cell.coming(now) for cell in self._cells}
         size = len(seen.members) + sum(coming.values())
         if size >= min(seen.target, self._slots):
-            return self._ask(0)
+            return self._ask(0, now)
+        if seen.members and seen.remaining_s == 0.0 and size >= self._workers.min:
+            return []  # as long as nobody knows how long the run takes, what was asked for stays asked for
         events = [Event(kind="no_capacity", fields={"pool": pool}) for pool in self._demand.look()]
         free = self._room(coming, self._demand.take(), now)
         could = addable(self._workers)
         more = self._more(seen, size, sum(free.values()) + could)
-        if now >= self._not_before:
-            cells = packed(free, more)
-            events += [self._launch(node, n) for node, n in cells.items()]
-            more -= sum(cells.values())
-        # As long as nobody knows how long the run takes, what was asked for stays asked for.
-        known = seen.remaining_s != 0.0 or not seen.members
-        events += self._ask(min(more, could) if known else min(len(self._demand), could))
+        cells = packed(free, more) if now >= self._not_before else {}
+        events += [self._launch(node, n) for node, n in cells.items()]
+        events += self._ask(max(0, min(more - sum(cells.values()), could)), now)
         self._check_hope(seen)
         return events
 
-    def _ask(self, workers: int) -> list[Event]:
-        """Ask an autoscaler for so many workers in all."""
-        if workers == len(self._demand):
-            return []
-        self._demand.ask(workers)
-        return [Event(kind="demand", fields={"workers": workers})]
+    def _ask(self, workers: int, now: float) -> list[Event]:
+        """Ask an autoscaler for so many workers in all, not where cells of ours are, or broke."""
+        avoided = {node for node, until in self._avoid.items() if until > now}
+        before = len(self._demand)
+        self._demand.ask(workers, beside={cell.node for cell in self._cells} | avoided)
+        return [Event(kind="demand", fields={"workers": workers})] if workers != before else []
 
     def _check_hope(self, seen: Seen) -> None:
         """Raise ResourceError if the run cannot go on and an autoscaler cannot help, though nobody holds anything."""
@@ -293,12 +291,15 @@ class Fleet:
         return more_workers(slots=self._slots, size=size, bounds=bounds, room=free, outlook=outlook)
 
     def _room(self, coming: Mapping[str, int], found: Mapping[str, int], now: float) -> dict[str, int]:
-        """Return what is free, `found` for us included, beside what is on its way: a new cell holds nothing yet."""
+        """Return what is free, `found` for us included, beside what is on its way: a new cell holds nothing yet.
+
+        Whether the view of the cluster counts what was found as free yet nobody knows.
+        """
         taken: dict[str, int] = {}
         for cell in self._cells:
             if not cell.came:
                 taken[cell.node] = taken.get(cell.node, 0) + coming[cell.name]
-        free = {node: n + found.get(node, 0) for node, n in room(self._workers).items()}
+        free = {node: max(n, found.get(node, 0)) for node, n in room(self._workers).items()}
         return room_beside({node: n for node, n in free.items() if self._avoid.get(node, 0.0) <= now}, taken)
 
 

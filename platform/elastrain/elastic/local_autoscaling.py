@@ -50,11 +50,10 @@ class LocalAutoscaling:
         """Every process of the cluster, those of its nodes included."""
         return [self.keeper.pid, *keep.descendants(self.keeper.pid)]
 
-    def without_capacity(self, pools: Iterable[str]) -> None:
-        """Let no node of these pools be started from now on; nodes of all others are."""
-        whole = self.folder / f"{NO_CAPACITY}.new"
-        whole.write_text("\n".join(pools))
-        whole.rename(self.folder / NO_CAPACITY)
+    @property
+    def lacking(self) -> Path:
+        """A file: the names of the pools that launch nothing now, one a line; it is read at each launch."""
+        return self.folder / NO_CAPACITY
 
 
 def autoscaler_config(spec: ClusterSpec, folder: Path) -> dict[str, Any]:
@@ -131,7 +130,7 @@ def hold(spec: ClusterSpec, without: Iterable[str], *, show: Callable[[LocalAuto
         raise SpecError(f"--no-capacity {strange[0]}: {spec.name} has {', '.join(sorted(names))}")
     ended = threading.Event()
     with stopping(ended), start_autoscaling(spec) as cluster:
-        cluster.without_capacity(lacking)
+        cluster.lacking.write_text("\n".join(lacking))
         show(cluster)
         while not ended.wait(POLL_S):
             if cluster.keeper.poll() is not None:
@@ -147,6 +146,7 @@ def as_text(cluster: LocalAutoscaling, spec: ClusterSpec) -> str:
             f"  elastrain train RUN.yaml --address {cluster.address}",
             f"  elastrain submit RUN.yaml --address {cluster.dashboard}",
             f"  elastrain cluster why-up --address {cluster.address}",
+            f"  echo {spec.pools[0].name} > {cluster.lacking}    # that pool launches nothing from now on",
             "Ctrl-C ends it and every process of it",
         ]
     )
