@@ -78,7 +78,8 @@ class Cloud:
         client = GcsClient(address=self.address)
         while not self._ended.wait(0.2):
             state = message.FromString(client.get_cluster_status(timeout_s=60)).cluster_resource_state
-            alive = [node for node in state.node_states if node.ray_node_type_name and node.status != 4]
+            dead = autoscaler_pb2.NodeStatus.DEAD  # type: ignore[attr-defined]
+            alive = [node for node in state.node_states if node.ray_node_type_name and node.status != dead]
             self.now = {node.instance_id: node.ray_node_type_name for node in alive}
             self.ever |= self.now
             self.pins |= {str(pin) for pin in state.cluster_resource_constraints}

@@ -1,13 +1,13 @@
 """What a run asks of an autoscaler: one pending placement group for each worker that finds no room.
 
-The autoscaler packs them on nodes as it sees fit. One that has found a node is given back and a cell started there: it
-is a wish, not a place. Pools whose launches fail are left out for a while by the label of their nodes, so that the next
-pool by priority is tried; Ray itself would try the same one again and again.
+The autoscaler packs them on nodes as it sees fit. One that has found a node holds the place until the cell that is
+started there has a placement group of its own: else the node might idle, and be ended. Pools whose launches fail are
+left out for a while by the label of their nodes, so that the next pool by priority is tried; Ray itself would try the
+same one again and again.
 """
 
 import time
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -40,20 +40,17 @@ class Demand:
         """Whether the autoscaler has for long been unable to place any of them."""
         return bool(self._asks) and time.monotonic() - self._hopeful > HOPELESS_S
 
-    def take(self) -> dict[str, int]:
-        """Return for how many workers room was found, by node; it is free from now on."""
-        if not self._asks:
-            return {}
-        table: Mapping[str, Any] = ray.util.placement_group_table()
-        found: Counter[str] = Counter()
+    def take(self) -> dict[str, list[PlacementGroup]]:
+        """Return what has found room, by node: a place for one worker each, held until it is given to `free`."""
+        found: dict[str, list[PlacementGroup]] = {}
+        table: Mapping[str, Any] = ray.util.placement_group_table() if self._asks else {}
         for ask in list(self._asks):
             entry = table.get(ask.id.hex(), {"state": "REMOVED"})
+            if entry["state"] == "CREATED":
+                found.setdefault(entry["bundles_to_node_id"][0], []).append(ask)
             if entry["state"] in ("CREATED", "REMOVED"):
                 self._asks.remove(ask)
-                remove_placement_group(ask)
-            if entry["state"] == "CREATED":
-                found[entry["bundles_to_node_id"][0]] += 1
-        return dict(found)
+        return found
 
     def ask(self, workers: int, *, beside: Collection[str] = ()) -> None:
         """Ask for so many workers in all, more or fewer than before; room on the nodes `beside` is no answer."""
@@ -93,3 +90,9 @@ class Demand:
         placed = [name for name in names if not any(name in text for text in said.infeasible)]
         if placed or self._out:
             self._hopeful = time.monotonic()
+
+
+def free(places: Iterable[PlacementGroup]) -> None:
+    """Give places back."""
+    for place in places:
+        remove_placement_group(place)

@@ -9,16 +9,17 @@ import contextlib
 import dataclasses
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup
 
 from elastrain.elastic.cells import KILLED_S, Work, free_cell, start_cell, work_of_cell
 from elastrain.elastic.config import WorkerConfig
-from elastrain.elastic.demand import Demand
+from elastrain.elastic.demand import Demand, free
 from elastrain.elastic.policy import Outlook, more_workers, packed, room_beside
-from elastrain.elastic.ray_inner import draining_nodes
+from elastrain.elastic.ray_inner import draining_nodes, groups_of
 from elastrain.elastic.session import addable, fitting, room
 from elastrain.errors import ResourceError
 from elastrain.spec.train import WorkersSpec
@@ -82,6 +83,7 @@ class _Cell:
     came: bool = False  # a worker of it has been a member
     members: int = 0
     short: float  # since when it has had fewer members than workers
+    places: Sequence[PlacementGroup] = ()  # held for it until it has asked for its own
 
     def coming(self, now: float) -> int:
         """Count the workers that are still to come, or to come back."""
@@ -124,6 +126,7 @@ class Fleet:
             events += self._leave_dead(nodes, seen, now)
             events += self._leave_draining(nodes, seen, now)
             events += self._drop_unwanted(seen, now)
+            self._free_places()
             events += self._grow(seen, now)
         return events
 
@@ -146,19 +149,21 @@ class Fleet:
 
     # --- one cell
 
-    def _launch(self, node: str, size: int) -> Event:
+    def _launch(self, node: str, size: int, places: Sequence[PlacementGroup] = ()) -> Event:
         name, now = f"{self._name}-{uuid.uuid4().hex[:8]}", time.monotonic()
         config = dataclasses.replace(self._config, cell=name, launched=time.time())
         actor = start_cell()
         resources = self._workers.needs()
         ended = actor.run.remote(config, name=name, size=size, resources=resources, node=node, work=self._work)
         cell = _Cell(name=name, actor=actor, ended=ended, size=size, node=node, asked=now, short=now)
+        cell.places = places
         self._cells.append(cell)
         return Event(kind="cell", fields={"cell": name, "node": node, "workers": size})
 
     def _end(self, cell: _Cell, now: float, why: str = "closed") -> Event:
         """Kill a cell; what it held is freed at one of the next looks, so that nobody waits for its death."""
         self._cells.remove(cell)
+        free(cell.places)
         self._ending.append((now, cell))
         ray.kill(cell.actor)
         return Event(kind="cell_end", fields={"cell": cell.name, "node": cell.node, "why": why})
@@ -170,6 +175,13 @@ class Fleet:
             if entry[1] in dead or now - entry[0] > KILLED_S:
                 self._ending.remove(entry)
                 free_cell(entry[1].actor)
+
+    def _free_places(self) -> None:
+        """Free the places of cells that have asked for their own; nothing else that we ask for may come there."""
+        for cell in self._cells:
+            if cell.places and groups_of(cell.actor):
+                free(cell.places)
+                cell.places = ()
 
     # --- what has become of them
 
@@ -257,11 +269,13 @@ class Fleet:
         if seen.members and seen.remaining_s == 0.0 and size >= self._workers.min:
             return []  # as long as nobody knows how long the run takes, what was asked for stays asked for
         events = [Event(kind="no_capacity", fields={"pool": pool}) for pool in self._demand.look()]
-        free = self._room(coming, self._demand.take(), now)
+        found = self._demand.take()
+        fits = self._room(coming, found, now)
         could = addable(self._workers)
-        more = self._more(seen, size, sum(free.values()) + could)
-        cells = packed(free, more) if now >= self._not_before else {}
-        events += [self._launch(node, n) for node, n in cells.items()]
+        more = self._more(seen, size, sum(fits.values()) + could)
+        cells = packed(fits, more) if now >= self._not_before else {}
+        events += [self._launch(node, n, found.pop(node, ())) for node, n in cells.items()]
+        free(place for places in found.values() for place in places)
         events += self._ask(max(0, min(more - sum(cells.values()), could)), now)
         self._check_hope(seen)
         return events
@@ -290,7 +304,7 @@ class Fleet:
         outlook = Outlook(remaining_s=remaining_s, start_s=self._start_s)
         return more_workers(slots=self._slots, size=size, bounds=bounds, room=free, outlook=outlook)
 
-    def _room(self, coming: Mapping[str, int], found: Mapping[str, int], now: float) -> dict[str, int]:
+    def _room(self, coming: Mapping[str, int], found: Mapping[str, Sequence[Any]], now: float) -> dict[str, int]:
         """Return what is free, `found` for us included, beside what is on its way: a new cell holds nothing yet.
 
         Whether the view of the cluster counts what was found as free yet nobody knows.
@@ -299,8 +313,8 @@ class Fleet:
         for cell in self._cells:
             if not cell.came:
                 taken[cell.node] = taken.get(cell.node, 0) + coming[cell.name]
-        free = {node: max(n, found.get(node, 0)) for node, n in room(self._workers).items()}
-        return room_beside({node: n for node, n in free.items() if self._avoid.get(node, 0.0) <= now}, taken)
+        there = {node: max(n, len(found.get(node, ()))) for node, n in room(self._workers).items()}
+        return room_beside({node: n for node, n in there.items() if self._avoid.get(node, 0.0) <= now}, taken)
 
 
 def _done(cells: Iterable[_Cell]) -> list[_Cell]:
