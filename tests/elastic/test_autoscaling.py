@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 CLUSTER = ROOT / "clusters" / "local-autoscaling" / "cluster.yaml"
 QUICK = [part for at in range(3) for part in ("--set", f"pools.{at}.idle_timeout_s=5")]
-FIXED = ("precision=fp32", "consistency=bitwise", "data.slots=4", "budget={epochs: 20}")
+FIXED = ("precision=fp32", "consistency=bitwise", "data.slots=4", "budget={epochs: 200}")
 GPUS = "workers={min: 1, max: 2, cpus: 1, gpus: 1, accelerator: H100}"
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -82,7 +82,7 @@ class Cloud:
             alive = [node for node in state.node_states if node.ray_node_type_name and node.status != dead]
             self.now = {node.instance_id: node.ray_node_type_name for node in alive}
             self.ever |= self.now
-            self.pins |= {str(pin) for pin in state.cluster_resource_constraints}
+            self.pins |= {str(pin) for each in state.cluster_resource_constraints for pin in each.resource_requests}
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +184,53 @@ def test_when_a_driver_is_killed_only_the_holder_of_its_snapshots_stays_and_not_
         ray.kill(ray.get_actor(held()[0], namespace="elastrain"))
         wait_for(lambda: not cloud.now)
     assert not cloud.pins
+
+
+def test_why_up_names_each_of_the_pins_and_its_price_and_a_node_leaves_once_it_is_gone(cloud: Cloud, cli: Cli) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from elastrain.elastic.session import ray_session
+
+    def why() -> dict[str, list[str]]:
+        done = cli("cluster", "why-up", str(CLUSTER), "--address", cloud.address, "--json")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        nodes = [node for node in found["nodes"] if not node["head"]]
+        assert [node["per_h"] for node in nodes] == [26.0] * len(nodes)
+        assert found["per_h"] == pytest.approx(0.403 + 26.0 * len(nodes))
+        return {node["node"]: [f"{pin['kind']}: {pin['what']}" for pin in node["pins"]] for node in nodes}
+
+    class Sitter:
+        def sit(self) -> bytes:
+            return os.urandom(2 << 20)
+
+    with ray_session(cloud.address, cpus=0):
+        group = placement_group([{"GPU": 1}] * 2, strategy="STRICT_SPREAD", name="unused")
+        assert group.wait(300)
+        reasons = why()
+        assert [len(pins) for pins in reasons.values()] == [1, 1]
+        assert all("placement group" in pins[0] and "unused" in pins[0] for pins in reasons.values())
+        first, second = sorted(reasons)
+        remote: Any = ray.remote
+        on = [NodeAffinitySchedulingStrategy(node, soft=False) for node in (first, second)]
+        sitter = remote(num_cpus=0, scheduling_strategy=on[0])(Sitter).remote()
+        kept = remote(num_cpus=0, scheduling_strategy=on[1])(Sitter.sit).remote(None)
+        assert len(ray.get(kept)) == 2 << 20
+        remove_placement_group(group)
+        wait_for(lambda: not any("placement group" in pin for pins in why().values() for pin in pins))
+        reasons = why()
+        assert [pin.split(" (")[0] for pin in reasons[first]] == ["actor: Sitter"]
+        assert [pin.split(",")[0] for pin in reasons[second]] == ["object: 2.0 MiB"]
+        ray.kill(sitter)
+        wait_for(lambda: set(cloud.now) == {second})
+        del kept
+        wait_for(lambda: not cloud.now)
+        ray.autoscaler.sdk.request_resources(bundles=[{"GPU": 1}])
+        wait_for(lambda: list(why().values()) == [["request: 1 x GPU 1"]])
+        ray.autoscaler.sdk.request_resources(bundles=[])
+        wait_for(lambda: not cloud.now)
 
 
 def begin(start: Start, cloud: Cloud, name: str, task: Path) -> "subprocess.Popen[str]":

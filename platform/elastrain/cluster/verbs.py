@@ -1,4 +1,4 @@
-"""The verbs below `elastrain cluster`: check, plan and render. Ray is loaded by the one that plans."""
+"""The verbs below `elastrain cluster`: check, plan, render and why-up. Ray is loaded by those that plan and look."""
 
 import json
 from typing import Annotated, Any
@@ -82,6 +82,26 @@ def cluster_render(
         files = manifests(document.spec)
         texts = (as_yaml(data, spec_name=document.spec.name) for data in files.values())
         return {"files": files}, "---\n".join(texts).rstrip()
+
+    _print(*run(), as_json=as_json)
+
+
+@cluster.command("why-up")
+def cluster_why_up(
+    spec: Annotated[str | None, typer.Argument(metavar="[SPEC]", help="YAML file of the cluster, for prices")] = None,
+    address: Annotated[str | None, typer.Option(help="the Ray to look at: auto or HOST:PORT")] = None,
+    as_json: Json = False,
+) -> None:
+    """Name what keeps each node alive (actor, task, placement group, object, request), and its price an hour."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.cluster.document import read_cluster
+        from elastrain.cluster.pins import look
+        from elastrain.cluster.why_up import as_text, explain
+
+        document = read_cluster(spec) if spec else None
+        found = explain(*look(address), document.spec if document else None)
+        return found, as_text(found)
 
     _print(*run(), as_json=as_json)
 
