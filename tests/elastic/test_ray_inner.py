@@ -49,6 +49,9 @@ def test_two_modules_reach_into_ray_and_a_few_others_for_what_is_named_here() ->
     assert found.pop("elastic/trainer.py", None), "elastic/trainer.py is where Ray Train's inner interfaces belong"
     below = {  # where elastic cannot be imported from
         "cluster/job_server.py": {"ray._private.authentication"},
+        "cluster/pins.py": {
+            *("ray._private.authentication", "ray._private.services", "ray._raylet", "ray.core.generated")
+        },
         "cluster/preemption.py": {"ray._private.authentication", "ray._raylet", "ray.core.generated"},
         "cluster/scheduling.py": {"ray.core.generated"},
         "data/feed.py": {"ray.data.block"},
