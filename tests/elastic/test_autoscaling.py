@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,26 +187,23 @@ def test_when_a_driver_is_killed_only_the_holder_of_its_snapshots_stays_and_not_
     assert not cloud.pins
 
 
-def test_why_up_names_each_of_the_pins_and_its_price_and_a_node_leaves_once_it_is_gone(cloud: Cloud, cli: Cli) -> None:
+def test_why_up_names_each_of_the_pins_and_its_price_and_a_node_leaves_once_it_is_gone(
+    cloud: Cloud, start: Start, cli: Cli
+) -> None:
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from elastrain.elastic.session import ray_session
 
-    def why() -> dict[str, list[str]]:
-        done = cli("cluster", "why-up", str(CLUSTER), "--address", cloud.address, "--json")
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)
-        nodes = [node for node in found["nodes"] if not node["head"]]
-        assert [node["per_h"] for node in nodes] == [26.0] * len(nodes)
-        assert found["per_h"] == pytest.approx(0.403 + 26.0 * len(nodes))
-        return {node["node"]: [f"{pin['kind']}: {pin['what']}" for pin in node["pins"]] for node in nodes}
+    why = partial(pins_of, cloud, cli)
 
     class Sitter:
         def sit(self) -> bytes:
             return os.urandom(2 << 20)
 
+    never = ("--set", "name=never", "--set", "workers={cpus: 64, gpus: 1}", "--address", cloud.address)
+    hopeless = start("train", str(SPEC), *never)  # meanwhile: it pins nothing, and gives up
     with ray_session(cloud.address, cpus=0):
         group = placement_group([{"GPU": 1}] * 2, strategy="STRICT_SPREAD", name="unused")
         assert group.wait(300)
@@ -231,6 +229,20 @@ def test_why_up_names_each_of_the_pins_and_its_price_and_a_node_leaves_once_it_i
         wait_for(lambda: list(why().values()) == [["request: 1 x GPU 1"]])
         ray.autoscaler.sdk.request_resources(bundles=[])
         wait_for(lambda: not cloud.now)
+    _, errors = hopeless.communicate(timeout=300)
+    assert hopeless.returncode == 6, errors
+    assert "the cluster's autoscaler can add no node that holds one" in errors
+
+
+def pins_of(cloud: Cloud, cli: Cli) -> dict[str, list[str]]:
+    """What `why-up` says of each node beside the head; prices are those of the spec."""
+    done = cli("cluster", "why-up", str(CLUSTER), "--address", cloud.address, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    nodes = [node for node in found["nodes"] if not node["head"]]
+    assert [node["per_h"] for node in nodes] == [26.0] * len(nodes)
+    assert found["per_h"] == pytest.approx(0.403 + 26.0 * len(nodes))
+    return {node["node"]: [f"{pin['kind']}: {pin['what']}" for pin in node["pins"]] for node in nodes}
 
 
 def begin(start: Start, cloud: Cloud, name: str, task: Path) -> "subprocess.Popen[str]":
