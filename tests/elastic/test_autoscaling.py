@@ -25,7 +25,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 CLUSTER = ROOT / "clusters" / "local-autoscaling" / "cluster.yaml"
 QUICK = [part for at in range(3) for part in ("--set", f"pools.{at}.idle_timeout_s=5")]
-FIXED = ("precision=fp32", "consistency=bitwise", "data.slots=4", "budget={epochs: 200}")
+FIXED = ("precision=fp32", "consistency=bitwise", "data.slots=4", "budget={epochs: 20}")
+LONG = ("--set", "budget={epochs: 200}")  # so long that growing is worth it, also where a start takes a minute
 GPUS = "workers={min: 1, max: 2, cpus: 1, gpus: 1, accelerator: H100}"
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -138,7 +139,7 @@ def test_a_lost_spot_node_without_capacity_is_made_up_for_by_the_next_pool_and_w
     cloud: Cloud, start: Start, workspace: Path, slow_task: Path, cli: Cli
 ) -> None:
     before = set(cloud.ever)
-    process = begin(start, cloud, "spot", slow_task)
+    process = begin(start, cloud, "spot", slow_task, *LONG)
 
     def grown(times: int) -> bool:
         return [event["workers"] for event in events_of(workspace, "spot", "resize")].count(2) >= times
@@ -155,7 +156,7 @@ def test_a_lost_spot_node_without_capacity_is_made_up_for_by_the_next_pool_and_w
     assert process.returncode == 0, errors
     assert [event["pool"] for event in events_of(workspace, "spot", "no_capacity")][:1] == ["h100-spot"]
     assert "t4" not in cloud.ever.values()
-    undisturbed = cli("train", SPEC, *sets("undisturbed", slow_task), "--set", "workers={max: 1}", "--json")
+    undisturbed = cli("train", SPEC, *sets("undisturbed", slow_task), *LONG, "--set", "workers={max: 1}", "--json")
     digests = {json.loads(text.splitlines()[-1])["weights_sha256"] for text in (out, undisturbed.stdout)}
     assert len(digests) == 1
     cloud.lacking.write_text("")
@@ -245,9 +246,9 @@ def pins_of(cloud: Cloud, cli: Cli) -> dict[str, list[str]]:
     return {node["node"]: [f"{pin['kind']}: {pin['what']}" for pin in node["pins"]] for node in nodes}
 
 
-def begin(start: Start, cloud: Cloud, name: str, task: Path) -> "subprocess.Popen[str]":
+def begin(start: Start, cloud: Cloud, name: str, task: Path, *more: str) -> "subprocess.Popen[str]":
     task.with_name("fast").unlink(missing_ok=True)
-    return start("train", str(SPEC), *sets(name, task), "--set", GPUS, "--address", cloud.address, "--json")
+    return start("train", str(SPEC), *sets(name, task), "--set", GPUS, *more, "--address", cloud.address, "--json")
 
 
 def sets(name: str, task: Path) -> list[str]:
