@@ -129,7 +129,8 @@ def _holders(client: StateApiClient) -> Iterator[Pin]:
     for row in _rows(client, StateResource.ACTORS, ("state", "=", "ALIVE")):
         name = f" {row['name']}" if row.get("name") else ""
         detached = ", detached" if row.get("is_detached") else ""
-        what = f"{row['class_name'].rpartition('.')[2]}{name} (process {row.get('pid')}, job {row.get('job_id')}{detached})"
+        kind = row["class_name"].rpartition(".")[2]
+        what = f"{kind}{name} (process {row.get('pid')}, job {row.get('job_id')}{detached})"
         yield Pin(kind="actor", what=what, node=row.get("node_id"))
     for row in _rows(client, StateResource.TASKS, ("state", "=", "RUNNING"), ("type", "=", "NORMAL_TASK")):
         what = f"{row['name']} (process {row.get('worker_pid')}, job {row.get('job_id')})"
