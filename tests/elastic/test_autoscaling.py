@@ -169,7 +169,7 @@ def test_when_a_driver_is_killed_only_the_holder_of_its_snapshots_stays_and_not_
 ) -> None:
     import ray
 
-    from elastrain.elastic.holder import holder_name
+    from elastrain.elastic.holder import NAMESPACE, holder_name
     from elastrain.elastic.session import ray_session
 
     process = begin(start, cloud, "killed", slow_task)
@@ -178,12 +178,13 @@ def test_when_a_driver_is_killed_only_the_holder_of_its_snapshots_stays_and_not_
     process.communicate()
     with ray_session(cloud.address, cpus=0):
 
-        def held() -> list[str]:
-            return [str(each["name"]) for each in ray.util.list_named_actors(all_namespaces=True)]
+        def held() -> list[str]:  # beside what Ray itself leaves on the head
+            named = ray.util.list_named_actors(all_namespaces=True)
+            return [str(each["name"]) for each in named if each["namespace"] == NAMESPACE]
 
         wait_for(lambda: held() == [holder_name(str(workspace / "runs" / "killed"))])
         wait_for(lambda: {group["state"] for group in ray.util.placement_group_table().values()} <= {"REMOVED"})
-        ray.kill(ray.get_actor(held()[0], namespace="elastrain"))
+        ray.kill(ray.get_actor(held()[0], namespace=NAMESPACE))
         wait_for(lambda: not cloud.now)
     assert not cloud.pins
 
