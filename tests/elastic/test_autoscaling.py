@@ -156,9 +156,14 @@ def test_a_lost_spot_node_without_capacity_is_made_up_for_by_the_next_pool_and_w
     assert process.returncode == 0, errors
     assert [event["pool"] for event in events_of(workspace, "spot", "no_capacity")][:1] == ["h100-spot"]
     assert "t4" not in cloud.ever.values()
+    never = ("--set", "name=never", "--set", "workers={cpus: 64, gpus: 1}", "--address", cloud.address)
+    hopeless = start("train", str(SPEC), *never)  # meanwhile
     undisturbed = cli("train", SPEC, *sets("undisturbed", slow_task), *LONG, "--set", "workers={max: 1}", "--json")
     digests = {json.loads(text.splitlines()[-1])["weights_sha256"] for text in (out, undisturbed.stdout)}
     assert len(digests) == 1
+    _, errors = hopeless.communicate(timeout=300)
+    assert hopeless.returncode == 6, errors
+    assert "the cluster's autoscaler can add no node that holds one" in errors
     cloud.lacking.write_text("")
     wait_for(lambda: not cloud.now)
     assert not cloud.pins
@@ -189,9 +194,7 @@ def test_when_a_driver_is_killed_only_the_holder_of_its_snapshots_stays_and_not_
     assert not cloud.pins
 
 
-def test_why_up_names_each_of_the_pins_and_its_price_and_a_node_leaves_once_it_is_gone(
-    cloud: Cloud, start: Start, cli: Cli
-) -> None:
+def test_why_up_names_each_of_the_pins_and_its_price_and_a_node_leaves_once_it_is_gone(cloud: Cloud, cli: Cli) -> None:
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -204,8 +207,6 @@ def test_why_up_names_each_of_the_pins_and_its_price_and_a_node_leaves_once_it_i
         def sit(self) -> bytes:
             return os.urandom(2 << 20)
 
-    never = ("--set", "name=never", "--set", "workers={cpus: 64, gpus: 1}", "--address", cloud.address)
-    hopeless = start("train", str(SPEC), *never)  # meanwhile: it pins nothing, and gives up
     with ray_session(cloud.address, cpus=0):
         group = placement_group([{"GPU": 1}] * 2, strategy="STRICT_SPREAD", name="unused")
         assert group.wait(300)
@@ -231,9 +232,6 @@ def test_why_up_names_each_of_the_pins_and_its_price_and_a_node_leaves_once_it_i
         wait_for(lambda: list(why().values()) == [["request: 1 x GPU 1"]])
         ray.autoscaler.sdk.request_resources(bundles=[])
         wait_for(lambda: not cloud.now)
-    _, errors = hopeless.communicate(timeout=300)
-    assert hopeless.returncode == 6, errors
-    assert "the cluster's autoscaler can add no node that holds one" in errors
 
 
 def pins_of(cloud: Cloud, cli: Cli) -> dict[str, list[str]]:
