@@ -3,9 +3,11 @@
 The autoscaler's own process loads this. Its launches fail for pools that are said to have no capacity, as a cloud's do.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray._private.parameter
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
@@ -28,3 +30,19 @@ class FakeNodes(FakeMultiNodeProvider):
         self._gcs_address = (folder / ADDRESS).read_text().strip()
         start: Any = super().create_node_with_resources_and_labels
         start(node_config, tags, count, resources, labels)
+
+    def _create_node_with_resources_and_labels(self, *arguments: Any) -> None:
+        """Start one node with a folder of its own, as machines have: nodes that share one unpack code over each other.
+
+        Ray's provider calls `ray._private.parameter.RayParams` by that name.
+        """
+        parameter: Any = ray._private.parameter  # noqa: SLF001
+        with self.lock:
+            before = parameter.RayParams
+            folder = Path(self.provider_config["folder"]) / f"n{self._next_node_id + 1}"
+            parameter.RayParams = partial(before, temp_dir=str(folder), include_log_monitor=False)
+            try:
+                start: Any = super()._create_node_with_resources_and_labels
+                start(*arguments)
+            finally:
+                parameter.RayParams = before

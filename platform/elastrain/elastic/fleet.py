@@ -273,10 +273,12 @@ class Fleet:
         fits = self._room(coming, found, now)
         could = addable(self._workers)
         more = self._more(seen, size, sum(fits.values()) + could)
-        cells = packed(fits, more) if now >= self._not_before else {}
+        calm = now >= self._not_before  # else a cell has just broken, and its room will be seen to be free in a moment
+        cells = packed(fits, more) if calm else {}
         events += [self._launch(node, n, found.pop(node, ())) for node, n in cells.items()]
         free(place for places in found.values() for place in places)
-        events += self._ask(max(0, min(more - sum(cells.values()), could)), now)
+        missing = max(0, min(more - sum(cells.values()), could))
+        events += self._ask(missing if calm else min(missing, len(self._demand)), now)
         self._check_hope(seen)
         return events
 
