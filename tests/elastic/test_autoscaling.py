@@ -151,6 +151,7 @@ def test_a_lost_spot_node_without_capacity_is_made_up_for_by_the_next_pool_and_w
     os.kill(cloud.raylet(min(set(cloud.now) - before)), signal.SIGKILL)
     wait_for(lambda: grown(3), process)
     assert "h100-od" in cloud.now.values()
+    cloud.lacking.write_text("")
     slow_task.with_name("fast").touch()
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -158,13 +159,14 @@ def test_a_lost_spot_node_without_capacity_is_made_up_for_by_the_next_pool_and_w
     assert "t4" not in cloud.ever.values()
     never = ("--set", "name=never", "--set", "workers={cpus: 64, gpus: 1}", "--address", cloud.address)
     hopeless = start("train", str(SPEC), *never)  # meanwhile
-    undisturbed = cli("train", SPEC, *sets("undisturbed", slow_task), *LONG, "--set", "workers={max: 1}", "--json")
+    undisturbed = cli(
+        "train", SPEC, *sets("undisturbed", slow_task), *LONG, "--set", "workers={max: 1}", "--json", timeout=800
+    )
     digests = {json.loads(text.splitlines()[-1])["weights_sha256"] for text in (out, undisturbed.stdout)}
     assert len(digests) == 1
     _, errors = hopeless.communicate(timeout=300)
     assert hopeless.returncode == 6, errors
     assert "the cluster's autoscaler can add no node that holds one" in errors
-    cloud.lacking.write_text("")
     wait_for(lambda: not cloud.now)
     assert not cloud.pins
 
