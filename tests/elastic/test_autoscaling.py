@@ -116,6 +116,7 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
     finally:
         process.kill()
         process.wait()
+        process.stdout.close()
 
 
 def test_nodes_come_from_zero_when_a_run_asks_the_run_grows_onto_them_and_they_leave(
