@@ -125,7 +125,7 @@ def test_what_a_run_did_not_come_to_is_said_to_be_not_measured() -> None:
 def test_a_case_that_takes_long_is_asked_for_by_name() -> None:
     from benchmarks.__main__ import cases, short_cases
 
-    assert set(cases()) - set(short_cases()) == {"goodput"}
+    assert set(cases()) - set(short_cases()) == {"autoscale", "goodput"}
 
 
 def test_a_failing_side_is_named_with_its_error() -> None:
@@ -330,6 +330,15 @@ def test_sweep_comes_to_the_same_losses_on_all_sides_and_leaves_nothing(tmp_path
     assert decided["measures"]["decisions"] + decided["measures"]["pruned"] >= 4, "each trial was decided on once"
     (asha,) = found["asha"].values()
     assert 0 < asha["measures"]["share_1"] < 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_autoscale_submits_a_run_for_which_two_nodes_come_and_go(work: Path) -> None:
+    (series,) = small("autoscale", work).values()
+    assert series["ours"]["counters"] == {"rounds": 1, "stuck": 0}
+    assert series["ours"]["measures"]["allowed_up_s"] == 12.0
 
 
 @pytest.mark.ray

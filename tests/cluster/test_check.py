@@ -161,7 +161,7 @@ WORKER = "    identity: arn:aws:iam::000000000000:instance-profile/elastrain-wor
 @pytest.mark.parametrize(
     ("name", "old", "new", "expected"),
     [
-        ("aws", "type: aws", "type: asw", "onprem, kuberay, got 'asw'; did you mean 'aws'"),
+        ("aws", "type: aws", "type: asw", "onprem, kuberay, local, got 'asw'; did you mean 'aws'"),
         ("aws", "type: H100", "type: H1000", "Ray knows no accelerator 'H1000'; did you mean 'H100'"),
         ("aws", "p5.48xlarge", "p5.48xlarg", "no 'p5.48xlarg' on aws; did you mean 'p5.48xlarge'"),
         ("aws", "{type: A100, count: 8}", "{type: A100, count: 4}", "p4d.24xlarge holds 8 A100"),

@@ -49,9 +49,13 @@ def test_two_modules_reach_into_ray_and_a_few_others_for_what_is_named_here() ->
     assert found.pop("elastic/trainer.py", None), "elastic/trainer.py is where Ray Train's inner interfaces belong"
     below = {  # where elastic cannot be imported from
         "cluster/job_server.py": {"ray._private.authentication"},
+        "cluster/pins.py": {
+            *("ray._private.authentication", "ray._private.services", "ray._raylet", "ray.core.generated")
+        },
         "cluster/preemption.py": {"ray._private.authentication", "ray._raylet", "ray.core.generated"},
         "cluster/scheduling.py": {"ray.core.generated"},
         "cluster/security.py": {"ray._private.authentication", "ray._private.services", "ray._raylet"},
+        "elastic/fake_nodes.py": {"ray._private", "ray._private.parameter"},  # in the autoscaler
         "data/feed.py": {"ray.data.block"},
         "data/pack.py": {"ray._private.utils"},
     }
@@ -134,17 +138,22 @@ def test_every_node_carries_its_id_as_a_label() -> None:
     )
 
 
-def test_the_coordinator_of_demand_is_found_by_name_and_cancels_by_requester() -> None:
-    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as module
+def test_the_status_of_a_cluster_tells_failed_launches_what_cannot_be_placed_and_who_is_managed() -> None:
+    from ray.core.generated import autoscaler_pb2
 
-    from elastrain.elastic.ray_inner import COORDINATOR
-
-    assert says(module.get_or_create_autoscaling_coordinator, f'name="{COORDINATOR}"', f'namespace="{COORDINATOR}"'), (
-        "Ray's coordinator of demand has another name: ray_inner.cancel_demand, so ended cells pin nodes for 180 s"
-    )
-    assert takes(module._AutoscalingCoordinatorActor.cancel_request, "requester_id"), (
-        "cancel_request takes something else: ray_inner.cancel_demand"
-    )
+    types: Any = autoscaler_pb2.DESCRIPTOR.message_types_by_name
+    fields = {
+        "GetClusterStatusReply": {"autoscaling_state", "cluster_resource_state"},
+        "AutoscalingState": {
+            *("autoscaler_state_version", "failed_instance_requests", "infeasible_gang_resource_requests")
+        },
+        "FailedInstanceRequest": {"ray_node_type_name", "failed_ts"},
+        "GangResourceRequest": {"details"},
+        "ClusterResourceState": {"node_states", "cluster_resource_constraints"},
+        "NodeState": {"instance_id", "ray_node_type_name", "node_activity", "idle_duration_ms"},
+    }
+    for name, wanted in fields.items():
+        assert wanted <= {field.name for field in types[name].fields}, f"{name} has other fields: ray_inner.autoscaler"
 
 
 def test_token_authentication_can_be_turned_on_by_a_client() -> None:
@@ -194,16 +203,22 @@ def test_a_controller_runs_in_process_and_names_the_class_of_its_worker_group() 
     )
 
 
-def test_a_run_is_registered_under_its_run_id() -> None:
-    from dataclasses import fields
+def test_a_scaling_policy_asks_rays_coordinator_in_two_places_only() -> None:
+    from ray.train.v2._internal.execution import scaling_policy as module
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from ray.train.v2._internal.execution.context import TrainRunContext
-    from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
-
-    assert "run_id" in {field.name for field in fields(TrainRunContext)}, "TrainRunContext.run_id: trainer.CellTrainer"
-    assert says(ScalingPolicy.after_controller_start, 'f"train-{train_run_context.run_id}"'), (
-        "a run registers with the coordinator under another name: ray_inner.cancel_demand"
+    assert says(DataParallelTrainer.fit, "scaling_policy=create_scaling_policy("), "fit() scales otherwise: CellTrainer"
+    policy: Any = module.ScalingPolicy
+    assert says(policy.after_controller_start, "self._coordinator_client =", "self._send_resource_request()"), (
+        "a run registers with Ray's coordinator elsewhere: trainer.CellScaling keeps it from that"
     )
+    assert says(policy._cancel_resource_request, "if self._coordinator_client is None: return"), (
+        "a policy that never registered cannot end: trainer.CellScaling"
+    )
+    for name in ("make_decision_for_non_running_worker_group", "make_decision_for_running_worker_group"):
+        assert says(getattr(module.FixedScalingPolicy, name), "self._maybe_send_resource_request()"), (
+            "a fixed size asks Ray's coordinator by another method: trainer.CellScaling keeps it from that"
+        )
 
 
 def test_a_backend_with_replica_groups_has_only_its_failing_workers_replaced() -> None:

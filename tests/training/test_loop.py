@@ -26,6 +26,7 @@ from torch import nn
 
 from elastrain.errors import DataError, SpecError
 from elastrain.observe.ledger import CATEGORIES
+from elastrain.spec.accelerators import FAKE_GPUS
 from elastrain.spec.train import DataSpec
 from elastrain.training import loop as loop_module
 from elastrain.training.loop import Loop, choose_device, fix_threads
@@ -209,9 +210,11 @@ def test_time_is_booked_under_what_it_was_spent_on() -> None:
     assert all(spent[category] > 0 for category in ("start", "compute", "reduce", "data", "evaluate", "checkpoint"))
 
 
-def test_devices_and_threads_follow_the_spec() -> None:
+def test_devices_and_threads_follow_the_spec(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device(0) == torch.device("cpu")
     assert choose_device(0.5) == torch.device("cuda", 0)
+    monkeypatch.setenv(FAKE_GPUS, "1")  # as on nodes of `cluster local`
+    assert choose_device(1) == torch.device("cpu")
     fix_threads(0.5)
     assert torch.get_num_threads() == 1
 

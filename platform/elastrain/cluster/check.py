@@ -55,7 +55,8 @@ def check_manifest(document: ClusterDocument, data: Mapping[str, Any]) -> None:
 def as_text(found: dict[str, Any]) -> str:
     """Return what was found as lines for people."""
     money = found["currency"]
-    lines = [f"{found['cluster']} ({found['provider']}): sound; renders {', '.join(found['files'])}"]
+    what = f"renders {', '.join(found['files'])}" if found["files"] else "elastrain cluster local starts it"
+    lines = [f"{found['cluster']} ({found['provider']}): sound; {what}"]
     for pool in found["pools"]:
         holds = f"{pool['count']} {pool['accelerator']}" if pool["accelerator"] else f"{pool['cpus']} CPUs"
         price = (
@@ -111,15 +112,16 @@ def _size_problems(spec: ClusterSpec, keys: Keys, machine: Head | Pool, kind: No
         if asked > there:
             yield Problem(keys=(*keys, name), text=f"{asked} is more than the {there} of {machine.instance}")
     accelerator = machine.accelerator if isinstance(machine, Pool) else None
+    parts = spec.provider.type in ("kuberay", "local")  # a pod may hold less than its machine
     holds = f"{machine.instance} holds {kind.count} {kind.accelerator}" if kind.accelerator else ""
     if accelerator is None:
-        if holds and spec.provider.type != "kuberay":
+        if holds and not parts:
             text = f"{holds}: say so with accelerator, or CPU work will start it"
             yield Problem(keys=(*keys, "accelerator"), text=text, blame=((*keys, "instance"),))
         return
     if accelerator.type != kind.accelerator:
         yield Problem(keys=(*keys, "accelerator"), text=holds or f"{machine.instance} holds no accelerator")
-    elif accelerator.count > (kind.count or 0) or (spec.provider.type != "kuberay" and accelerator.count != kind.count):
+    elif accelerator.count > (kind.count or 0) or (not parts and accelerator.count != kind.count):
         yield Problem(keys=(*keys, "accelerator", "count"), text=holds)
 
 

@@ -1,7 +1,7 @@
 """`cluster plan`: which nodes a run would start, what never fits, what it costs and draws, and when it would begin.
 
-Ray's own scheduler decides, asked without a cluster; nothing is started. A run asks for its cells as `elastic.fleet`
-does: as many workers as the largest machine holds, one cell after the other.
+Ray's own scheduler decides, asked without a cluster; nothing is started. A run asks for each of its workers as
+`elastic.demand` does, for all at once, and Ray packs them; each node then gets a cell.
 """
 
 import math
@@ -35,9 +35,9 @@ def forecast_cluster(spec: ClusterSpec, run: TrainSpec) -> dict[str, Any]:
 
     wanted, room = min(workers.max, run.num_slots), sum(fits(pool, workers) * pool.most for pool in pools)
     sizes = _cells(min(wanted, room), max(fits(pool, workers) for pool in pools))
-    asked = [Cell(size=size, resources=workers.needs()) for size in sizes]
+    asked = [Cell(size=1, resources=workers.needs())] * sum(sizes)
     found = launches(spec.pools, asked)
-    held = sum(sizes) - _unplaced(sizes, found.num_infeasible)
+    held = sum(sizes) - found.num_infeasible
     if held < workers.min:
         text = f"the pools of {spec.name} hold {held} workers of {run.name} at most, and workers.min is {workers.min}"
         raise ResourceError(f"{text}: raise `max` of {pools[0].name}, or lower workers.min")
@@ -57,10 +57,10 @@ def forecast_cluster(spec: ClusterSpec, run: TrainSpec) -> dict[str, Any]:
         "without_spot": fallback
         and {
             "nodes": fallback.nodes,
-            "never_fit": wanted - sum(sizes) + _unplaced(sizes, fallback.num_infeasible),
+            "never_fit": wanted - sum(sizes) + fallback.num_infeasible,
             **_totals(spec, table, fallback.nodes),
         },
-        "first_step_s": _first_step_s(spec, table, sizes, workers, started),
+        "first_step_s": _first_step_s(spec, table, workers, started),
         "prices_of": table.date,
         "currency": table.currency,
         "warnings": list(_warnings(spec, workers, started, wanted - held)),
@@ -143,17 +143,12 @@ def _lent(pool: Pool) -> str:
 
 
 def _cells(workers: int, most: int) -> list[int]:
-    """Return the sizes of the cells that are asked for: whole nodes of the largest pool, and what is left.
+    """Return the sizes of the cells that come of it: whole nodes of the largest pool, and what is left.
 
     >>> _cells(20, 8)
     [8, 8, 4]
     """
     return [most] * (workers // most) + ([workers % most] if workers % most else [])
-
-
-def _unplaced(sizes: Sequence[int], num: int) -> int:
-    """Return the workers of `num` cells that found no place: Ray places the larger ones first."""
-    return sum(sorted(sizes)[:num])
 
 
 def _nodes(spec: ClusterSpec, table: NodeTable, pool: Pool, count: int) -> dict[str, Any]:
@@ -183,19 +178,15 @@ def _sum(values: Iterable[float | None]) -> float | None:
     return None if None in known else round(sum(value for value in known if value is not None), 4)
 
 
-def _first_step_s(
-    spec: ClusterSpec, table: NodeTable, sizes: Sequence[int], workers: WorkersSpec, started: Sequence[Pool]
-) -> float:
-    """Return the seconds until the first `workers.min` workers train: their cells are asked for one after the other.
+def _first_step_s(spec: ClusterSpec, table: NodeTable, workers: WorkersSpec, started: Sequence[Pool]) -> float:
+    """Return the seconds until the first workers train: all nodes are asked for at once.
 
     Hosts are up already. Where several pools are started, the slowest to start counts.
     """
     if spec.provider.type == "onprem":
         return _BEGIN_S
-    needed = next(count for count in range(1, len(sizes) + 1) if sum(sizes[:count]) >= workers.min)
     kinds = [type_of(spec, table, pool) for pool in started if fits(pool, workers)]
-    slowest = max((kind.start_s if kind else 300.0 for kind in kinds), default=300.0)
-    return needed * (slowest + _BEGIN_S)
+    return max((kind.start_s if kind else 300.0 for kind in kinds), default=300.0) + _BEGIN_S
 
 
 def _warnings(spec: ClusterSpec, workers: WorkersSpec, started: Sequence[Pool], lost: int) -> Iterable[str]:

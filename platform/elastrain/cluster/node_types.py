@@ -78,8 +78,8 @@ class NodeTable(Model):
         return f"{found.date} {found.url}" if found else source
 
     def of(self, provider: str) -> Mapping[str, NodeType]:
-        """Return the types that a provider lends; Kubernetes may run on any of them."""
-        if provider == "kuberay":
+        """Return the types that a provider lends; Kubernetes may run on any of them, and local seem to be any."""
+        if provider in ("kuberay", "local"):
             return {**self.onprem, **self.azure, **self.gcp, **self.aws}
         found: dict[str, NodeType] = getattr(self, provider)
         return found

@@ -11,7 +11,7 @@ from elastrain.cluster.clouds import aws_node, aws_provider, azure_node, azure_p
 from elastrain.cluster.environment import AUTHORITY_DIR, MAKE_CERTIFICATE, NO_EXPORTERS, TLS_DIR, tls_variables
 from elastrain.cluster.merging import merged
 from elastrain.spec.cluster import ClusterSpec, Head, Mount, Pool
-from elastrain.spec.providers import Aws, Azure, Gcp, KubeRay, OnPrem
+from elastrain.spec.providers import Aws, Azure, Gcp, KubeRay, Local, OnPrem
 
 TOKEN_DIR = "/home/ray/.elastrain"  # noqa: S105 -- a folder
 # Ray starts this share of the running nodes at once, at least one; the default of 1 would boot a gang node by node.
@@ -26,9 +26,9 @@ _WAIT_FOR_DRIVER = "timeout 600 bash -c 'until nvidia-smi; do sleep 3; done'"
 
 
 def launcher_file(spec: ClusterSpec) -> dict[str, Any]:
-    """Return what `ray up` is given. The provider is one of machines, not kuberay."""
+    """Return what `ray up` is given. The provider is one of machines, neither kuberay nor local."""
     provider = spec.provider
-    assert not isinstance(provider, KubeRay)
+    assert not isinstance(provider, KubeRay | Local)
     found: dict[str, Any] = {"cluster_name": spec.name}
     if isinstance(provider, OnPrem):
         hosts = list(spec.pools[0].hosts)

@@ -12,7 +12,7 @@ from elastrain.cluster.kuberay import network_policy, raycluster, rayjob
 from elastrain.cluster.ray_up import launcher_file
 from elastrain.errors import StorageError
 from elastrain.spec.cluster import ClusterSpec
-from elastrain.spec.providers import KubeRay
+from elastrain.spec.providers import KubeRay, Local
 
 # Ray and Kubernetes read YAML 1.1, in which these words and what begins like a number may be no text.
 _WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "~", "", "=", "<<"}
@@ -37,9 +37,12 @@ _Representer.add_representer(str, _Representer.represent_str)
 def manifests(spec: ClusterSpec) -> dict[str, dict[str, Any]]:
     """Return what is rendered, by the name of its file.
 
-    `NAME.yaml` for machines; `NAME-raycluster.yaml`, `-networkpolicy` and, with a job, `-rayjob` for Kubernetes.
+    `NAME.yaml` for machines; `NAME-raycluster.yaml`, `-networkpolicy` and, with a job, `-rayjob` for Kubernetes; none
+    for local, which `elastrain cluster local` starts.
     """
     provider = spec.provider
+    if isinstance(provider, Local):
+        return {}
     if not isinstance(provider, KubeRay):
         return {f"{spec.name}.yaml": launcher_file(spec)}
     found = {f"{spec.name}-raycluster.yaml": raycluster(spec), f"{spec.name}-networkpolicy.yaml": network_policy(spec)}

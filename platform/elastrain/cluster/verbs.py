@@ -1,10 +1,12 @@
-"""The verbs below `elastrain cluster`: check, plan and render. Ray is loaded by the one that plans."""
+"""The verbs below `elastrain cluster`: check, plan, render and why-up. Ray is loaded by those that plan and look."""
 
 import json
 import shlex
 from typing import Annotated, Any
 
 import typer
+
+from elastrain.errors import SpecError
 
 cluster = typer.Typer(help="Machines for runs: check, plan and render the spec of a cluster.", no_args_is_help=True)
 
@@ -73,6 +75,8 @@ def cluster_render(
 
         document = read_cluster(spec, sets or [])
         check_cluster(document)
+        if not manifests(document.spec):
+            raise SpecError(f"{spec}: there is nothing to render; start it: elastrain cluster local {spec}")
         if out is not None:
             paths = write(document.spec, out)
             return {"files": paths}, "\n".join(paths)
@@ -99,6 +103,26 @@ def cluster_certificates(
 
         found = make_certificates(folder, host or [], out=out)
         return found, "\n".join(f"export {name}={shlex.quote(value)}" for name, value in found["environment"].items())
+
+    _print(*run(), as_json=as_json)
+
+
+@cluster.command("why-up")
+def cluster_why_up(
+    spec: Annotated[str | None, typer.Argument(metavar="[SPEC]", help="YAML file of the cluster, for prices")] = None,
+    address: Annotated[str | None, typer.Option(help="the Ray to look at: auto or HOST:PORT")] = None,
+    as_json: Json = False,
+) -> None:
+    """Name what keeps each node alive (actor, task, placement group, object, request), and its price an hour."""
+
+    def run() -> tuple[dict[str, Any], str]:
+        from elastrain.cluster.document import read_cluster
+        from elastrain.cluster.pins import look
+        from elastrain.cluster.why_up import as_text, explain
+
+        document = read_cluster(spec) if spec else None
+        found = explain(*look(address), document.spec if document else None)
+        return found, as_text(found)
 
     _print(*run(), as_json=as_json)
 

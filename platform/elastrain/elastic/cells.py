@@ -18,7 +18,7 @@ import ray
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from elastrain.elastic.ray_inner import actor_id, cancel_demand, groups_of
+from elastrain.elastic.ray_inner import actor_id, groups_of
 
 KILLED_S = 15.0
 PINNED_S, ANYWHERE_S = 30.0, 600.0  # how long a placement group may pend: held by others; waiting for an autoscaler
@@ -82,10 +82,7 @@ class Cell:
 
 
 def start_cell() -> Any:
-    """Start a cell's actor beside the driver; its `run` starts the workers.
-
-    Ray's coordinator of demand stays on the node where it was first called, so that one had better be the driver's.
-    """
+    """Start a cell's actor beside the driver; its `run` starts the workers."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote: Any = ray.remote  # its types lack this strategy
     return remote(num_cpus=0, scheduling_strategy=here)(Cell).remote()
@@ -99,13 +96,12 @@ def end_cell(cell: Any, ended: Any) -> None:
 
 
 def free_cell(cell: Any) -> None:
-    """Free what a killed cell held: placement group, what it has asked of an autoscaler, and its folder on this node.
+    """Free what a killed cell held: its placement group, which is also its demand, and its folder on this node.
 
     Ray frees the placement group of a dead actor only when the whole job ends, and a Python driver may do many runs.
     """
     for group in groups_of(cell):
         remove_placement_group(group)
-    cancel_demand(actor_id(cell))
     shutil.rmtree(_scratch(actor_id(cell)), ignore_errors=True)
 
 

@@ -9,16 +9,18 @@ import contextlib
 import dataclasses
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup
 
 from elastrain.elastic.cells import KILLED_S, Work, free_cell, start_cell, work_of_cell
 from elastrain.elastic.config import WorkerConfig
+from elastrain.elastic.demand import Demand, free
 from elastrain.elastic.policy import Outlook, more_workers, packed, room_beside
-from elastrain.elastic.ray_inner import draining_nodes
-from elastrain.elastic.session import addable, largest_addable, room
+from elastrain.elastic.ray_inner import draining_nodes, groups_of
+from elastrain.elastic.session import addable, fitting, room
 from elastrain.errors import ResourceError
 from elastrain.spec.train import WorkersSpec
 
@@ -58,6 +60,7 @@ class Seen:
 class Event:
     """Something for the ledger, and the names of the workers that are to leave because of it.
 
+    `demand` (of an autoscaler: `workers`) · `no_capacity` (`pool`: its launches fail, so it is left out for a while) ·
     `cell` (started: `cell`, `node`, `workers`) · `cell_end` (`cell`, `node`, `why`) · `node_lost` (`node`, `workers`) ·
     `preemption` (`node`, `workers`, `deadline`: Unix time or None).
     """
@@ -69,18 +72,18 @@ class Event:
 
 @dataclasses.dataclass(kw_only=True, slots=True, eq=False)
 class _Cell:
-    """A cell and what is known of it; one that may be `anywhere` has no `node` until a worker of it has come."""
+    """A cell and what is known of it."""
 
     name: str
     actor: Any
     ended: Any  # what its `run` will return
     size: int
-    node: str | None
+    node: str
     asked: float
-    anywhere: bool
     came: bool = False  # a worker of it has been a member
     members: int = 0
     short: float  # since when it has had fewer members than workers
+    places: Sequence[PlacementGroup] = ()  # held for it until it has asked for its own
 
     def coming(self, now: float) -> int:
         """Count the workers that are still to come, or to come back."""
@@ -94,6 +97,7 @@ class Fleet:
         self, workers: WorkersSpec, slots: int, config: WorkerConfig, name: str, *, work: Work = work_of_cell
     ) -> None:
         self._workers, self._slots, self._config, self._name, self._work = workers, slots, config, name, work
+        self._demand = Demand(workers.needs())
         self._cells: list[_Cell] = []
         self._ending: list[tuple[float, _Cell]] = []  # killed when; what they hold is freed once they are dead
         self._told: dict[str, set[str]] = {}  # draining nodes, and who was asked to leave them
@@ -102,7 +106,9 @@ class Fleet:
         self._start_s = START_S
 
     def start(self, sizes: Mapping[str, int]) -> list[Event]:
-        """Start a cell of so many workers on each node, all at once; {} where `tend` is to find or ask for the room."""
+        """Start a cell of so many workers on each node, all at once; {} where an autoscaler is to make the room."""
+        if not sizes:
+            return self._ask(min(self._workers.max, self._slots), time.monotonic())
         return [self._launch(node, size) for node, size in sizes.items()]
 
     def tend(self, seen: Seen) -> list[Event]:
@@ -120,11 +126,13 @@ class Fleet:
             events += self._leave_dead(nodes, seen, now)
             events += self._leave_draining(nodes, seen, now)
             events += self._drop_unwanted(seen, now)
+            self._free_places()
             events += self._grow(seen, now)
         return events
 
     def close(self, *, grace_s: float) -> None:
         """Wait a moment for cells that end by themselves, then end all and free everything that they held."""
+        self._demand.close()
         try:
             running = [cell.ended for cell in self._cells]
             if running and grace_s > 0:
@@ -141,19 +149,21 @@ class Fleet:
 
     # --- one cell
 
-    def _launch(self, node: str | None, size: int) -> Event:
+    def _launch(self, node: str, size: int, places: Sequence[PlacementGroup] = ()) -> Event:
         name, now = f"{self._name}-{uuid.uuid4().hex[:8]}", time.monotonic()
         config = dataclasses.replace(self._config, cell=name, launched=time.time())
         actor = start_cell()
         resources = self._workers.needs()
         ended = actor.run.remote(config, name=name, size=size, resources=resources, node=node, work=self._work)
-        cell = _Cell(name=name, actor=actor, ended=ended, size=size, node=node, asked=now, anywhere=not node, short=now)
+        cell = _Cell(name=name, actor=actor, ended=ended, size=size, node=node, asked=now, short=now)
+        cell.places = places
         self._cells.append(cell)
         return Event(kind="cell", fields={"cell": name, "node": node, "workers": size})
 
     def _end(self, cell: _Cell, now: float, why: str = "closed") -> Event:
         """Kill a cell; what it held is freed at one of the next looks, so that nobody waits for its death."""
         self._cells.remove(cell)
+        free(cell.places)
         self._ending.append((now, cell))
         ray.kill(cell.actor)
         return Event(kind="cell_end", fields={"cell": cell.name, "node": cell.node, "why": why})
@@ -166,6 +176,13 @@ class Fleet:
                 self._ending.remove(entry)
                 free_cell(entry[1].actor)
 
+    def _free_places(self) -> None:
+        """Free the places of cells that have asked for their own; nothing else that we ask for may come there."""
+        for cell in self._cells:
+            if cell.places and groups_of(cell.actor):
+                free(cell.places)
+                cell.places = ()
+
     # --- what has become of them
 
     def _count(self, seen: Seen, now: float) -> None:
@@ -173,8 +190,8 @@ class Fleet:
         for cell in self._cells:
             mine = [member for member in seen.members if member.cell == cell.name]
             if mine and not cell.came:
-                cell.came, cell.node, self._fruitless = True, mine[0].node, 0
-                self._start_s = now - cell.asked if not cell.anywhere else self._start_s
+                cell.came, self._fruitless = True, 0
+                self._start_s = now - cell.asked
             if len(mine) != cell.members or len(mine) == cell.size:
                 cell.short = now
             cell.members = len(mine)
@@ -186,7 +203,7 @@ class Fleet:
             if cell in done:
                 said = _said(cell)
                 events.append(self._end(cell, now, said or "its workers left"))
-            elif not (cell.came or cell.anywhere or seen.waiting) and now - cell.asked > HOPELESS_S:
+            elif not (cell.came or seen.waiting) and now - cell.asked > HOPELESS_S:
                 said = f"none of its workers came within {HOPELESS_S:g} s"
                 events.append(self._end(cell, now, said))
             else:
@@ -204,12 +221,12 @@ class Fleet:
                 f"{self._fruitless} cells in a row broke before a worker of theirs trained; the last one said: {said}"
             )
         self._not_before = now + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**self._fruitless)
-        if cell.node and not cell.came:
+        if not cell.came:
             self._avoid[cell.node] = now + AVOID_S * 2 ** min(6, self._fruitless - 1)
 
     def _leave_dead(self, nodes: Mapping[str, bool], seen: Seen, now: float) -> list[Event]:
         """End the cells of nodes that are dead: Ray would wait for their room for ever."""
-        dead = {cell.node for cell in self._cells if cell.node and not nodes.get(cell.node, True)}
+        dead = {cell.node for cell in self._cells if not nodes.get(cell.node, True)}
         events = []
         for node in sorted(dead):
             workers = [member.name for member in seen.members if member.node == node]
@@ -244,40 +261,62 @@ class Fleet:
         return [self._end(cell, now, "not needed") for cell in list(self._cells) if not cell.members]
 
     def _grow(self, seen: Seen, now: float) -> list[Event]:
-        """Start cells where there is room and more workers are worth it; where there is none, ask for it with one."""
-        asking = next((cell for cell in self._cells if cell.anywhere and not cell.came), None)
+        """Start cells where there is room and more workers are worth it; where there is none, ask for it."""
         coming = {cell.name: cell.coming(now) for cell in self._cells}
-        size = len(seen.members) + sum(coming.values()) - (asking.size if asking else 0)
-        if size >= min(seen.target, self._slots) and not asking:
-            return []
-        free = self._room(coming, asking, now)
+        size = len(seen.members) + sum(coming.values())
+        if size >= min(seen.target, self._slots):
+            return self._ask(0, now)
+        if seen.members and seen.remaining_s == 0.0 and size >= self._workers.min:
+            return []  # as long as nobody knows how long the run takes, what was asked for stays asked for
+        events = [Event(kind="no_capacity", fields={"pool": pool}) for pool in self._demand.look()]
+        found = self._demand.take()
+        fits = self._room(coming, found, now)
         could = addable(self._workers)
-        more = self._more(seen, size, sum(free.values()) + (asking.size if asking else 0) + could)
-        if asking:
-            if not more:
-                self._not_before = now + FIRST_PAUSE_S
-                return [self._end(asking, now, "not needed")]
-            size, more = size + asking.size, more - asking.size
-        if now < self._not_before or more <= 0:
-            return []
-        events = [self._launch(node, n) for node, n in packed(free, more).items()]
-        missing = min(more - sum(e.fields["workers"] for e in events), could, largest_addable(self._workers))
-        return events if asking or missing <= 0 else [*events, self._launch(None, missing)]
+        more = self._more(seen, size, sum(fits.values()) + could)
+        calm = now >= self._not_before  # else a cell has just broken, and its room will be seen to be free in a moment
+        cells = packed(fits, more) if calm else {}
+        events += [self._launch(node, n, found.pop(node, ())) for node, n in cells.items()]
+        free(place for places in found.values() for place in places)
+        missing = max(0, min(more - sum(cells.values()), could))
+        events += self._ask(missing if calm else min(missing, len(self._demand)), now)
+        self._check_hope(seen)
+        return events
+
+    def _ask(self, workers: int, now: float) -> list[Event]:
+        """Ask an autoscaler for so many workers in all, not where cells of ours are, or broke."""
+        avoided = {node for node, until in self._avoid.items() if until > now}
+        before = len(self._demand)
+        self._demand.ask(workers, beside={cell.node for cell in self._cells} | avoided)
+        return [Event(kind="demand", fields={"workers": workers})] if workers != before else []
+
+    def _check_hope(self, seen: Seen) -> None:
+        """Raise ResourceError if the run cannot go on and an autoscaler cannot help, though nobody holds anything."""
+        if not self._demand.hopeless or len(seen.members) >= self._workers.min or self._cells:
+            return
+        if fitting(self._workers, "free") == fitting(self._workers, "total"):
+            raise ResourceError(
+                f"workers.min {self._workers.min} of {self._workers.in_words()} each: the cluster's autoscaler can add "
+                "no node that holds one; lower workers.cpus or workers.gpus, or add a pool"
+            )
 
     def _more(self, seen: Seen, size: int, free: int) -> int:
         most = min(seen.target, self._slots)
         bounds = (min(self._workers.min, most), most)
-        outlook = Outlook(remaining_s=seen.remaining_s, start_s=self._start_s)
+        remaining_s = seen.remaining_s if seen.members else None
+        outlook = Outlook(remaining_s=remaining_s, start_s=self._start_s)
         return more_workers(slots=self._slots, size=size, bounds=bounds, room=free, outlook=outlook)
 
-    def _room(self, coming: Mapping[str, int], asking: _Cell | None, now: float) -> dict[str, int]:
-        """Return what is free beside what is on its way: a cell that has just been asked for holds nothing yet."""
+    def _room(self, coming: Mapping[str, int], found: Mapping[str, Sequence[Any]], now: float) -> dict[str, int]:
+        """Return what is free, `found` for us included, beside what is on its way: a new cell holds nothing yet.
+
+        Whether the view of the cluster counts what was found as free yet nobody knows.
+        """
         taken: dict[str, int] = {}
         for cell in self._cells:
-            if cell.node and not cell.came:
+            if not cell.came:
                 taken[cell.node] = taken.get(cell.node, 0) + coming[cell.name]
-        free = {node: n for node, n in room(self._workers).items() if self._avoid.get(node, 0.0) <= now}
-        return room_beside(free, taken, asking.size if asking else 0)
+        there = {node: max(n, len(found.get(node, ()))) for node, n in room(self._workers).items()}
+        return room_beside({node: n for node, n in there.items() if self._avoid.get(node, 0.0) <= now}, taken)
 
 
 def _done(cells: Iterable[_Cell]) -> list[_Cell]:

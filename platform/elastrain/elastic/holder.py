@@ -22,7 +22,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from elastrain.elastic.ray_inner import actor_id, draining_nodes
+from elastrain.elastic.ray_inner import actor_id, autoscaler, draining_nodes
 from elastrain.errors import ResourceError
 from elastrain.observe.ledger import read_ledger
 from elastrain.training.manifests import Description, adopt, newest_whole, unseal
@@ -30,6 +30,7 @@ from elastrain.training.manifests import Description, adopt, newest_whole, unsea
 NAMESPACE = "elastrain"
 KEPT = 2
 IDLE_S = 3600.0  # a holder to which nobody has spoken for so long ends itself
+PAID_IDLE_S = 120.0  # sooner where an autoscaler would end its node, which costs as long as it stays
 PIECE = 16 << 20  # bytes in a message: what an object store has to hold of a snapshot
 ANSWER_S = 30.0  # a holder that takes longer for a message is as good as dead
 LOOK_S = 5.0
@@ -233,7 +234,7 @@ def _made(run: str, node: str) -> Any:
         get_if_exists=True,
         num_cpus=0,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-    ).remote()
+    ).remote(IDLE_S if autoscaler() is None else PAID_IDLE_S)
 
 
 def _pieces(holder: Any, manifest: bytes, name: str) -> Iterator[bytes]:

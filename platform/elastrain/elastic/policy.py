@@ -96,17 +96,13 @@ def packed(room: Mapping[str, int], total: int) -> dict[str, int]:
     return sizes
 
 
-def room_beside(room: Mapping[str, int], coming: Mapping[str, int], anywhere: int) -> dict[str, int]:
-    """Return the room that is left once `coming` workers, by node, and `anywhere` on one node more have taken theirs.
+def room_beside(room: Mapping[str, int], coming: Mapping[str, int]) -> dict[str, int]:
+    """Return the room that is left once `coming` workers, by node, have taken theirs.
 
-    >>> room_beside({"a": 4, "b": 3, "c": 1}, {"a": 2}, 3)
-    {'a': 2, 'b': 0, 'c': 1}
+    >>> room_beside({"a": 4, "b": 3}, {"a": 2, "b": 4})
+    {'a': 2, 'b': 0}
     """
-    left = {node: max(0, free - coming.get(node, 0)) for node, free in room.items()}
-    fits = [node for node, free in left.items() if free >= anywhere]
-    if anywhere and fits:
-        left[min(fits, key=lambda n: left[n])] -= anywhere
-    return left
+    return {node: max(0, free - coming.get(node, 0)) for node, free in room.items()}
 
 
 def _busiest(slots: int, size: int) -> int:

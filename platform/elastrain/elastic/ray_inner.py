@@ -19,12 +19,12 @@ import ray._private.parameter
 import ray._private.state
 import ray._private.worker
 from ray._private.authentication import authentication_token_setup as token
-from ray.core.generated import gcs_pb2
+from ray.core.generated import autoscaler_pb2, gcs_pb2
 from ray.util.placement_group import PlacementGroup
 
 from elastrain.cluster.environment import NO_EXPORTERS
 
-COORDINATOR = "AutoscalingCoordinator"  # the name and the namespace of Ray's detached actor
+STATUS_S = 10.0
 NODE_ID_LABEL = "ray.io/node-id"  # what every raylet labels itself with
 NODE_TYPE_LABEL = "ray.io/node-group"  # and those that an autoscaler has started
 
@@ -59,13 +59,40 @@ def draining_nodes() -> dict[str, float | None]:
 
 
 def node_types() -> list[NodeType]:
-    """Return what an autoscaler can add to the cluster; [] where there is none.
+    """Return what an autoscaler can add to the cluster; [] where it does not say, as Ray's own does not.
 
-    Stands on `ray._private.state.state.get_cluster_config`, which an autoscaler writes into the GCS.
+    Stands on `ray._private.state.state.get_cluster_config`, which an autoscaler may write into the GCS.
     """
     config: Any = ray._private.state.state.get_cluster_config()  # noqa: SLF001
     groups = config.node_group_configs if config else []
     return [NodeType({name: float(n) for name, n in g.resources.items()}, int(g.max_count), g.name) for g in groups]
+
+
+@dataclass(frozen=True, slots=True)
+class Autoscaler:
+    """What an autoscaler says: node types whose launches failed, when last (Unix time), and what it cannot place."""
+
+    failed: Mapping[str, float]
+    infeasible: tuple[str, ...]  # each names a placement group
+
+
+def autoscaler() -> Autoscaler | None:
+    """Return what the cluster's autoscaler says; None where there is none that could add a node.
+
+    Stands on `GcsClient.get_cluster_status`, which holds what autoscaler v2 last reported. Nodes that an autoscaler
+    manages say which instance they are; a Ray that was started by hand has an autoscaler that only looks on.
+    """
+    worker: Any = ray._private.worker.global_worker  # noqa: SLF001
+    message: Any = autoscaler_pb2.GetClusterStatusReply  # type: ignore[attr-defined] # made at import by protobuf
+    reply = message.FromString(worker.gcs_client.get_cluster_status(timeout_s=STATUS_S))
+    state = reply.autoscaling_state
+    managed = any(node.instance_id for node in reply.cluster_resource_state.node_states)
+    if not managed or not state.autoscaler_state_version:
+        return None
+    failed: dict[str, float] = {}
+    for launch in state.failed_instance_requests:
+        failed[launch.ray_node_type_name] = max(failed.get(launch.ray_node_type_name, 0.0), float(launch.failed_ts))
+    return Autoscaler(failed, tuple(str(each.details) for each in state.infeasible_gang_resource_requests))
 
 
 def actor_id(actor: Any) -> str:
@@ -89,19 +116,6 @@ def groups_of(actor: Any) -> list[PlacementGroup]:
         for group in groups
         if group.creator_actor_id.hex() == actor_id(actor) and group.state != message.REMOVED
     ]
-
-
-def cancel_demand(run_id: str) -> None:
-    """Take back what a Ray Train run has asked of the autoscaler; it would hold its nodes for three minutes more.
-
-    Stands on the detached actor AutoscalingCoordinator, its `cancel_request`, and the name `train-<run id>` under which
-    `ScalingPolicy` registers. Nothing is waited for; without a coordinator there is nothing to cancel.
-    """
-    try:
-        coordinator = ray.get_actor(COORDINATOR, namespace=COORDINATOR)
-    except ValueError:
-        return
-    coordinator.cancel_request.remote(requester_id=f"train-{run_id}")
 
 
 def enable_token_auth() -> None:

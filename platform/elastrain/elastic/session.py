@@ -20,6 +20,7 @@ from elastrain.elastic.policy import sizes_at_start
 from elastrain.elastic.ray_inner import (
     NODE_TYPE_LABEL,
     NodeType,
+    autoscaler,
     available_per_node,
     deaths_untold,
     draining_nodes,
@@ -119,7 +120,7 @@ def find_room(
 ) -> dict[str, int]:
     """Return how many workers to start on which nodes, min to max together; below min wait, saying so.
 
-    {} where only an autoscaler can make the room: a cell must ask for it. Raises ResourceError if the cluster can never
+    {} where only an autoscaler can make the room: it must be asked for. Raises ResourceError if the cluster can never
     hold min, InterruptedError if `stop` says so while waiting.
     """
     told = False
@@ -176,7 +177,12 @@ def room(workers: WorkersSpec) -> dict[str, int]:
 
 
 def addable(workers: WorkersSpec) -> int:
-    """Return how many workers more than now an autoscaler could make room for; 0 without one."""
+    """Return how many workers more than now an autoscaler could make room for; 0 without one.
+
+    Where it does not say what it could add, as many as the run may use: what it cannot place it will say.
+    """
+    if not node_types():
+        return workers.max if autoscaler() else 0
     most = sum(
         _fits(workers, kind.resources) * kind.most
         for kind in _unbounded(_kinds_for(workers, node_types()), workers.max)
@@ -189,6 +195,8 @@ def largest_addable(workers: WorkersSpec) -> int:
 
     A type of which there are as many nodes as there may be adds none: a cell of its size would be asked for in vain.
     """
+    if not node_types():
+        return addable(workers)
     up = Counter(node["Labels"].get(NODE_TYPE_LABEL) for node in ray.nodes() if node["Alive"])
     kinds = [kind for kind in _kinds_for(workers, node_types()) if kind.most < 0 or up[kind.name] < kind.most]
     return max((_fits(workers, kind.resources) for kind in kinds), default=0)

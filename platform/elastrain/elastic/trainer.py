@@ -17,6 +17,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, Wor
 from ray.train.v2._internal.execution.callback import RayTrainCallback  # type: ignore[attr-defined]
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -131,6 +132,20 @@ def _cause(error: TrainingFailedError) -> Exception:
     return error.controller_failure if isinstance(error, ControllerError) else error
 
 
+class CellScaling(FixedScalingPolicy):
+    """A fixed size, of which Ray's coordinator of demand hears nothing: the cell's placement group is its demand.
+
+    Ray Train would also ask the coordinator for the same, every 20 s. That request outlives a controller that is killed
+    by three minutes, in which the autoscaler ends no node that it could be met with.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Register nothing."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Send nothing."""
+
+
 class CellController(TrainController):
     """A controller of a `CellGroup`."""
 
@@ -138,7 +153,7 @@ class CellController(TrainController):
 
 
 class CellTrainer(DataParallelTrainer):
-    """A DataParallelTrainer whose controller runs in this process, which must be an actor; it names the run.
+    """A DataParallelTrainer whose controller runs in this process, which must be an actor.
 
     A controller of its own would cost the start a process and its imports; so would the one that shares out Ray's
     datasets, of which there are none. The third helper, the detached process that frees the placement group after a
@@ -153,14 +168,15 @@ class CellTrainer(DataParallelTrainer):
             work, train_loop_config=config, backend_config=InPlaceConfig(), scaling_config=scaling, run_config=run
         )
         self._patience = Patience(size=scaling.num_workers, pinned=bool(scaling.label_selector))
-        object.__setattr__(self.train_run_context, "run_id", ray.get_runtime_context().get_actor_id())  # it is frozen
+        self._scaling = CellScaling(scaling)
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         made: list[RayTrainCallback] = super()._create_default_callbacks()
         return [callback for callback in made if not isinstance(callback, HELPERS)]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Result:
-        controller: Any = CellController(**(parts | {"failure_policy": self._patience}))
+        ours = {"failure_policy": self._patience, "scaling_policy": self._scaling}
+        controller: Any = CellController(**(parts | ours))
         asyncio.run(controller.run())
         result: Result = controller.get_result()
         return result

@@ -23,7 +23,7 @@ TRAIN_KEYS = (
 
 USEFUL = ("compute", "reduce")
 EVENT = ("kind", "step", "recovery_s", "steps_redone")
-NOT_EVENTS = ("start", "checkpoint", "snapshot", "eval", "seconds", "end", "cell", "cell_end", "drain")
+NOT_EVENTS = ("start", "checkpoint", "snapshot", "eval", "seconds", "end", "cell", "cell_end", "demand", "drain")
 MAX_POINTS, MEANS = 2000, 200
 Points = Sequence[tuple[float, float]]
 

@@ -14,6 +14,7 @@ GPUS = (
 )
 TPUS = ("TPU-V2", "TPU-V3", "TPU-V4", "TPU-V5P", "TPU-V5LITEPOD", "TPU-V6E", "TPU-V7X")
 ACCELERATORS = (*GPUS, *TPUS)
+FAKE_GPUS = "ELASTRAIN_FAKE_GPUS"  # in the environment of nodes whose GPUs are names, so that workers compute on CPUs
 
 
 def resource_of(accelerator: str) -> str:

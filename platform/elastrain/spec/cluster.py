@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from elastrain.spec.accelerators import ACCELERATORS, TPUS, resource_of
 from elastrain.spec.problems import nearest
-from elastrain.spec.providers import Aws, Azure, Gcp, KubeRay, OnPrem, Text
+from elastrain.spec.providers import Aws, Azure, Gcp, KubeRay, Local, OnPrem, Text
 from elastrain.spec.train import Model, NonNegativeInt, PositiveInt, WholeNumber, wrong
 
 LABEL_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
@@ -32,7 +32,10 @@ _HOSTS = dict.fromkeys(
     "hosts are what they are, and all of them stay up",
 )
 _PODS = dict.fromkeys(("machine_image", "disk_gib"), "the nodes are Kubernetes' own")
-_USELESS = {"onprem": _HOSTS, "kuberay": _PODS}
+_NAMES = dict.fromkeys(
+    ("identity", "machine_image", "disk_gib", "placement", "mounts"), "nodes of this machine have none of their own"
+)
+_USELESS = {"onprem": _HOSTS, "kuberay": _PODS, "local": _NAMES}
 
 
 class Accelerator(Model):
@@ -204,11 +207,13 @@ class ClusterSpec(Model):
     name: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")] = Field(
         description="up to 40 small letters, digits and dashes, and begins with a letter"
     )
-    provider: Annotated[Aws | Gcp | Azure | OnPrem | KubeRay, Field(discriminator="type")] = Field(
+    provider: Annotated[Aws | Gcp | Azure | OnPrem | KubeRay | Local, Field(discriminator="type")] = Field(
         description="who lends the machines"
     )
-    image: Annotated[str, Field(pattern=r"^[a-z0-9][A-Za-z0-9._:/@-]*[:@][A-Za-z0-9._:-]+$")] = Field(
-        description="the container image, with its tag or digest, as in registry.example.com/elastrain:0.1.0"
+    image: Annotated[str, Field(pattern=r"^[a-z0-9][A-Za-z0-9._:/@-]*[:@][A-Za-z0-9._:-]+$")] | None = Field(
+        default=None,
+        description="the container image, with its tag or digest, as in registry.example.com/elastrain:0.1.0; "
+        "all but local need it",
     )
     head: Head = Field(description="the node that drives and never works")
     pools: Annotated[tuple[Pool, ...], Field(min_length=1)] = Field(description="the machines that work")
@@ -245,6 +250,11 @@ class ClusterSpec(Model):
 def _misfits(spec: ClusterSpec) -> Iterator[tuple[str, str]]:
     """Yield what the provider cannot do or needs and is not told: the field, and a sentence."""
     kind = spec.provider.type
+    if (kind == "local") != (spec.image is None):
+        yield (
+            "image",
+            "image: nodes of this machine run in none; remove the key" if spec.image else "missing key 'image'",
+        )
     for place, machine in spec.machines.items():
         yield from _machine_misfits(kind, place, machine)
     for at, pool in enumerate(spec.pools):
@@ -252,14 +262,20 @@ def _misfits(spec: ClusterSpec) -> Iterator[tuple[str, str]]:
     if kind == "onprem" and len(spec.pools) > 1:
         yield "pools.1", "Ray's provider for hosts has one kind of worker: give one pool, or use kuberay for several"
     if spec.tls is not None:
-        name, other = ("secret_name", "folder") if kind == "kuberay" else ("folder", "secret_name")
-        if getattr(spec.tls, name) is None or getattr(spec.tls, other) is not None:
-            yield "tls", f"on {kind} tls has the key '{name}', and nothing else"
+        yield from _tls_misfits(kind, spec.tls)
     if spec.provider.type == "kuberay" and not spec.provider.spot_nodes and any(pool.spot for pool in spec.pools):
         at = next(at for at, pool in enumerate(spec.pools) if pool.spot)
         yield f"pools.{at}.market", "spot: missing key 'provider.spot_nodes', by which Kubernetes tells such nodes"
     if kind == "azure" and len({machine.identity for machine in spec.machines.values()}) > 1:
         yield "pools.0.identity", "Ray gives all nodes on azure one identity: give head and pools the same"
+
+
+def _tls_misfits(kind: str, tls: Tls) -> Iterator[tuple[str, str]]:
+    name, other = ("secret_name", "folder") if kind == "kuberay" else ("folder", "secret_name")
+    if kind == "local":
+        yield "tls", "tls: nodes of this machine speak to nobody else; remove the key"
+    elif getattr(tls, name) is None or getattr(tls, other) is not None:
+        yield "tls", f"on {kind} tls has the key '{name}', and nothing else"
 
 
 def _machine_misfits(kind: str, place: str, machine: Head | Pool) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Who lends machines, and what each of them has to be told: aws, gcp, azure, onprem (hosts of your own), kuberay."""
+"""Who lends machines, and what each has to be told: aws, gcp, azure, onprem (hosts of your own), kuberay, local."""
 
 from typing import Annotated, Literal
 
@@ -111,3 +111,9 @@ class KubeRay(Model):
         default={}, description="labels of the nodes that may be taken away, as cloud.google.com/gke-spot: 'true'"
     )
     job: Job | None = Field(default=None, description="also render this run as a RayJob")
+
+
+class Local(Model):
+    """This machine alone, to try things out: Ray's own autoscaler starts and ends nodes on it whose GPUs are names."""
+
+    type: Literal["local"] = Field(description="this machine: nodes on it that seem to be machines")

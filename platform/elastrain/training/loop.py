@@ -5,6 +5,7 @@ fall to its rank. What it reports goes to a recorder; what it keeps is one state
 """
 
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from elastrain.data.dataset import Dataset
 from elastrain.data.plan import Plan
 from elastrain.errors import DivergedError
 from elastrain.observe.ledger import Clock
+from elastrain.spec.accelerators import FAKE_GPUS
 from elastrain.spec.train import TrainSpec
 from elastrain.training.batches import Batches, Feed
 from elastrain.training.checkpoint import Writer
@@ -357,8 +359,11 @@ class Lead:
 
 
 def choose_device(gpus: float) -> torch.device:
-    """Return the device of a worker: its first GPU where the spec gives it one, else the CPU."""
-    return torch.device("cuda", 0) if gpus else torch.device("cpu")
+    """Return the device of a worker: its first GPU where the spec gives it one, else the CPU.
+
+    The CPU, too, on nodes whose GPUs are names (`elastrain cluster local`), which say so in their environment.
+    """
+    return torch.device("cuda", 0) if gpus and FAKE_GPUS not in os.environ else torch.device("cpu")
 
 
 def fix_threads(cpus: float) -> None:
