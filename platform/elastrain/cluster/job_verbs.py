@@ -64,7 +64,7 @@ def logs(
 
     lines = read_lines(job, address=address, follow=follow)
     for line in [json.dumps({"job": job, "lines": list(lines)})] if as_json else lines:
-        print(line, flush=follow)
+        typer.echo(line)  # and flushed
 
 
 @jobs.command()
