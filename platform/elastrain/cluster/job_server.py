@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import wait
 from typing import Any
 
 from ray._private.authentication import authentication_token_setup as token
@@ -124,25 +125,36 @@ class JobServer(JobSubmissionClient):
 
     def _chunks(self, job: str) -> Iterator[str]:
         """Yield what one stream of the log brings; a stream that breaks off just ends."""
-        loop = asyncio.new_event_loop()
         stream = self.tail_job_logs(job)
-        task: asyncio.Task[str | None] | None = None
-        try:
+        with _loop() as loop:
             while True:
-                task = loop.create_task(_next(stream))
-                while not loop.run_until_complete(asyncio.wait({task}, timeout=QUIET_S))[0]:
-                    self.info(job)
+                coming = asyncio.run_coroutine_threadsafe(_next(stream), loop)
+                try:
+                    while not wait([coming], timeout=QUIET_S).done:
+                        self.info(job)
+                finally:
+                    coming.cancel()
                 with contextlib.suppress(Exception):  # whatever it was: asking for the job again tells it better
-                    if (text := task.result()) is not None:
+                    if (text := coming.result()) is not None:
                         yield text
                         continue
                 return
-        finally:
-            with contextlib.suppress(Exception, asyncio.CancelledError):
-                if task is not None and task.cancel():
-                    loop.run_until_complete(task)
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.close()
+
+
+@contextlib.contextmanager
+def _loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """Hold an event loop in a thread of its own: in a notebook the caller's runs one already."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True, name="job-log")
+    thread.start()
+    try:
+        yield loop
+    finally:
+        with contextlib.suppress(Exception):
+            asyncio.run_coroutine_threadsafe(loop.shutdown_asyncgens(), loop).result(QUIET_S)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 async def _next(stream: AsyncIterator[str]) -> str | None:
