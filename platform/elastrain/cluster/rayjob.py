@@ -81,7 +81,7 @@ def rayjob_name(name: str, run: str) -> str:
     """Return the name of a run's RayJob, of up to 47 small letters, digits and dashes.
 
     >>> rayjob_name("Digits_MLP.v2", "s3://bucket/Digits_MLP.v2"), rayjob_name("7b", "s3://bucket/7b")
-    ('digits-mlp-v2-2478ad83', 'run-7b-b8eae04e')
+    ('digits-mlp-v2-2478ad83', 'run-7b-400685a4')
     """
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower())[:30].strip("-")
     slug = slug if slug[:1].isalpha() else f"run-{slug}".strip("-")
