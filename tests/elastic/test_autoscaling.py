@@ -231,10 +231,6 @@ def test_why_up_names_each_of_the_pins_and_its_price_and_a_node_leaves_once_it_i
         wait_for(lambda: set(cloud.now) == {second})
         del kept
         wait_for(lambda: not cloud.now)
-        ray.autoscaler.sdk.request_resources(bundles=[{"GPU": 1}])
-        wait_for(lambda: list(why().values()) == [["request: 1 x GPU 1"]])
-        ray.autoscaler.sdk.request_resources(bundles=[])
-        wait_for(lambda: not cloud.now)
 
 
 def pins_of(cloud: Cloud, cli: Cli) -> dict[str, list[str]]:
