@@ -17,7 +17,7 @@ from elastrain.sweeps.agenda import Agenda
 from elastrain.sweeps.document import base_of
 from elastrain.sweeps.schedulers import Brackets, decisions, firsts, scheduler_of
 from elastrain.sweeps.space import Arm, arms_of
-from elastrain.sweeps.tuning import BEGIN, WORST, PerArm, Proposals, TrialActor
+from elastrain.sweeps.tuning import BEGIN, WORST, PerStudy, Proposals, TrialActor
 
 Read = Callable[..., SweepSpec]
 ASHA = "early_stop={method: asha, grace: 20, factor: 3}"
@@ -96,7 +96,7 @@ class Bench:
         self.spec, self.slots = spec, slots
         self.words: list[tuple[str, str]] = []
         made = of.get("make", lambda: scheduler_of(spec, of.get("explore", lambda config: config)))
-        self.scheduler = PerArm(made, lambda trial, outcome: self.words.append((trial, outcome)))
+        self.scheduler = PerStudy(made, lambda trial, outcome: self.words.append((trial, outcome)))
         self.trials: list[Any] = []
         self.steps: dict[str, int] = {}
         self.outcomes: dict[str, str] = {}

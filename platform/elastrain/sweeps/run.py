@@ -39,7 +39,7 @@ from elastrain.sweeps.results import as_table, as_text, curve_rows, trial_rows
 from elastrain.sweeps.schedulers import decisions, scheduler_of
 from elastrain.sweeps.space import Arm, arms_of, explore
 from elastrain.sweeps.trials import Trial, trials_of
-from elastrain.sweeps.tuning import WORST, PerArm, tune_trials
+from elastrain.sweeps.tuning import WORST, PerStudy, tune_trials
 from elastrain.training.manifests import newest_whole, read_manifests
 
 SPEC, TRIALS = "spec.yaml", "trials"
@@ -213,7 +213,7 @@ def _run(job: _Job, objective: Objective) -> None:
         begun = [desk.open.remote(), desk.event.remote("start", {"versions": versions()})]
         pool.start()
         ray.get(begun)
-        scheduler = PerArm(
+        scheduler = PerStudy(
             lambda: scheduler_of(job.spec, _explorer(job)),
             lambda trial, outcome: ray.get(desk.leave.remote(trial, outcome)),
         )

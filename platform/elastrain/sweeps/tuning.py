@@ -36,7 +36,8 @@ WORST = 1e30  # what counts for a trial that diverged or failed: infinity would 
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_WARN_THRESHOLD_S": "10",
-    **dict.fromkeys(("TUNE_PRINT_ALL_TRIAL_ERRORS", "RAY_CHDIR_TO_TRIAL_DIR"), "0"),
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
 
@@ -171,7 +172,7 @@ class OfArm:
         return getattr(self._controller, name)
 
 
-class PerArm(TrialScheduler):
+class PerStudy(TrialScheduler):
     """A scheduler for each study of each arm: only its trials are compared; what is confirmed is never stopped.
 
     `leave(trial, outcome)` is called as soon as a trial is to stop ("pruned"), to pause ("") or has lost its actor
@@ -252,7 +253,7 @@ class PerArm(TrialScheduler):
 
     def debug_string(self) -> str:
         """Return what Tune would print."""
-        return "per arm"
+        return "per study"
 
 
 def tune_trials(
