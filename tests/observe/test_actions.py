@@ -91,3 +91,8 @@ def test_on_s3_an_entry_is_created_and_never_replaced(s3_bucket: str, monkeypatc
     with pytest.raises(StorageError, match="another entry of this name"):
         note(f"{where}/digits", "delete")
     assert conditional.read(url).data == before
+
+
+def test_a_folder_that_is_not_there_is_no_storage_without_actions(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="runz: no such folder; give what the specs of runs call storage"):
+        read_actions(str(tmp_path / "runz"))

@@ -52,8 +52,13 @@ def note(run: str, action: str, *, patient: bool = True, **fields: Any) -> None:
 
 
 def read_actions(where: str) -> list[Action]:
-    """Return the actions of a storage in the order of their times; none where there was none. Raises StorageError."""
+    """Return the actions of a storage in the order of their times; none where there was none.
+
+    Raises StorageError, also for a local folder that does not exist.
+    """
     folder = storage.join(storage.absolute(where), FOLDER)
+    if storage.is_local(where) and not storage.local_path(where).is_dir():
+        raise StorageError(f"{where}: no such folder; give what the specs of runs call storage")
     try:
         files = storage.list_files(folder, suffix=".json")
     except FileNotFoundError:
