@@ -1,8 +1,8 @@
 """What all sides train: the same network, settings, rows and order, from one file that needs nothing of ours to read.
 
 `rows.npz` holds for one and for two slots which rows are in which step, as our plan has it, and the final losses that a
-plain loop comes to. A side whose loss of any setting is further than `TOLERANCE` (of two workers `LOOSE`, of long trials
-`LOOSEST`) from that did other work.
+plain loop comes to. A side whose loss of any setting is further than `TOLERANCE` (of two workers `LOOSE`) from that did
+other work.
 """
 
 import functools
@@ -21,7 +21,6 @@ WIDTHS = (32, 64, 96, 128)
 STEPS, SMALL_STEPS, LONG_STEPS = 200, 40, 2000
 TOLERANCE = 1e-6
 LOOSE = 1e-4  # of two workers: a sum over processes rounds otherwise, and 200 steps at a high rate enlarge that
-LOOSEST = 1e-3  # after 2,000 steps, which enlarge the rounding of a mean over a batch as well
 RECORDED_STEPS, RECORDED_EVERY = 270, 10
 
 Setting = tuple[float, int]
@@ -109,8 +108,7 @@ def check(found: Mapping[int, float], rows: Rows) -> float:
     """Return how far a loss is from the expected one at most, by the trial's place in the list; end if too far."""
     assert rows.expected is not None
     furthest = float(np.max(np.abs([loss - float(rows.expected[place]) for place, loss in found.items()])))
-    steps, slots = rows.order.shape[:2]
-    most = LOOSEST if steps >= LONG_STEPS else TOLERANCE if slots == 1 else LOOSE
+    most = TOLERANCE if rows.order.shape[1] == 1 else LOOSE
     if not furthest <= most:
         raise SystemExit(f"void: a final loss is {furthest:g} from that of the plain loop, more than {most:g}")
     return furthest
