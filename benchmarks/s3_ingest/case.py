@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.harness import Case, Comparison, Series, Side
 from benchmarks.ingest.data import BATCH, prepare
 
-ROWS, EPOCHS = 960 * BATCH, 3
+ROWS, EPOCHS = 2880 * BATCH, 2
 SMALL_ROWS, SMALL_EPOCHS = 40 * BATCH, 1
 
 

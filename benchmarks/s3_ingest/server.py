@@ -42,6 +42,7 @@ def served(local: str) -> Iterator[Served]:
     """Put a dataset's files on a fresh server; the environment leads to it. Call this before other processes start."""
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as server, proxying(server) as proxy:
         os.environ.update(proxy.environment)
+        os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "600000"  # noqa: SIM112 -- or their time is not counted
         url = f"s3://{server['BUCKET']}/data"
         for path in Path(local).iterdir():
             storage.put(storage.join(url, path.name), path.read_bytes())

@@ -44,7 +44,8 @@ ROWS = 600
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     """A process that has opened no file yet."""
-    for known in (reader._open_remote, cache_module._swept, cache_module._say_once):
+    reader._remote.clear()
+    for known in (cache_module._swept, cache_module._say_once):
         known.cache_clear()
 
 
@@ -286,7 +287,7 @@ def test_an_epoch_from_the_cache_asks_the_server_for_nothing(proxied: tuple[str,
     whole = epoch(data)
     assert len(whole) == ROWS
     assert requests(proxy, lambda: epoch(data, cache))["GET"] >= len(data.group_rows) + len(data.shards)
-    reader._open_remote.cache_clear()
+    reader._remote.clear()
     again: dict[int, bytes] = {}
     assert set(requests(proxy, lambda: again.update(epoch(data, cache))).values()) == {0}
     assert again == whole
@@ -350,10 +351,10 @@ def test_bits_that_flip_on_the_disk_never_reach_a_model(
             content = bytearray(path.read_bytes())
             content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
             path.write_bytes(content[: len(content) // 2] if round_ == 5 else content)
-        reader._open_remote.cache_clear()
+        reader._remote.clear()
         assert epoch(data, cache) == whole
     assert "this was the cached copy" in caplog.text
-    reader._open_remote.cache_clear()
+    reader._remote.clear()
     epoch(data, cache)
     assert set(requests(proxy, lambda: epoch(data, cache)).values()) == {0}, "the good bytes are cached again"
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import fsspec
@@ -43,8 +43,6 @@ def test_as_many_are_under_way_as_are_decoded_while_one_lasts() -> None:
     assert pace_of([0.029] * 32, decode_s=0.1) == 2
     assert pace_of([1.0] * 32, decode_s=0.001) == MOST_FETCHES
     assert pace_of([1.0] * 32, decode_s=0.001, size=16 << 20) == AHEAD_BYTES // (16 << 20)
-    assert pace_of([0.0001] * 32, decode_s=0.001) == 0, "from the cache: a thread would cost more than it brings"
-    assert pace_of([0.0001, 0.029] * 16, decode_s=0.003) == 6, "half of them are not in the cache"
     paused = Pace()
     for place in range(32):
         paused.fetched(0.029, 1 << 20)
@@ -52,9 +50,10 @@ def test_as_many_are_under_way_as_are_decoded_while_one_lasts() -> None:
     assert paused.fetches() == 11
 
 
-@pytest.mark.parametrize("first", [0, 1, 3, 8])
+@pytest.mark.parametrize("near", [(), (0, 3, 5, 10), range(20)])
+@pytest.mark.parametrize("first", [1, 3, 8])
 def test_things_come_once_each_in_their_order_and_those_left_out_are_passed(
-    monkeypatch: pytest.MonkeyPatch, first: int
+    monkeypatch: pytest.MonkeyPatch, first: int, near: Sequence[int]
 ) -> None:
     monkeypatch.setattr(remote_module, "_pace", Pace())
     monkeypatch.setattr(remote_module, "FIRST_FETCHES", first)
@@ -64,11 +63,33 @@ def test_things_come_once_each_in_their_order_and_those_left_out_are_passed(
         fetched.append(thing)
         return {thing: bytes([thing])}
 
-    with ReadAhead(range(20), fetch) as ahead:
+    with ReadAhead(range(20), fetch, lambda thing: thing in near) as ahead:
         for thing in (0, 1, 2, 5, 6, 10, 19):
             assert ahead.take(thing) == {thing: bytes([thing])}
     assert len(fetched) == len(set(fetched))
     assert {0, 1, 2, 5, 6, 10, 19} <= set(fetched)
+
+
+def test_what_is_near_is_read_by_who_asks_for_it_and_the_rest_in_threads_as_far_ahead_as_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote_module, "_pace", Pace())
+    monkeypatch.setattr(remote_module, "FIRST_FETCHES", 2)
+    who: dict[int, threading.Thread] = {}
+    come = threading.Event()
+
+    def fetch(thing: int) -> Pieces:
+        who[thing] = threading.current_thread()
+        if 4 in who and 9 in who:
+            come.set()
+        return {}
+
+    with ReadAhead(range(10), fetch, lambda thing: thing not in (4, 9)) as ahead:
+        ahead.take(0)
+        assert come.wait(10), "things that are near stand in nobody's way"
+        for thing in range(1, 10):
+            ahead.take(thing)
+    assert {thing for thing, thread in who.items() if thread is not threading.current_thread()} == {4, 9}
 
 
 def test_fetches_run_side_by_side_and_what_one_raises_is_raised_where_it_is_asked_for(
@@ -89,7 +110,7 @@ def test_fetches_run_side_by_side_and_what_one_raises_is_raised_where_it_is_aske
             raise DataError("thirty")
         return {0: b"1"}
 
-    with ReadAhead(range(60), fetch) as ahead:
+    with ReadAhead(range(60), fetch, lambda _: False) as ahead:
         for thing in range(30):
             ahead.take(thing)
         with pytest.raises(DataError, match="thirty"):

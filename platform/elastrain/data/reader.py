@@ -76,7 +76,12 @@ def read_ahead(columns: Sequence[Column], sources: Sequence[Source]) -> ReadAhea
     """Return what fetches the remote ones of these row groups, in this order, before `read_rows` comes to them."""
     names = tuple(column.name for column in columns)
     remote = [source for source in sources if not storage.is_local(source.url)]
-    return ReadAhead(remote, lambda source: _fetched(_opened(source), source, names))
+
+    def is_near(source: Source) -> bool:
+        opened = _remote.get(_file_of(source))  # to open one takes requests
+        return opened is not None and opened.file.has(opened.wanted(source.group, names)[0])
+
+    return ReadAhead(remote, lambda source: _fetched(_opened(source), source, names), is_near)
 
 
 def read_rows(
@@ -196,14 +201,14 @@ def _forget(source: Source, names: tuple[str, ...]) -> bool:
         return False
     opened = _opened(source)
     cached = opened.file.forget(opened.wanted(source.group, names)[0])
-    _open_remote.cache_clear()
+    _remote.clear()
     return cached
 
 
 def forget_files() -> None:
     """Close the files that are kept open, so that they are looked at anew."""
     _open_local.cache_clear()
-    _open_remote.cache_clear()
+    _remote.clear()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,10 +260,20 @@ def _check_kind(schema: pa.Schema, column: Column, where: str) -> None:
 
 def _opened(source: Source) -> Opened:
     """Return a file, opened once a process; threads may call this side by side."""
-    opening = _open_local if storage.is_local(source.url) else _open_remote
+    file = _file_of(source)
     with _turn(source.url):
-        file = (source.url, source.size_bytes, source.footer, source.sha256, source.cache)
-        return opening(*file, encrypted=source.encrypted)
+        if storage.is_local(source.url):
+            return _open_local(*file)
+        if file not in _remote:
+            if len(_remote) >= REMOTE_FILES:
+                _remote.clear()
+            _remote[file] = _open(*file)
+        return _remote[file]
+
+
+def _file_of(source: Source) -> tuple[str, int, str, str | None, Cache | None, bool]:
+    """Return what tells a file from others, as `_open` takes it."""
+    return source.url, source.size_bytes, source.footer, source.sha256, source.cache, source.encrypted
 
 
 @lru_cache(maxsize=REMOTE_FILES)
@@ -267,7 +282,12 @@ def _turn(url: str) -> threading.Lock:  # noqa: ARG001 -- one for each
 
 
 def _open(
-    url: str, size_bytes: int, footer: str, sha256: str | None, cache: Cache | None, *, encrypted: bool
+    url: str,
+    size_bytes: int,
+    footer: str,
+    sha256: str | None,
+    cache: Cache | None,
+    encrypted: bool,  # noqa: FBT001 -- as `_file_of` gives it
 ) -> Opened:
     file = RangeFile(url, size_bytes, sha256, cache)
     try:
@@ -287,7 +307,7 @@ def _open(
 
 
 _open_local = lru_cache(maxsize=OPEN_FILES)(_open)
-_open_remote = lru_cache(maxsize=REMOTE_FILES)(_open)
+_remote: dict[tuple[Any, ...], Opened] = {}  # to be looked at without opening; emptied where it grows too large
 
 
 def _parquet(file: Any, metadata: pq.FileMetaData, *, encrypted: bool, verify: bool) -> pq.ParquetFile:

@@ -23,7 +23,6 @@ Pieces = dict[int, Any]  # buffers of a file's bytes, by where they begin
 HOLE_BYTES = 1 << 20  # that are fetched too rather than asked for around: what a connection brings in some 10 ms
 FIRST_FETCHES, MOST_FETCHES = 8, 32
 AHEAD_BYTES = 64 << 20  # of what a read task has fetched and not decoded
-AT_ONCE_S, AT_ONCE_SHARE = 0.001, 0.25  # of the time of decoding: what comes faster, a cache's, is not worth a thread
 MEASURED = 32
 
 
@@ -105,6 +104,12 @@ class RangeFile:
         self.asked.add((start, length))
         key = key_of(self._url, self._sha256, start, length)
         return self._cache.read(key, length, lambda: self._fetched(length, start))
+
+    def has(self, ranges: Iterable[tuple[int, int]]) -> bool:
+        """Say whether the cache holds all of these ranges (start, length)."""
+        if self._cache is None or self._sha256 is None:
+            return False
+        return all(self._cache.has(key_of(self._url, self._sha256, start, length)) for start, length in ranges)
 
     def forget(self, ranges: Iterable[tuple[int, int]]) -> bool:
         """Remove ranges (start, length) from the cache, and say whether any of them was there."""
@@ -219,17 +224,14 @@ class Pace:
         self._decode_s.append(seconds)
 
     def fetches(self) -> int:
-        """Return how many row groups should be under way, 0 where they come faster than a thread would bring them.
+        """Return how many row groups should be under way.
 
-        Of decoding the median counts, since a pause between blocks says nothing of it; of fetching the mean, where a
-        few that are not in the cache weigh what they cost.
+        Of decoding the median counts, since a pause between blocks says nothing of it; of fetching the mean.
         """
         if not self._fetch_s or not self._decode_s:
             return FIRST_FETCHES
         fetch_s = sum(self._fetch_s) / len(self._fetch_s)
         decode_s = max(1e-6, sorted(self._decode_s)[len(self._decode_s) // 2])
-        if fetch_s < min(AT_ONCE_S, AT_ONCE_SHARE * decode_s):
-            return 0
         room = AHEAD_BYTES * len(self._bytes) // max(1, sum(self._bytes))
         return max(2, min(1 + math.ceil(fetch_s / decode_s), MOST_FETCHES, room))
 
@@ -238,41 +240,52 @@ _pace = Pace()  # of this process: a read task lasts too short to learn it anew
 
 
 class ReadAhead(Generic[T]):
-    """Fetches things in threads in the order in which they will be asked for; use it in a `with` block."""
+    """Fetches things in threads in the order in which they will be asked for; use it in a `with` block.
 
-    def __init__(self, order: Iterable[T], fetch: Callable[[T], Pieces]) -> None:
-        self._order, self._fetch = deque(order), fetch
-        self._pool = ThreadPoolExecutor(MOST_FETCHES, thread_name_prefix="ahead")
-        self._under_way: deque[tuple[T, Future[Pieces]]] = deque()
+    What `is_near`, in the cache, is left to who asks for it: a thread would cost more than it brings, and read each
+    into memory of its own where one who reads them all uses the same again.
+    """
+
+    def __init__(self, order: Iterable[T], fetch: Callable[[T], Pieces], is_near: Callable[[T], bool]) -> None:
+        self._order, self._fetch, self._is_near = deque(order), fetch, is_near
+        self._pool: ThreadPoolExecutor | None = None
+        self._under_way: deque[tuple[T, Future[Pieces] | None]] = deque()  # None: near
         self._given = 0.0
 
     def __enter__(self) -> "ReadAhead[T]":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def take(self, thing: T) -> Pieces:
         """Return what was fetched of a thing, those before it left out; raises what fetching it raised."""
         if self._given:
             _pace.decoded(time.monotonic() - self._given)
-        pieces = None
-        while pieces is None and self._fill():
-            first, coming = self._under_way.popleft()
-            pieces = coming.result() if first == thing else None
-        if pieces is None:
-            while self._order and self._order.popleft() != thing:
-                pass
-            pieces = self._timed(thing)
+        coming = None
+        while self._fill():
+            first, fetched = self._under_way.popleft()
+            if first == thing:
+                coming = fetched
+                break
+        pieces = self._fetch(thing) if coming is None else coming.result()
         self._given = time.monotonic()
         return pieces
 
     def _fill(self) -> bool:
-        """Start as many fetches as the pace asks for; say whether any is under way."""
-        for _ in range(min(len(self._order), _pace.fetches() - len(self._under_way))):
+        """Start as many fetches as the pace asks for; say whether anything is to come."""
+        room = _pace.fetches() - sum(coming is not None for _, coming in self._under_way)
+        while self._order and room > 0:
             thing = self._order.popleft()
-            self._under_way.append((thing, self._pool.submit(self._timed, thing)))
+            self._under_way.append((thing, None if self._is_near(thing) else self._begin(thing)))
+            room -= self._under_way[-1][1] is not None
         return bool(self._under_way)
+
+    def _begin(self, thing: T) -> Future[Pieces]:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(MOST_FETCHES, thread_name_prefix="ahead")
+        return self._pool.submit(self._timed, thing)
 
     def _timed(self, thing: T) -> Pieces:
         start = time.monotonic()
