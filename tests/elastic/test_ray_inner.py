@@ -173,6 +173,9 @@ def test_ray_can_start_without_an_autoscaler_and_a_reader_of_logs() -> None:
     assert says(node.Node, "if not self._ray_params.no_monitor:", "if self._ray_params.include_log_monitor:"), (
         "a node does not ask for these any more: ray_inner.without_monitors"
     )
+    assert says(node.Node, "self._webui_url, process_info = ray._private.services.start_api_server("), (
+        "a node starts its server of APIs otherwise: ray_inner.without_monitors"
+    )
 
 
 # --- Ray Train: trainer.py

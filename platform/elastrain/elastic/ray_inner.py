@@ -160,15 +160,18 @@ def deaths_untold() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_monitors() -> Iterator[None]:
-    """Have `ray.init` start no autoscaler and no reader of logs: a Ray of one node to itself needs neither.
+    """Have `ray.init` start no autoscaler, reader of logs or server of APIs: a Ray of one node to itself needs none.
 
-    Each is a process that imports Ray while the workers do. Stands on `ray._private.parameter.RayParams`, which
-    `ray.init` calls by that name.
+    Each is a process that imports Ray while the workers do, and the last one is waited for; without its dashboard all
+    that it does is to tell Ray's makers of the use. Stands on `ray._private.parameter.RayParams` and
+    `ray._private.services.start_api_server`, which `ray.init` calls by these names.
     """
     parameter: Any = ray._private.parameter  # noqa: SLF001
-    before = parameter.RayParams
-    parameter.RayParams = partial(before, no_monitor=True, include_log_monitor=False)
+    services: Any = ray._private.services  # noqa: SLF001
+    before = parameter.RayParams, services.start_api_server
+    parameter.RayParams = partial(before[0], no_monitor=True, include_log_monitor=False)
+    services.start_api_server = lambda *_, **__: ("", None)  # no address, no process
     try:
         yield
     finally:
-        parameter.RayParams = before
+        parameter.RayParams, services.start_api_server = before

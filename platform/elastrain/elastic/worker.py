@@ -27,6 +27,7 @@ from elastrain.elastic.seat import Dismissed, MemberSeat
 from elastrain.errors import ConflictError, ElastrainError, ResourceError, ours
 from elastrain.observe.ledger import Clock
 from elastrain.training import checkpoint
+from elastrain.training.late_dynamo import defer_dynamo
 from elastrain.training.loop import Loop, choose_device, fix_threads
 from elastrain.training.manifests import newest_whole
 from elastrain.training.precision import arithmetic, fix_arithmetic
@@ -88,6 +89,7 @@ class HostRecorder:
 
 def work(config: WorkerConfig) -> None:
     """Train as one worker of the run."""
+    defer_dynamo()
     name = f"{socket.gethostname()}-{secrets.token_hex(3)}-{os.getpid()}"
     worker = RunWorker(config, name)
     try:
@@ -149,7 +151,7 @@ class RunWorker:
         """
         config, spec = self._config, self._config.spec
         fix_threads(spec.workers.cpus)
-        fix_arithmetic(spec.consistency)
+        fix_arithmetic(spec.consistency, compiles=spec.compile)
         device = choose_device(spec.workers.gpus)
         self._feed = WorkerFeed(config.feeder, config.feed, begin=config.feed.begin)
         state = TrainState(spec, make_task(spec, config.feed.train), device)

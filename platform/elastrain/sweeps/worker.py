@@ -32,6 +32,7 @@ from elastrain.spec.train import TrainSpec
 from elastrain.sweeps.desk import LEAVE, STOP
 from elastrain.sweeps.orders import CellConfig, Order, Task
 from elastrain.training import checkpoint
+from elastrain.training.late_dynamo import defer_dynamo
 from elastrain.training.loop import Decision, Loop, choose_device, fix_threads
 from elastrain.training.manifests import read_manifest
 from elastrain.training.precision import arithmetic, fix_arithmetic
@@ -56,6 +57,7 @@ class Broken(Exception):  # noqa: N818 -- an event: the desk decides what follow
 
 def work(config: CellConfig) -> None:
     """Run trials until there are none."""
+    defer_dynamo()
     CellWorker(config).run()
 
 
@@ -142,7 +144,7 @@ class CellWorker:
     def _run(self, order: Order) -> dict[str, Any]:
         spec = order.spec
         assert self._group is not None
-        fix_arithmetic(spec.consistency)
+        fix_arithmetic(spec.consistency, compiles=spec.compile)
         if spec.compile:
             torch._dynamo.reset()  # noqa: SLF001 -- its public name warns; what another model left slows this one
         train, evaluation = self._dataset(spec, spec.data.train), self._dataset(spec, spec.data.eval or "")

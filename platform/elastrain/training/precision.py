@@ -17,12 +17,15 @@ def forward_context(precision: str, device: torch.device) -> AbstractContextMana
     return nullcontext()
 
 
-def fix_arithmetic(consistency: str) -> None:
+def fix_arithmetic(consistency: str, *, compiles: bool = False) -> None:
     """Under `bitwise`, have torch choose kernels that give the same bits each time, or refuse; call it before CUDA.
 
-    Else torch may choose, also where this process has done another run before.
+    Else torch may choose, also where this process has done another run before. Kernels that torch itself writes, where
+    a run `compiles`, are held to the same; to say so loads the compiler, 1.6 s of a core that others need not spend.
     """
-    torch.use_deterministic_algorithms(mode=consistency == "bitwise")
+    if compiles:
+        torch.use_deterministic_algorithms(mode=consistency == "bitwise")
+    torch.set_deterministic_debug_mode("error" if consistency == "bitwise" else "default")
     if consistency == "bitwise":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it only
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a costly debugging aid
