@@ -7,7 +7,7 @@
 # test-gpu the tests that need a GPU
 # format  lets ruff rewrite what it can
 # bench   runs the benchmarks
-# soak    plays histories by chance, then repeats the tests that start Ray or take long: make soak ROUNDS=50
+# soak    plays histories by chance, then repeats the tests that start Ray or take long: make soak ROUNDS=50, or SEED=7
 # CI and the README use these and nothing else. Every target installs what it needs.
 
 SHELL := /bin/bash
@@ -92,7 +92,7 @@ soak: setup
 	HISTORIES=180 $(TEST) -x tests/elastic/test_processes.py -k random
 	CELL_HISTORIES=20 $(TEST) -x tests/elastic/test_verify.py -k disturbed_run
 	HISTORIES=100000 $(TEST) -x tests/elastic/test_protocol.py
-	@seed=$$RANDOM; echo "soak: SEED=$$seed for flipped bits and killed writers"; \
+	@seed=$${SEED:-$$RANDOM}; echo "soak: SEED=$$seed for flipped bits and killed writers"; \
 	FLIPS=400 KILLS=100 SEED=$$seed $(TEST) -x tests/test_integrity.py
 	@for round in $$(seq $(ROUNDS)); do \
 	  echo "soak: round $$round of $(ROUNDS)"; \

@@ -5,6 +5,7 @@ import secrets
 import socket
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,44 @@ def test_names_of_all_kinds_are_kept(root: str) -> None:
     for name in names:
         storage.move(f"{root}/{name}", f"{root}/moved/{name}")
     assert listed(f"{root}/moved") == sorted(visible)
+
+
+def test_a_key_longer_than_any_is_refused_before_it_is_sent() -> None:
+    storage_url = "s3://bucket/" + "/".join(["ü" * 63] * 8)
+    assert s3.place(storage_url).endswith("ü")
+    with pytest.raises(StorageError, match=r"longer than the 1024 bytes that a key on S3 may have"):
+        storage.put(f"{storage_url}/{'x' * 9}", b"")
+
+
+class Empty(BaseHTTPRequestHandler):
+    """Lists one key with an empty part, which SeaweedFS would not take."""
+
+    def do_GET(self) -> None:
+        """List it."""
+        entry = (
+            "<Contents><Key>d/x//y</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><Size>3</Size></Contents>"
+        )
+        said = f"<ListBucketResult><IsTruncated>false</IsTruncated>{entry}</ListBucketResult>".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_a_key_with_an_empty_part_is_named_at_once(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    del root  # only its environment is needed
+    with ThreadingHTTPServer(("127.0.0.1", 0), Empty) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        try:
+            with pytest.raises(StorageError, match="d/x//y") as caught:
+                listed("s3://bucket/d")
+        finally:
+            server.shutdown()
+    assert "rename that object" in refused(caught)
 
 
 def test_more_files_than_one_answer_holds_are_listed_and_removed(root: str) -> None:

@@ -139,12 +139,17 @@ def _asked(operation: str, url: str, once: Callable[[], T], patient: bool) -> T:
 @contextlib.contextmanager
 def spoken(url: str) -> Iterator[None]:
     """Bring what obstore says into the words of Arrow's errors, which `s3` knows how to judge."""
-    from obstore.exceptions import BaseError  # noqa: PLC0415 -- only runs on S3 need it
+    from obstore.exceptions import BaseError, InvalidPathError  # noqa: PLC0415 -- only runs on S3 need it
 
     try:
         yield
     except BaseError as error:
         text = str(error).split("\n\nDebug source", 1)[0]
+        if isinstance(error, InvalidPathError):
+            raise StorageError(
+                f"{url}: an object below it has a name with an empty part, `.` or `..`, which cannot be listed "
+                f"({text}); rename that object"
+            ) from None
         status, code = re.search(r"status code: (\d+)", text), re.search(r"<Code>(\w+)</Code>", text)
         if (status and status[1] == "501") or "NotSupported" in type(error).__name__:
             raise StorageError(f"cannot write {url}: the store has no conditional writes; choose another one") from None

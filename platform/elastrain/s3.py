@@ -27,6 +27,7 @@ CREDENTIALS = (
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_CONFIG_FILE"),
     *("AWS_SHARED_CREDENTIALS_FILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE"),
 )
+LONGEST_KEY = 1024  # bytes
 VERSIONS = 100  # of a file that is replaced while it is read
 
 _answered: set[str] = set()
@@ -54,6 +55,10 @@ def place(url: str) -> str:
         raise StorageError(f"{url}: no bucket; write s3://bucket/path")
     if any(part in ("", ".", "..") for part in parts):
         raise StorageError(f"{url}: a part of the path is empty, `.` or `..`, which not every store has; rename it")
+    if len(path.partition("/")[2].encode()) > LONGEST_KEY:
+        raise StorageError(
+            f"{url}: longer than the {LONGEST_KEY} bytes that a key on S3 may have; choose a shorter name"
+        )
     return path
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from elastrain import listing, s3
 from elastrain.errors import StorageError
+from elastrain.scratch import scratch
 from elastrain.urls import REMEDY, holds_credentials, redacted
 
 T = TypeVar("T")
@@ -94,7 +95,8 @@ def staged(url: str) -> Iterator[Path]:
     """
     _refuse_credentials(url)
     local = is_local(url)
-    target = local_path(url) if local else Path(_scratch()) / url.rsplit("/", 1)[-1]
+    with _named("write", url):
+        target = local_path(url) if local else scratch() / url.rsplit("/", 1)[-1]
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
     try:
         with _named("write", url):
@@ -332,12 +334,6 @@ def _remote(url: str) -> tuple[Any, str]:
 def _refuse_credentials(url: str) -> None:
     if holds_credentials(url):
         raise StorageError(f"{redacted(url)}: {REMEDY}")
-
-
-def _scratch() -> str:
-    import tempfile  # noqa: PLC0415
-
-    return tempfile.gettempdir()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import re
 
 _CREDENTIALS = re.compile(
-    r"(?i)://[^/@\s]*:[^/@\s]*@|^s3://[^/]*[:@]|[?&][\w-]*(?:sig|signature|token|secret|password|key)="
+    r"(?i)://[^/@\s]*:[^/@\s]*@|\b(?:s3a?|gcs?)://[^/\s]*[:@]|[?&][\w-]*(?:sig|signature|token|secret|password|key)="
 )
 _QUERY = re.compile(r"(?i)([?&][\w-]*(?:sig|signature|token|secret|password|key)=)[^&\s]*")
 TABLES = ("delta", "iceberg")
@@ -20,6 +20,8 @@ def holds_credentials(text: str) -> bool:
     (True, False)
     >>> holds_credentials("s3://key:se/cr+et@bucket/runs"), holds_credentials("s3://bucket/a:b@c")
     (True, False)
+    >>> holds_credentials("delta:s3://key:se/cr+et@bucket/sales@3"), holds_credentials("delta:s3://bucket/sales@3")
+    (True, False)
     """
     return _CREDENTIALS.search(text) is not None
 
@@ -31,6 +33,8 @@ def redacted(url: str) -> str:
     's3://***@bucket/runs?access_key=***&region=eu'
     >>> redacted("s3://bucket/runs"), redacted("s3://key:secret/runs")
     ('s3://bucket/runs', 's3://***')
+    >>> redacted("delta:s3://key:se/cret@bucket/sales@3")
+    'delta:s3://***@bucket/sales@3'
     """
     if not holds_credentials(url):
         return url
@@ -38,6 +42,9 @@ def redacted(url: str) -> str:
     if not mark:
         return f"{scheme}{mark}{rest}"
     before, at, after = rest.rpartition("@")
+    if at and table_kind(url) and "@" in before:  # the last one is of the table's version
+        before, _, path = before.rpartition("@")
+        after = f"{path}@{after}"
     if at:
         return f"{scheme}://***@{after}"
     return f"{scheme}://***" if ":" in rest.split("/", 1)[0] and scheme == "s3" else f"{scheme}://{before}{after}"
