@@ -111,6 +111,9 @@ def test_a_search_stops_bad_trials_confirms_the_best_and_says_what_trains_it_aga
     names = ("leaderboard.md", "leaderboard.csv", "leaderboard.json", "trials.parquet", "trials.jsonl", "report.html")
     assert all((workspace / "runs" / "search" / name).stat().st_size for name in names)
     assert done.table().num_rows == 8
+    best = done.result["best_trial"]
+    kept = {t.id for t in trials if t.id.startswith(best)}  # it, and what confirms it
+    assert {path.parent.name for path in (workspace / "runs" / "search" / "trials").glob("*/checkpoints")} == kept
     # the same from another folder, in fresh processes: warm ones change nothing
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -123,6 +126,30 @@ def test_a_search_stops_bad_trials_confirms_the_best_and_says_what_trains_it_aga
     monkeypatch.chdir(workspace)
     assert elastrain.sweep(spec).result["best_value"] == done.result["best_value"]
     assert (workspace / "runs" / "search" / "leaderboard.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("bands", ("early_stop={method: hyperband, grace: 20, factor: 2}", "budget.per_arm=4")),
+        ("median", ("early_stop={method: median, grace: 20}", "search.method=tpe", "budget.per_arm=12")),
+    ],
+)
+def test_hyperband_median_and_tpe_come_to_their_end_in_cells(
+    sweep_of: Callable[..., Any], name: str, changes: tuple[str, ...]
+) -> None:
+    spec = sweep_of(name, *changes)
+    done = elastrain.sweep(spec)
+    trials = done.trials()
+    assert len(trials) == spec.budget.per_arm
+    assert {t.outcome for t in trials} == {"finished", "pruned"}
+    for t in trials:
+        assert [e.step for e in t.evaluations] == list(range(20, t.step + 1, 20))  # paused or not, each once
+    told = [(e["trial"], e["step"]) for e in read_ledger(done.url) if e["kind"] == "eval"]
+    assert len(told) == len(set(told))
+    ended = [e["trial"] for e in read_ledger(done.url) if e["kind"] == "ended"]
+    assert sorted(ended) == sorted(t.id for t in trials)
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -212,13 +239,15 @@ def test_a_killed_and_an_interrupted_driver_go_on_to_the_same_leaderboard(
     sweep_of: Callable[..., Any], tmp_path: Path, workspace: Path, cli: Any, start: Any
 ) -> None:
     sweep_of("straight")
-    changes = ("--set", "set.task_args={pause: 0.02}", "--set", "set.workers={min: 1, max: 1}")
-    path, early = str(tmp_path / "straight.yaml"), ("--set", "set.checkpoint.every_steps=20")
-    straight = cli("sweep", path, *changes, *early, "--json")
+    slow = ("set.task_args={pause: 0.02}", "set.workers={min: 1, max: 1}", "set.checkpoint.every_steps=20")
+    # One trial at a time: which one ASHA stops depends on who came first.
+    stops = ("early_stop={method: asha, grace: 20, factor: 2}", "confirm={seeds: 2}", "max_concurrent=1")
+    changes, path = [part for each in (*slow, *stops) for part in ("--set", each)], str(tmp_path / "straight.yaml")
+    straight = cli("sweep", path, *changes, "--json")
     assert straight.returncode == 0, straight.stderr
 
     url = workspace / "runs" / "crooked"
-    crooked = ("sweep", path, *changes, *early, "--set", "name=crooked", "--json")
+    crooked = ("sweep", path, *changes, "--set", "name=crooked", "--json")
 
     def evaluated(count: int) -> bool:
         return url.exists() and sum(e["kind"] == "eval" for e in read_ledger(str(url))) >= count
@@ -232,7 +261,8 @@ def test_a_killed_and_an_interrupted_driver_go_on_to_the_same_leaderboard(
     assert done.returncode == 0, done.stderr
     assert leaderboard(url) == leaderboard(workspace / "runs" / "straight")
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["trials"]["finished"] == 4
+    assert result["trials"] == json.loads(straight.stdout.splitlines()[-1])["trials"]
+    assert set(result["trials"]) == {"finished", "pruned"}
     ended = [event["trial"] for event in read_ledger(str(url)) if event["kind"] == "ended"]
     assert sorted(ended) == sorted(set(ended)), "no trial is run to its end twice"
     noted = [each["action"] for each in read_actions(str(workspace / "runs")) if each["run"] == str(url)]
@@ -261,3 +291,6 @@ def test_another_sweep_in_the_same_folder_is_refused_and_more_budget_is_not(swee
     again, second = elastrain.sweep(sweep_of("grown", "budget.per_arm=2")).trials()
     assert again == first
     assert second.outcome == "finished"
+    target = elastrain.sweep(sweep_of("grown", "budget.per_arm=2", "objective.target=0.01"))
+    assert target.trials() == [again, second]
+    assert "No trial reached the target" in target.as_text()

@@ -149,6 +149,47 @@ def test_each_arm_gets_its_budget(
     assert tuned == dict.fromkeys(("sgd", "nesterov", "adamw"), trials)
 
 
+@pytest.mark.parametrize("budget", ["{unit: steps, per_arm: 1000}", "{unit: device_seconds, per_arm: 35}"])
+@pytest.mark.parametrize("outcome", ["failed", "diverged"])
+def test_an_arm_whose_trials_come_to_no_evaluation_is_given_up(
+    agenda: Callable[..., Agenda], budget: str, outcome: Outcome
+) -> None:
+    made = agenda(FAIR, f"budget={budget}", "confirm.seeds=1")
+    begun: Counter[str] = Counter()
+    while (proposal := made.next()) is not None:
+        begun[proposal.arm] += proposal.phase == "tune"
+        if proposal.arm == "sgd":
+            made.ended(proposal.trial, outcome, None, step=3, device_s=0.0)
+        else:
+            made.ended(proposal.trial, "finished", 1.0, step=200, device_s=10.0)
+        assert begun["sgd"] < 100
+    assert made.is_finished()
+    assert begun["sgd"] == 20
+    assert begun["adamw"] < 20
+    assert made.given_up == ["sgd"]
+
+
+def test_a_budget_of_trials_pays_for_all_of_them(agenda: Callable[..., Agenda]) -> None:
+    made = agenda(SEARCH, "budget.per_arm=30", "confirm=null")
+    begun = 0
+    while (proposal := made.next()) is not None:
+        made.ended(proposal.trial, "failed", None, step=0, device_s=0.0)
+        begun += 1
+    assert (begun, made.given_up) == (30, [])
+
+
+def test_an_evaluation_now_and_then_keeps_an_arm_and_each_trial_costs_the_steps_up_to_one(
+    agenda: Callable[..., Agenda],
+) -> None:
+    made = agenda(SEARCH, "budget={unit: steps, per_arm: 2000}", "confirm=null")
+    begun = 0
+    while (proposal := made.next()) is not None:
+        begun += 1
+        made.ended(proposal.trial, "diverged", None, step=0 if begun % 20 else 100, device_s=0.0)
+    assert made.given_up == []
+    assert begun == 84  # 4 of 100 steps, and 80 of 20 where one was charged with less
+
+
 def test_what_is_left_is_counted_to_the_end(agenda: Callable[..., Agenda]) -> None:
     made = agenda(SEARCH, "budget.per_arm=3", "confirm={seeds: 2, top_k: 2}")
     left = [made.left()]

@@ -229,6 +229,22 @@ def test_the_best_are_finished_trials_of_the_tuning_with_a_value() -> None:
     assert [trial.point["optimizer.lr"] for trial in best_trials(trials, "max")] == [0.3, 0.4]
 
 
+def test_a_target_that_no_trial_reached_is_named() -> None:
+    missed = search([run("", "tune", 0, [0.9, 0.6])], SCORING)
+    assert missed.notes == ("No trial reached the target of 0.5.",)
+    assert search([run("", "tune", 0, [0.4, 0.6])], SCORING).notes == ()
+    assert search([run("", "tune", 0, [0.9])], Scoring()).notes == ()
+
+
+def test_a_confirmed_point_of_which_all_runs_finished_stands_before_one_that_was_luckier_once() -> None:
+    lucky = [run("", "confirm", seed, [0.1], "diverged" if seed else "finished", lr=0.2) for seed in range(5)]
+    steady = [run("", "confirm", seed, [0.4], lr=0.3) for seed in range(5)]
+    board = search([*lucky, *steady], SCORING)
+    assert [row.point["optimizer.lr"] for row in board.rows] == [0.3, 0.2]
+    arms = fair([replace(one, arm="adamw") for one in (*lucky, *steady)], SCORING)
+    assert rows_of(arms)["adamw"].point["optimizer.lr"] == 0.3
+
+
 # --- what is written
 
 

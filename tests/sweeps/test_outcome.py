@@ -12,8 +12,9 @@ from elastrain.errors import DataError, DivergedError, SpecError
 from elastrain.spec.document import read_train
 from elastrain.spec.sweep import SweepSpec
 from elastrain.sweeps.document import base_of
-from elastrain.sweeps.outcome import best_of, conclude, scoring_of
+from elastrain.sweeps.outcome import best_of, conclude, losers, scoring_of
 from elastrain.sweeps.space import Arm, arms_of, trial_spec
+from elastrain.sweeps.stats import Goal
 from elastrain.sweeps.trials import Evaluation, Outcome, Trial, TrialPhase
 
 Read = Callable[..., SweepSpec]
@@ -38,9 +39,8 @@ def test_the_best_is_the_smallest_or_the_largest_of_those_that_finished() -> Non
         trial("t6", 0.05, phase="defaults"),
         trial("t7", 0.01, arm="other"),
     ]
-    assert [getattr(best_of(trials, arm, goal), "id", None) for arm, goal in (
-        ("search", "min"), ("search", "max"), (None, "min"), ("none", "min")
-    )] == ["t1", "t0", "t7", None]  # fmt: skip
+    asked: list[tuple[str | None, Goal]] = [("search", "min"), ("search", "max"), (None, "min"), ("none", "min")]
+    assert [getattr(best_of(trials, arm, goal), "id", None) for arm, goal in asked] == ["t1", "t0", "t7", None]
 
 
 def test_what_was_confirmed_is_ranked_by_its_mean_and_before_what_was_not() -> None:
@@ -54,6 +54,38 @@ def test_what_was_confirmed_is_ranked_by_its_mean_and_before_what_was_not() -> N
     best = best_of(trials, "search", "min")
     assert best is not None
     assert best.id == "t1"
+
+
+def test_a_confirmed_point_of_which_a_run_did_not_finish_comes_after_those_that_all_did() -> None:
+    trials = [trial(f"t{number}", 0.1) for number in range(3)]
+    ends: dict[str, list[tuple[float | None, Outcome]]] = {
+        "t0": [(0.01, "finished"), (None, "diverged"), (None, "failed")],
+        "t1": [(0.3, "finished")] * 3,
+        "t2": [(0.001, "diverged")] * 3,
+    }
+    for name, found in ends.items():
+        for seed, (value, outcome) in enumerate(found):
+            trials.append(trial(f"{name}-seed{seed}", value, outcome, "confirm", seed=1000 + seed))
+    order = []
+    while (best := best_of(trials, "search", "min")) is not None:
+        order.append(best.id)
+        trials = [one for one in trials if one.number != best.number]
+    assert order == ["t1", "t0", "t2"]
+    unconfirmed = trial("t4", 0.9)
+    assert best_of([unconfirmed, trial("t5", 0.1), trial("t5-s", None, "diverged", "confirm")], None, "min") == (
+        unconfirmed
+    )
+
+
+def test_checkpoints_are_kept_of_each_arms_best_and_of_what_confirms_it(read: Read) -> None:
+    trials = [
+        trial("t0", 0.3), trial("t1", 0.1), trial("t2", 0.2, "pruned"), trial("t3", None, "running"),
+        trial("t4", 0.9, arm="other"), trial("t1-s1", 0.1, phase="confirm"), trial("t0-s1", 0.2, phase="confirm"),
+        trial("t1-defaults", 0.1, phase="defaults"),
+    ]  # fmt: skip
+    assert losers(read(SEARCH), trials) == ["t0", "t2", "t0-s1", "t1-defaults"]
+    pbt = read(SEARCH, "search.method=pbt", "early_stop=null", "space={optimizer.lr: {log: [1.0e-4, 0.1]}}")
+    assert losers(pbt, trials) == []
 
 
 def test_equal_values_are_told_apart_by_name() -> None:
@@ -133,6 +165,57 @@ def test_in_mode_fair_each_arm_has_its_best_run(sweep: Callable[..., Any]) -> No
     assert read_train(Path(url) / "best" / "adamw.yaml").optimizer.name == "adamw"
     assert read_train(result["best"]).name == "fair-adamw-best"
     assert board.scoring.baseline == "adamw"
+
+
+def test_in_mode_fair_the_best_run_is_one_of_the_first_arm_on_the_leaderboard(sweep: Callable[..., Any]) -> None:
+    url, spec, arms = sweep(FAIR, "objective.target=0.35")
+    told = [
+        {"kind": kind, "t": 0.0, "trial": arm.name, **of}
+        for arm, (early, late) in zip(arms, [(0.3, 0.3), (0.9, 0.1), (0.9, 0.2)], strict=True)
+        for kind, of in [
+            ("trial", {"arm": arm.name, "phase": "tune", "number": 0, "point": dict(arm.untuned), "seed": 0}),
+            *[
+                ("eval", {"step": step, "samples": 1, "value": value, "metrics": {}, "device_s": 1.0})
+                for step, value in ((20, early), (200, late))
+            ],
+            ("ended", {"outcome": "finished", "step": 200, "device_s": 2.0, "error": "", "error_kind": ""}),
+        ]
+    ]
+    result, board = conclude(url, spec, arms, told, wall_s=1.0)
+    assert board.ranked_by == "steps to target"
+    assert (
+        board.rows[0].arm == result["best_trial"] == "sgd"
+    )  # which is at the target first, and not the best at the end
+    assert read_train(result["best"]).optimizer.name == "sgd"
+
+
+def test_a_population_says_that_its_best_run_is_not_to_be_had_again(sweep: Callable[..., Any]) -> None:
+    url, spec, arms = sweep(SEARCH)
+    told = events(arms, [{"outcome": "finished", "value": 0.1}], [POINT])
+    taken = {"kind": "exploit", "t": 0.2, "trial": "t0", "donor": "t1", "step": 20, "point": POINT}
+    for extra, said in (([], False), ([taken], True)):
+        _, board = conclude(url, spec, arms, [*told, *extra], wall_s=1.0)
+        assert any("does not give the same value again" in note for note in board.notes) is said
+
+
+def test_what_an_attempt_before_wrote_is_gone_where_nothing_finished(sweep: Callable[..., Any]) -> None:
+    url, spec, arms = sweep(FAIR)
+    points = [dict(arm.untuned) for arm in arms]
+    ends = [{"outcome": "finished", "value": 0.3, "of": {"arm": arm.name}} for arm in arms]
+    conclude(url, spec, arms, events(arms, ends, points), wall_s=1.0)
+    assert len(list((Path(url) / "best").iterdir())) == 3
+    failed = [end | {"outcome": "failed", "error": "E"} for end in ends]
+    with pytest.raises(DivergedError):
+        conclude(url, spec, arms, events(arms, failed, points), wall_s=1.0)
+    assert not (Path(url) / "best.yaml").exists()
+    assert not list((Path(url) / "best").iterdir())
+
+
+def test_an_arm_that_was_given_up_is_named(sweep: Callable[..., Any]) -> None:
+    url, spec, arms = sweep(FAIR)
+    told = events(arms, [{"outcome": "finished", "value": 0.1}], [dict(arms[0].untuned)])
+    _, board = conclude(url, spec, arms, [*told, {"kind": "gave_up", "t": 2.0, "arm": "adamw"}], wall_s=1.0)
+    assert "adamw: given up with some of its budget left, since 20 trials in a row ended" in " ".join(board.notes)
 
 
 def test_values_on_the_edge_of_a_range_are_named(sweep: Callable[..., Any]) -> None:

@@ -96,7 +96,12 @@ class Bench:
         self.spec, self.slots = spec, slots
         self.words: list[tuple[str, str]] = []
         made = of.get("make", lambda: scheduler_of(spec, of.get("explore", lambda config: config)))
-        self.scheduler = PerStudy(made, lambda trial, outcome: self.words.append((trial, outcome)))
+        self.went_on: list[tuple[str, int]] = []
+        self.scheduler = PerStudy(
+            made,
+            lambda trial, outcome: self.words.append((trial, outcome)),
+            lambda trial, result: self.went_on.append((trial, result["step"])),
+        )
         self.trials: list[Any] = []
         self.steps: dict[str, int] = {}
         self.outcomes: dict[str, str] = {}
@@ -270,6 +275,16 @@ def test_what_was_recorded_is_compared_with_and_not_decided_on_again(read: Read,
     assert bench.result(bench.add("t9"), 60, 9.0) == TrialScheduler.STOP
 
 
+def test_what_had_no_word_is_decided_on_and_every_word_to_go_on_is_noted(read: Read) -> None:
+    bench = Bench(read(SEARCH, ASHA))
+    for place in range(4):
+        bench.result(bench.add(f"t{place}"), 20, float(place), recorded=True)
+    assert bench.went_on == []
+    assert bench.result(bench.add("t8"), 20, -1.0) == TrialScheduler.CONTINUE
+    assert bench.result(bench.add("t9"), 20, 9.0) == TrialScheduler.STOP
+    assert (bench.went_on, bench.words) == ([("t8", 20)], [("t9", "pruned")])
+
+
 # --- asha and hyperband
 
 
@@ -335,6 +350,19 @@ def test_hyperband_keeps_a_bracket_whose_only_trial_has_ended(read: Read) -> Non
         bench.add(f"t{place}")
     bench.run(flat)
     assert list(bench.outcomes.values()).count("finished") == 1
+
+
+@pytest.mark.parametrize("first", [60, 120])
+def test_hyperband_goes_on_with_trials_that_resume_past_its_milestones(read: Read, first: int) -> None:
+    """After a kill: what they had reported before is not told again, and the first that is lies further on."""
+    bench = Bench(read(SEARCH, HYPERBAND, *LONG))
+    for place in range(9):
+        bench.add(f"t{place}")
+    for trial in reversed(list(bench.trials)):  # the best one last: one that stops would have those who wait looked at
+        bench.result(trial, first, number(trial.trial_id))
+    bench.run(flat)
+    assert sorted(trial for trial, outcome in bench.words if outcome == "pruned") == [f"t{at}" for at in range(1, 9)]
+    assert bench.outcomes["t0"] == "finished"
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -434,7 +462,7 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[TrialActor, He
         actor: Any = TrialActor.__new__(TrialActor)
         desk = Here(messages)
         actor._desk, actor._trial_info = desk, type("Info", (), {"trial_id": "a"})()
-        begin = {"arm": "search", "phase": "tune", "point": {}, "seed": 0, "resume": None, "spent_s": 0.0}
+        begin = {"arm": "search", "phase": "tune", "point": {}, "seed": 0, "resume": None, "decided": 0, "spent_s": 0.0}
         actor.reset_config(begin | {"recorded": [], "every": 20, "worst": WORST} | given)
         return actor, desk
 
@@ -467,6 +495,12 @@ def test_what_was_recorded_is_told_before_the_desk_is_asked(actor: Any) -> None:
     assert [(each["step"], each["recorded"]) for each in results] == [(20, True), (40, True), (60, False)]
     (asked,) = desk.asked
     assert (asked[1]["resume"], asked[1]["spent_s"]) == (("trials/a", 40), 4.0)
+
+
+def test_what_was_recorded_without_a_word_is_to_be_decided_on(actor: Any) -> None:
+    trial, desk = actor([message(60)], recorded=[message(20), message(40) | {"recorded": False}])
+    assert [trial.step()["recorded"] for _ in range(2)] == [True, False]
+    assert desk.asked == []  # its workers wait until that is decided
 
 
 def test_a_trial_goes_on_from_the_checkpoint_of_whoever_it_was_given(actor: Any) -> None:
@@ -528,3 +562,40 @@ def test_a_trial_that_ends_while_it_pauses_is_paid_for(proposals: Any) -> None:
     assert found.next_trial() is None  # 100 of 300 steps are spent, and 200 may still be
     found.on_trial_complete(second.trial_id, error=True)
     assert agenda.in_flight == 0
+
+
+def test_what_pbt_confirms_is_the_point_that_a_trial_ended_with(proposals: Any) -> None:
+    found, agenda = proposals(SEARCH, *PBT, "budget.per_arm=2", "confirm={seeds: 1, top_k: 1}", pauses=True)
+    for value in (0.5, 0.4):
+        trial = found.next_trial()
+        trial.config = {"point": {"optimizer.lr": value}}  # it has taken over another one's weights
+        found.on_trial_complete(
+            trial.trial_id, {"outcome": "finished", "objective": value, "step": 200, "device_s": 9.0}
+        )
+    assert agenda.next().point == {"optimizer.lr": 0.4}
+
+
+def test_a_callers_process_is_what_it_was_after_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    import numpy as np
+    from ray.tune.execution import class_cache
+
+    from elastrain.sweeps.tuning import QUIET, _surroundings
+
+    monkeypatch.setenv("TUNE_WARN_THRESHOLD_S", "3")
+    random.seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    names, environment = class_cache.ENV_VARS_TO_PROPAGATE, dict(os.environ)
+    drawn, drawn_by_numpy = random.random(), np.random.random()  # noqa: S311, NPY002
+    random.seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    with _surroundings(7):
+        inside = random.random()  # noqa: S311
+        assert dict(os.environ).items() >= QUIET.items()
+        assert not any(name.startswith("AWS_") for name in class_cache.ENV_VARS_TO_PROPAGATE)
+    with _surroundings(7):
+        assert random.random() == inside  # noqa: S311
+    assert (random.random(), np.random.random()) == (drawn, drawn_by_numpy)  # noqa: S311, NPY002
+    assert dict(os.environ) == environment
+    assert class_cache.ENV_VARS_TO_PROPAGATE is names

@@ -6,7 +6,7 @@ A sweep that goes on says the same trials again, in the same order; those that t
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from elastrain.spec.sweep import ConfirmSpec, SweepSpec
@@ -65,14 +65,32 @@ class Agenda:
             self._under_way[proposal.trial] = proposal
         return proposal
 
-    def ended(self, trial: str, outcome: Outcome, value: float | None, *, step: int, device_s: float) -> None:
-        """Take note of how a trial came out: its value at the end, None where it has none that counts."""
+    def ended(
+        self,
+        trial: str,
+        outcome: Outcome,
+        value: float | None,
+        *,
+        step: int,
+        device_s: float,
+        point: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take note of how a trial came out: its value at the end, None where it has none that counts.
+
+        `point` is the one that it had at its end, where that is not the one that it was proposed with.
+        """
         proposal = self._under_way.pop(trial)
+        proposal = proposal if point is None else replace(proposal, point=dict(point))
         self._done.append((proposal, outcome, value))
         if proposal.phase == "tune":
             search = self._searches[proposal.arm]
             search.budget.spent(step, device_s)
             search.tell(proposal.number, value, outcome, step=step)
+
+    @property
+    def given_up(self) -> list[str]:
+        """The arms that ended before their budget did, none of whose last trials came to an evaluation."""
+        return [name for name, search in self._searches.items() if search.gave_up]
 
     def is_finished(self) -> bool:
         """Say whether all has been handed out."""
@@ -151,7 +169,8 @@ def seeds_of(arm: Arm, confirm: ConfirmSpec) -> tuple[int, ...]:
 
 
 def _search(arm: Arm, spec: SweepSpec) -> Search:
-    return Search(arm=arm, spec=spec.search, budget=budget_of(spec), goal=spec.objective.goal)
+    aim = spec.objective
+    return Search(arm=arm, spec=spec.search, budget=budget_of(spec), goal=aim.goal, every=aim.every)
 
 
 def _trials_left(search: Search) -> float:

@@ -243,7 +243,8 @@ class Desk:
             ended = {"step": step, "device_s": spent_s, "error": str(error), "error_kind": SpecError.__name__}
             self._note("ended", trial=trial, outcome="failed", **ended)
             return {**ended, "run": "", "value": None, "outcome": "failed"}
-        self._entries[trial] = Entry(order, decided=order.decided, step=order.decided, device_s=order.spent_s)
+        self._entries[trial] = Entry(order, decided=order.decided, device_s=order.spent_s)
+        self._entries[trial].step = order.resume[1] if order.resume else 0
         self._queue.append(trial)
         self._match()
         return None

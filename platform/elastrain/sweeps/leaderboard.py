@@ -108,6 +108,12 @@ def _loss(trial: Trial, goal: Goal) -> float:
     return loss_of(trial.value, goal) if trial.outcome == "finished" else math.inf
 
 
+def standing(runs: Sequence[Trial], goal: Goal) -> tuple[int, float]:
+    """Return by what points are compared that were run over seeds: how many runs did not finish, then the mean loss."""
+    losses = [loss for run in runs if (loss := _loss(run, goal)) < math.inf]
+    return len(runs) - len(losses), sum(losses) / len(losses) if losses else math.inf
+
+
 def tally(trials: Sequence[Trial]) -> dict[str, int]:
     """Return how many trials ended how, in the order of `ENDS`; what none did is left out."""
     found = Counter(trial.outcome for trial in trials)
@@ -149,7 +155,7 @@ def _scored(trials: Sequence[Trial], scoring: Scoring) -> list[Trial]:
     if scoring.seeds and confirmed:
         return sorted((run for runs in confirmed for run in runs), key=lambda run: _loss(run, goal))
     if confirmed:
-        return min(confirmed, key=lambda runs: sum(_loss(run, goal) for run in runs) / len(runs))
+        return min(confirmed, key=lambda runs: standing(runs, goal))
     return best_trials(trials, goal)[:1]
 
 
@@ -336,9 +342,9 @@ def across(boards: Mapping[str, Leaderboard]) -> dict[str, float]:
 
 
 def search(trials: Sequence[Trial], scoring: Scoring) -> Leaderboard:
-    """Return a row a trial: confirmed points by the mean over their seeds, then what finished, by its last value.
+    """Return a row a trial: confirmed points, those of which all runs finished first, by the mean over their seeds.
 
-    Below stand, without a rank, trials that run, were pruned, diverged and failed.
+    Then comes what finished, by its last value, and without a rank what runs, was pruned, diverged and failed.
     """
     confirmed = {_key(runs[0]): runs for runs in _by_point([trial for trial in trials if trial.phase == "confirm"])}
     tried = [trial for trial in trials if trial.phase != "confirm"]
@@ -349,11 +355,11 @@ def search(trials: Sequence[Trial], scoring: Scoring) -> Leaderboard:
     rows = sorted([*firm, *single], key=lambda row: _place(row, scoring.goal))
     placed = (replace(row, rank=place if "finished" in row.ends else None) for place, row in enumerate(rows, start=1))
     edges = dict.fromkeys(name for names in scoring.edges.values() for name in names)
-    notes = tuple(f"The best {name} is on the edge of its range; widen it." for name in edges)
-    ends = tally(trials)
-    return Leaderboard(
-        mode="search", scoring=scoring, ranked_by="final value", rows=tuple(placed), ends=ends, notes=notes
-    )
+    notes = [f"The best {name} is on the edge of its range; widen it." for name in edges]
+    if scoring.target is not None and not any(row.reached for row in rows):
+        notes.insert(0, f"No trial reached the target of {scoring.target:g}.")
+    told: dict[str, Any] = {"rows": tuple(placed), "ends": tally(trials), "notes": tuple(notes)}
+    return Leaderboard(mode="search", scoring=scoring, ranked_by="final value", **told)
 
 
 def _confirmed_row(runs: Sequence[Trial], tried: Sequence[Trial], scoring: Scoring) -> Row:
@@ -387,7 +393,8 @@ def _trial_row(trial: Trial, scoring: Scoring) -> Row:
     )
 
 
-def _place(row: Row, goal: Goal) -> tuple[float, bool, float]:
+def _place(row: Row, goal: Goal) -> tuple[float, bool, int, float]:
     outcome = next(iter(row.ends))  # the best of them: `ENDS` is in that order but for what still runs
     place = 0.5 if outcome == "running" else ENDS.index(outcome)
-    return (place, row.runs < 2, loss_of(row.value.value if row.value else None, goal))
+    missing = sum(row.ends.values()) - row.ends.get("finished", 0)
+    return (place, row.runs < 2, missing, loss_of(row.value.value if row.value else None, goal))

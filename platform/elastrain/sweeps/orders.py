@@ -65,7 +65,7 @@ class Blueprint:
             run_url=storage.join(self.folder, trial),
             objective=objective,
             resume=resume,
-            decided=resume[1] if resume else 0,
+            decided=max(begin.get("decided", 0), resume[1] if resume else 0),
             spent_s=begin["spent_s"],
         )
 

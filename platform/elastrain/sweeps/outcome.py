@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from elastrain import storage
@@ -12,12 +13,17 @@ from elastrain.spec.document import dump
 from elastrain.spec.sweep import SweepSpec
 from elastrain.spec.train import TrainSpec
 from elastrain.sweeps.agenda import seeds_of
-from elastrain.sweeps.leaderboard import Leaderboard, Scoring, fair, search, tally
+from elastrain.sweeps.leaderboard import Leaderboard, Scoring, best_trials, fair, search, standing, tally
 from elastrain.sweeps.page import write_html
-from elastrain.sweeps.results import as_json, write_results
+from elastrain.sweeps.results import FILES, as_json, write_results
+from elastrain.sweeps.search import FRUITLESS
 from elastrain.sweeps.space import Arm, edges, trial_spec
+from elastrain.sweeps.stats import Goal
 from elastrain.sweeps.tensorboard import write_tensorboard
 from elastrain.sweeps.trials import Trial, trials_of
+
+BEST, BEST_OF_ARMS, REPORT, TENSORBOARD = "best.yaml", "best", "report.html", "tensorboard"
+OUTPUTS = (BEST, BEST_OF_ARMS, REPORT, TENSORBOARD, *FILES)
 
 
 def scoring_of(spec: SweepSpec, arms: Sequence[Arm], trials: Sequence[Trial] = ()) -> Scoring:
@@ -35,30 +41,25 @@ def scoring_of(spec: SweepSpec, arms: Sequence[Arm], trials: Sequence[Trial] = (
     )
 
 
-def best_of(trials: Sequence[Trial], arm: str | None, goal: str) -> Trial | None:
+def best_of(trials: Sequence[Trial], arm: str | None, goal: Goal) -> Trial | None:
     """Return the tuned trial of an arm (None: of all) that is best; None if none came to its end.
 
-    Where points were confirmed it is the one whose mean over seeds is best. Who was pruned has had less time, and does
-    not count.
+    Where points were confirmed it is the one of which most runs finished, and of those the one whose mean is best. Who
+    was pruned has had less time, and does not count.
     """
-    sign = 1.0 if goal == "min" else -1.0
-    finished = [
-        (sign * trial.value, trial)
-        for trial in trials
-        if trial.outcome == "finished" and trial.value is not None and arm in (None, trial.arm)
-    ]
-    confirmed: dict[tuple[str, int], list[float]] = {}
-    for value, trial in finished:
-        if trial.phase == "confirm":
-            confirmed.setdefault((trial.arm, trial.number), []).append(value)
+    mine = [trial for trial in trials if arm in (None, trial.arm)]
+    confirmed: dict[tuple[str, int], list[Trial]] = {}
+    for trial in mine:
+        if trial.phase == "confirm" and trial.outcome != "running":
+            confirmed.setdefault((trial.arm, trial.number), []).append(trial)
 
-    def rank(entry: tuple[float, Trial]) -> tuple[bool, float, str]:
-        value, trial = entry
-        values = confirmed.get((trial.arm, trial.number), [])
-        return bool(confirmed) and not values, sum(values) / len(values) if values else value, trial.id
+    def rank(trial: Trial) -> tuple[int, int, float, str]:
+        runs = confirmed.get((trial.arm, trial.number))
+        missing, loss = standing(runs or [trial], goal)
+        group = 1 if runs is None else 2 if missing == len(runs) else 0
+        return group, missing, loss, trial.id
 
-    tuned = min((entry for entry in finished if entry[1].phase == "tune"), key=rank, default=None)
-    return None if tuned is None else tuned[1]
+    return min(best_trials(mine, goal), key=rank, default=None)
 
 
 def conclude(
@@ -72,19 +73,18 @@ def conclude(
     trials = trials_of(events)
     scoring = scoring_of(spec, arms, trials)
     board = _board(spec, arms, trials, scoring)
+    gave_up = _gave_up(events)
+    board = replace(board, notes=(*board.notes, *gave_up, *_changed_on_the_way(events)))
     write_results(url, board, trials)
     write_html(url, board, trials, times=_times(events))
     if storage.is_local(url):
-        write_tensorboard(trials, storage.join(url, "tensorboard"), scoring.metric)
-    best = best_of(trials, None, spec.objective.goal)
-    if best is None:
-        raise _nothing(url, trials)
-    by_name = {arm.name: arm for arm in arms}
-    for arm in arms if spec.mode == "fair" else ():
-        if own := best_of(trials, arm.name, spec.objective.goal):
-            storage.put(storage.join(url, "best", f"{arm.name}.yaml"), dump(_again(spec, arm, own)).encode())
-    place = storage.join(url, "best.yaml")
-    storage.put(place, dump(_again(spec, by_name[best.arm], best)).encode())
+        write_tensorboard(trials, storage.join(url, TENSORBOARD), scoring.metric)
+    found = {row.arm: best_of(trials, row.arm, spec.objective.goal) for row in board.rows}
+    ranked = [trial for trial in found.values() if trial is not None]  # best arm first, as the leaderboard has them
+    place = _write_best(url, spec, arms, ranked)
+    if not ranked:
+        raise _nothing(url, trials, gave_up)
+    best = ranked[0]
     result = {
         "sweep": url,
         "trials": tally(trials),
@@ -93,16 +93,49 @@ def conclude(
         "best_trial": best.id,
         "point": dict(best.point),
         "leaderboard": as_json(board),
-        "report": storage.join(url, "report.html"),
+        "report": storage.join(url, REPORT),
         "wall_s": wall_s,
     }
     return result, board
+
+
+def losers(spec: SweepSpec, trials: Sequence[Trial]) -> list[str]:
+    """Return the trials whose checkpoints nobody needs: all that have ended but each arm's best and its confirmed runs.
+
+    Of a population none: its trials are made of one another's checkpoints.
+    """
+    if spec.search.method == "pbt":
+        return []
+    bests = [best_of(trials, arm, spec.objective.goal) for arm in dict.fromkeys(trial.arm for trial in trials)]
+    kept = {(best.arm, best.number) for best in bests if best is not None}
+    ended = [trial for trial in trials if trial.outcome != "running"]
+    return [trial.id for trial in ended if trial.phase == "defaults" or (trial.arm, trial.number) not in kept]
 
 
 def _board(spec: SweepSpec, arms: Sequence[Arm], trials: Sequence[Trial], scoring: Scoring) -> Leaderboard:
     if spec.mode == "fair":
         return fair(trials, scoring, [arm.name for arm in arms])
     return search(trials, scoring)
+
+
+def _write_best(url: str, spec: SweepSpec, arms: Sequence[Arm], ranked: Sequence[Trial]) -> str:
+    """Write the specs of the best trials, an arm's each, best first; return where that of the first one is.
+
+    What an earlier attempt wrote of an arm that has none is removed.
+    """
+    place, own = storage.join(url, BEST), {trial.arm: trial for trial in ranked}
+    for arm in arms if spec.mode == "fair" else ():
+        part = storage.join(url, BEST_OF_ARMS, f"{arm.name}.yaml")
+        if arm.name in own:
+            storage.put(part, dump(_again(spec, arm, own[arm.name])).encode())
+        else:
+            storage.remove(part)
+    if not ranked:
+        storage.remove(place)
+        return place
+    first = next(arm for arm in arms if arm.name == ranked[0].arm)
+    storage.put(place, dump(_again(spec, first, ranked[0])).encode())
+    return place
 
 
 def _again(spec: SweepSpec, arm: Arm, trial: Trial) -> TrainSpec:
@@ -114,6 +147,24 @@ def _again(spec: SweepSpec, arm: Arm, trial: Trial) -> TrainSpec:
     return run.model_copy(update={"data": data, "workers": workers})
 
 
+def _gave_up(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence an arm that ended before its budget did."""
+    return [
+        f"{arm}: given up with some of its budget left, since {FRUITLESS} trials in a row ended before an evaluation."
+        for arm in dict.fromkeys(event["arm"] for event in events if event["kind"] == "gave_up")
+    ]
+
+
+def _changed_on_the_way(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what is to be known of trials that took over other ones' weights."""
+    if not any(event["kind"] == "exploit" for event in events):
+        return []
+    return [
+        "Trials of pbt took over weights and changed their settings on the way: best.yaml has the last settings from "
+        "its start, and does not give the same value again."
+    ]
+
+
 def _times(events: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
     """Return when each trial began and ended, in seconds from the sweep's start."""
     first = next((float(event["t"]) for event in events), 0.0)
@@ -122,10 +173,10 @@ def _times(events: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]
     return {name: (begun[name], end) for name, end in ended.items() if name in begun}
 
 
-def _nothing(url: str, trials: Sequence[Trial]) -> Exception:
+def _nothing(url: str, trials: Sequence[Trial], gave_up: Sequence[str]) -> Exception:
     """Return the error of a sweep none of whose trials came to its end."""
     words = ", ".join(f"{count} {outcome}" for outcome, count in tally(trials).items() if count)
     first = next((trial.error.strip() for trial in trials if trial.error), "no trial was run")
-    text = f"{url}: no trial came to its end ({words}); the first one: {first[-1500:]}"
+    text = " ".join([f"{url}: no trial came to its end ({words}); the first one: {first[-1500:]}", *gave_up])
     kinds = {trial.error_kind for trial in trials}
     return error_named(kinds.pop(), text) if len(kinds) == 1 and "" not in kinds else DivergedError(text)

@@ -16,24 +16,23 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastrain import storage
-from elastrain.data.dataset import Dataset
 from elastrain.elastic.run import versions
 from elastrain.elastic.session import ray_session, stopping
-from elastrain.errors import ConflictError, Interrupted, SpecError, error_named
+from elastrain.errors import Interrupted, SpecError, error_named
 from elastrain.lease import Hold
 from elastrain.lock import locked
 from elastrain.observe import actions
 from elastrain.observe.ledger import Ledger, read_ledger
-from elastrain.spec.document import dump
 from elastrain.spec.sweep import SweepSpec
 from elastrain.spec.train import WorkersSpec
 from elastrain.sweeps.agenda import Agenda, Proposal
+from elastrain.sweeps.begun import SPEC, TRIALS, begin, extent_of, identity_of, is_over
 from elastrain.sweeps.desk import Desk
-from elastrain.sweeps.document import base_of, parse_sweep, resolve_sweep
+from elastrain.sweeps.document import base_of, resolve_sweep
 from elastrain.sweeps.leaderboard import Leaderboard
 from elastrain.sweeps.live import LiveView
 from elastrain.sweeps.orders import Blueprint, CellConfig, Objective
-from elastrain.sweeps.outcome import conclude, scoring_of
+from elastrain.sweeps.outcome import conclude, losers, scoring_of
 from elastrain.sweeps.pool import Pool, check_room
 from elastrain.sweeps.results import as_table, as_text, curve_rows, trial_rows
 from elastrain.sweeps.schedulers import decisions, scheduler_of
@@ -42,7 +41,6 @@ from elastrain.sweeps.trials import Trial, trials_of
 from elastrain.sweeps.tuning import WORST, PerStudy, tune_trials
 from elastrain.training.manifests import newest_whole, read_manifests
 
-SPEC, TRIALS = "spec.yaml", "trials"
 END_S = 15.0
 SHOW_S = 0.5
 MOST_CALLS = 100_000  # at the desk: each worker has one that waits, and so has each trial
@@ -97,6 +95,7 @@ class _Job:
     stop: threading.Event
     shown: float = 0.0
     events: list[Mapping[str, Any]] = field(default_factory=list)
+    undecided: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # trials, each with where it stood
 
     @property
     def folder(self) -> str:
@@ -114,9 +113,7 @@ def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False) -
     spec = resolve_sweep(spec, base=Path.cwd())
     arms = arms_of(spec, base_of(spec))
     workers = _workers(arms)
-    for arm in arms:
-        for url in (arm.base.data.train, arm.base.data.eval):
-            Dataset.open(str(url))
+    identity = identity_of(arms)
     steps, saves = decisions(spec)
     url = storage.absolute(storage.join(spec.storage, spec.name))
     start = time.monotonic()
@@ -124,7 +121,7 @@ def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False) -
     with locked(url, remedy="give this sweep another name") as hold, LiveView(scoring) as view:
         if fresh and storage.exists(storage.join(url, SPEC)):
             actions.note(url, "delete")
-        before = _begin(url, spec, fresh=fresh)
+        before = begin(url, spec, identity, fresh=fresh)
         known = trials_of(before)
         job = _Job(
             spec=spec,
@@ -140,14 +137,19 @@ def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False) -
             pauses=saves,
             stop=threading.Event(),
         )
-        if not _is_over(before, spec):
+        runs = not is_over(before, spec)
+        if runs:
             with ray_session(address, cpus=max(os.cpu_count() or 1, job.size * workers.cpus)), stopping(job.stop):
                 check_room(workers, job.size)
                 goal = spec.objective.goal
                 actions.note(url, "resume" if before else "start", attempt=Ledger.next_attempt(url))
                 _run(job, Objective(metric=spec.objective.metric, goal=goal, decisions=steps, saves=saves))
         hold.check()
-        return Sweep(url, *conclude(url, spec, arms, read_ledger(url), wall_s=time.monotonic() - start))
+        events = read_ledger(url)
+        done = Sweep(url, *conclude(url, spec, arms, events, wall_s=time.monotonic() - start))
+        for trial in losers(spec, trials_of(events)) if runs else ():
+            storage.remove(storage.join(url, TRIALS, trial, "checkpoints"))
+        return done
 
 
 def _workers(arms: Sequence[Arm]) -> WorkersSpec:
@@ -156,38 +158,6 @@ def _workers(arms: Sequence[Arm]) -> WorkersSpec:
     if any(other != first for other in others):
         raise SpecError("arms differ in workers, and all are to run on the same; set workers under `set:`")
     return first.model_copy(update={"max": first.min})
-
-
-def _begin(url: str, spec: SweepSpec, *, fresh: bool) -> list[dict[str, Any]]:
-    """Store what the sweep is and return the events so far. Raises ConflictError if another one is there."""
-    if fresh:
-        for part in (TRIALS, "ledger", SPEC):
-            storage.remove(storage.join(url, part))
-    place = storage.join(url, SPEC)
-    try:
-        stored = parse_sweep(storage.read_bytes(place).decode(), name=place)
-    except FileNotFoundError:
-        stored = None
-    if stored is not None and (differs := _changed(stored, spec)):
-        raise ConflictError(
-            f"{url} holds a sweep that was begun with other settings ({', '.join(differs)}); undo that, give this "
-            f"sweep another name, or start over with --fresh"
-        )
-    storage.put(place, dump(spec).encode())
-    return read_ledger(url)
-
-
-def _changed(old: SweepSpec, new: SweepSpec) -> list[str]:
-    """Return the fields that differ and decide what comes out; a larger budget goes on with what there is."""
-    one, other = old.model_dump(), new.model_dump()
-    free = ("storage", "budget", "max_concurrent", "base")
-    return [key for key in one if key not in free and one[key] != other[key]]
-
-
-def _is_over(before: Sequence[Mapping[str, Any]], spec: SweepSpec) -> bool:
-    """Say whether the sweep was brought to its end, with this budget."""
-    ends = [event for event in before if event["kind"] in ("start", "end")]
-    return bool(ends) and ends[-1].get("outcome") == "done" and ends[-1].get("budget") == spec.budget.per_arm
 
 
 def _run(job: _Job, objective: Objective) -> None:
@@ -215,7 +185,8 @@ def _run(job: _Job, objective: Objective) -> None:
         ray.get(begun)
         scheduler = PerStudy(
             lambda: scheduler_of(job.spec, _explorer(job)),
-            lambda trial, outcome: ray.get(desk.leave.remote(trial, outcome)),
+            lambda trial, outcome: _leave(job, desk, trial, outcome),
+            lambda trial, result: _went_on(job, desk, trial, result),
         )
         tune_trials(
             job.agenda,
@@ -225,7 +196,8 @@ def _run(job: _Job, objective: Objective) -> None:
             pauses=job.pauses,
             look=lambda: _look(job, pool, desk),
         )
-        outcome = {"outcome": "interrupted" if job.stop.is_set() else "done", "budget": job.spec.budget.per_arm}
+        ray.get([desk.event.remote("gave_up", {"arm": arm}) for arm in job.agenda.given_up])
+        outcome = {"outcome": "interrupted" if job.stop.is_set() else "done", "extent": extent_of(job.spec)}
     except BaseException as error:
         outcome = {"outcome": "failed", "error": str(error)}
         raise
@@ -239,6 +211,21 @@ def _run(job: _Job, objective: Objective) -> None:
     if job.stop.is_set():
         actions.note(job.url, "stop")
         raise Interrupted("stopped; what has ended is kept, and the same command goes on from there")
+
+
+def _leave(job: _Job, desk: Any, trial: str, outcome: str) -> None:
+    """Have the desk stop a trial; note the end of one that has not got as far as the desk."""
+    ray.get(desk.leave.remote(trial, outcome))
+    if outcome and (stood := job.undecided.pop(trial, None)):
+        ended = {"trial": trial, "outcome": outcome, **stood, "error": "", "error_kind": ""}
+        ray.get(desk.event.remote("ended", ended))
+
+
+def _went_on(job: _Job, desk: Any, trial: str, result: Mapping[str, Any]) -> None:
+    """Note that a trial was told to go on; nobody waits for that."""
+    job.undecided.pop(trial, None)
+    told = {"step": result["step"], "device_s": result["device_s"], "value": result["objective"]}
+    desk.event.remote("go_on", {"trial": trial, **told})
 
 
 def _newest(run: str) -> int | None:
@@ -266,30 +253,39 @@ def _given(job: _Job, proposal: Proposal, desk_name: str, desk: Any) -> dict[str
         "every": job.spec.objective.every,
         "worst": WORST if goal == "min" else -WORST,
     }
-    begin: dict[str, Any] = {"resume": None, "spent_s": 0.0, "recorded": []}
+    begin: dict[str, Any] = {"resume": None, "decided": 0, "spent_s": 0.0, "recorded": []}
     if known is None:
         # Before anything that the trial itself reports: calls of an actor of many may overtake others.
         ray.get(desk.event.remote("trial", {"trial": proposal.trial, "number": proposal.number, **told}))
         return {**given, **begin}
-    decides = job.decisions if proposal.phase == "tune" and not job.pauses else frozenset()
-    return {**given, **begin, **_recorded(job, known, decides)}
+    return {**given, **begin, **_recorded(job, known)}
 
 
-def _recorded(job: _Job, known: Trial, decides: frozenset[int]) -> dict[str, Any]:
-    """Return what earlier attempts left of a trial: its decisions again, and its end or from where it goes on."""
+def _recorded(job: _Job, known: Trial) -> dict[str, Any]:
+    """Return what earlier attempts left of a trial: its decisions again, and its end or from where it goes on.
+
+    An evaluation that a checkpoint is there of, and no word, is decided on again: a trial may have been about to stop.
+    """
     run = storage.join(job.folder, known.id)
-    source = None if known.outcome != "running" else _source(job, known.id, run)
-    upto = known.step if known.outcome != "running" else (source or ("", 0))[1]
-    before = [entry for entry in known.evaluations if entry.step <= upto]
-    messages: list[dict[str, Any]] = [
-        {"run": run, "step": e.step, "device_s": e.device_s, "value": e.value, "outcome": ""}
-        for e in before
-        if e.step in decides
-    ]
+    words = [] if job.pauses else [e for e in job.before if e["kind"] == "go_on" and e["trial"] == known.id]
+    recorded = [_message(run, word) for word in words]
     if known.outcome != "running":
-        end = {"step": known.step, "device_s": known.device_s, "value": known.value, "outcome": known.outcome}
-        return {"recorded": [*messages, {"run": run, **end}]}
-    return {"recorded": messages, "resume": source, "spent_s": before[-1].device_s if source and before else 0.0}
+        end = {"step": known.step, "device_s": known.device_s, "value": known.value}
+        return {"recorded": [*recorded, _message(run, end, known.outcome)]}
+    source = _source(job, known.id, run)
+    upto = source[1] if source else 0
+    before = [entry for entry in known.evaluations if entry.step <= upto]
+    steps = [word["step"] for word in words]
+    spent_s = before[-1].device_s if before else 0.0
+    decides = known.phase == "tune" and not job.pauses and upto in job.decisions and upto not in steps
+    if decides and before and before[-1].step == upto:
+        job.undecided[known.id] = stood = {"step": upto, "device_s": spent_s}
+        recorded.append({**_message(run, {**stood, "value": before[-1].value}), "recorded": False})
+    return {"recorded": recorded, "resume": source, "decided": max([upto, *steps]), "spent_s": spent_s}
+
+
+def _message(run: str, told: Mapping[str, Any], outcome: str = "") -> dict[str, Any]:
+    return {"run": run, **{key: told[key] for key in ("step", "device_s", "value")}, "outcome": outcome}
 
 
 def _source(job: _Job, trial: str, run: str) -> tuple[str, int] | None:

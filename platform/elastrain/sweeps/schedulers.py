@@ -58,12 +58,17 @@ class Brackets(HyperBandScheduler):
         return super()._create_bracket(self._s_max_1 - 1 - s)  # type: ignore[no-untyped-call] # Tune's
 
     def _process_bracket(self, tune_controller: Any, bracket: Any) -> str:
-        if bracket.is_being_processed or not bracket.current_trials():
-            return str(TrialScheduler.PAUSE)
-        try:
-            return str(super()._process_bracket(tune_controller, bracket))
-        finally:
-            bracket.is_being_processed = False
+        """Halve, and again where all who are left are past the next milestone, too: those of a sweep that goes on."""
+        word = str(TrialScheduler.PAUSE)
+        while not bracket.is_being_processed and bracket.current_trials():
+            try:
+                found = str(super()._process_bracket(tune_controller, bracket))
+            finally:
+                bracket.is_being_processed = False
+            word = word if word == TrialScheduler.STOP else found  # for the one that runs; the others are told already
+            if bracket._halves == 0 or not bracket.cur_iter_done():  # noqa: SLF001 -- no public way
+                break
+        return word
 
 
 def firsts(spec: SweepSpec) -> list[int]:

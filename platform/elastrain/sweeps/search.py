@@ -15,14 +15,20 @@ from elastrain.sweeps.sobol import MOST_DIMENSIONS, Sobol
 from elastrain.sweeps.space import Arm, Point, decode, draw, mutable
 from elastrain.sweeps.trials import Outcome
 
+FRUITLESS = 20  # trials of an arm in a row without an evaluation: the fault lies in what they share
+
 
 @dataclass(kw_only=True, slots=True)
 class Budget:
-    """What an arm may spend in `unit`, and has: `used` by trials that ended, `running` trials beside them."""
+    """What an arm may spend in `unit`, and has: `used` by trials that ended, `running` trials beside them.
+
+    A trial is charged with `least_steps` at least, or a budget of steps would pay for any number that fail at once.
+    """
 
     unit: str
     per_arm: float
     most_steps: int
+    least_steps: int = 0
     used: float = 0.0
     running: int = 0
     ended: int = 0
@@ -35,7 +41,7 @@ class Budget:
         """Note that a trial ended after `steps` and `device_s` of its own in all."""
         self.running -= 1
         self.ended += 1
-        self.used += {"trials": 1, "steps": steps, "device_seconds": device_s}[self.unit]
+        self.used += {"trials": 1, "steps": max(steps, self.least_steps), "device_seconds": device_s}[self.unit]
 
     def left(self) -> float:
         """Return what a further trial may count on: running trials count with all that they may still take.
@@ -53,7 +59,8 @@ class Budget:
 
 def budget_of(spec: SweepSpec) -> Budget:
     """Return the budget of one arm of a sweep."""
-    return Budget(unit=spec.budget.unit, per_arm=spec.budget.per_arm, most_steps=spec.objective.max_steps)
+    steps = {"most_steps": spec.objective.max_steps, "least_steps": spec.objective.every}
+    return Budget(unit=spec.budget.unit, per_arm=spec.budget.per_arm, **steps)
 
 
 @dataclass(kw_only=True)
@@ -64,9 +71,11 @@ class Search:
     spec: SearchSpec
     budget: Budget
     goal: str = "min"
+    every: int = 1  # steps between evaluations
     told: dict[int, Told] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._fruitless = 0
         check_installed(self.spec.method)
         self._grid = list(grid(self.arm)) if self.spec.method == "grid" else []
         if self.spec.method in ("quasirandom", "pbt"):
@@ -77,7 +86,7 @@ class Search:
     def ask(self) -> tuple[int, Point] | None:
         """Return the next number and point; None where the budget has no room now: see `exhausted`."""
         number = max(self.told, default=-1) + 1
-        if self.budget.left() <= 0 or self._out_of_grid(number):
+        if self.budget.left() <= 0 or self.gave_up or self._out_of_grid(number):
             return None
         point = self._point(number)
         self.told[number] = Told(number=number, point=point)
@@ -91,11 +100,18 @@ class Search:
         """
         entry = self.told[number]
         entry.value, entry.outcome, entry.step = value, outcome, step
+        self._fruitless = self._fruitless + 1 if outcome in ("failed", "diverged") and step < self.every else 0
 
     @property
     def exhausted(self) -> bool:
         """Whether `ask` gives nothing any more, whatever the running trials still leave of the budget."""
-        return self.budget.exhausted or self._out_of_grid(max(self.told, default=-1) + 1)
+        return self.budget.exhausted or self.gave_up or self._out_of_grid(max(self.told, default=-1) + 1)
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the last `FRUITLESS` trials had no evaluation, where nothing else bounds how many there may be."""
+        bounded = self.budget.unit == "trials" or self.spec.method == "grid"
+        return not bounded and self._fruitless >= FRUITLESS
 
     def _out_of_grid(self, number: int) -> bool:
         return self.spec.method == "grid" and number >= len(self._grid)

@@ -5,8 +5,10 @@ A sweep's ledger holds, besides `start` and `end` of each attempt, these kinds o
 - `trial`: `trial` (its id), `arm`, `phase`, `number`, `point` (dotted field → value), `seed`
 - `eval`: `trial`, `step`, `samples`, `value` (of the objective; None: not finite), `metrics`, `device_s`
 - `cell`: `cell`, `node`, `workers` (started) · `lost`: `trial`, `cell`, `reason`: it goes on elsewhere
+- `go_on`: `trial`, `step`, `device_s`, `value`: it was decided on after that evaluation, and not stopped
 - `exploit`: `trial`, `donor`, `step`, `point`: it goes on with another one's weights, from that step, at this point
 - `ended`: `trial`, `outcome`, `step`, `device_s`, `error`, `error_kind` (the class of an error of ours)
+- `gave_up`: `arm`: too many of its trials in a row came to no evaluation
 """
 
 from collections.abc import Iterable, Mapping

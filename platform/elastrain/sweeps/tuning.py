@@ -6,13 +6,14 @@ Which trials there are is said by an `Agenda`; Tune's own state is not stored, s
 This module and `schedulers` alone stand on Tune's developer interfaces; `tests/sweeps/test_tuning.py` uses them all.
 """
 
+import contextlib
 import logging
 import math
 import os
 import random
 import tempfile
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from elastrain.sweeps.agenda import Agenda, Proposal
 from elastrain.sweeps.trials import Outcome
 
 NAME = "elastrain-trial"
-BEGIN = ("arm", "phase", "point", "seed", "resume", "spent_s")  # what the desk is told of a trial
+BEGIN = ("arm", "phase", "point", "seed", "resume", "decided", "spent_s")  # what the desk is told of a trial
 WORST = 1e30  # what counts for a trial that diverged or failed: infinity would spoil Tune's percentiles
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -60,7 +61,8 @@ class TrialActor(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Return the next result: `step`, `round` (evaluations), `objective`, and `outcome` once it has ended.
 
-        `recorded`: an earlier attempt at the sweep had it, and what it decided then stands.
+        `recorded`: an earlier attempt at the sweep had it and said to go on, and that stands. What it had, and left
+        without a word, is decided on before the trial begins.
         """
         if self._recorded:
             return self._result(self._recorded.popleft())
@@ -75,7 +77,8 @@ class TrialActor(tune.Trainable):
         outcome, value, worst = message["outcome"], message["value"], self._given["worst"]
         counts = value is not None and outcome in ("", "finished", "pruned")
         rounds = message["step"] // self._given["every"]
-        told = {"step": message["step"], "round": rounds, "objective": value if counts else worst, "recorded": True}
+        told = {"step": message["step"], "round": rounds, "objective": value if counts else worst}
+        told["recorded"] = message.get("recorded", True)
         return {**told, "outcome": outcome, "device_s": message["device_s"], "done": bool(outcome)}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
@@ -143,10 +146,13 @@ class Proposals(SearchAlgorithm):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002 -- Tune's signature
         """Take note of a trial's end; one that ends while it pauses, or with its actor, comes without a result."""
-        found = result or self._trials[trial_id].last_result or {}
+        trial = self._trials[trial_id]
+        found = result or trial.last_result or {}
         outcome: Outcome = "failed" if error else found.get("outcome") or "pruned"
         value = found.get("objective") if outcome in ("finished", "pruned") else None
-        self._agenda.ended(trial_id, outcome, value, step=found.get("step", 0), device_s=found.get("device_s", 0.0))
+        spent = {"step": found.get("step", 0), "device_s": found.get("device_s", 0.0)}
+        # PBT may have changed the point meanwhile.
+        self._agenda.ended(trial_id, outcome, value, **spent, point=trial.config.get("point"))
 
     def is_finished(self) -> bool:
         """Say whether there will be no more trials."""
@@ -176,15 +182,21 @@ class PerStudy(TrialScheduler):
     """A scheduler for each study of each arm: only its trials are compared; what is confirmed is never stopped.
 
     `leave(trial, outcome)` is called as soon as a trial is to stop ("pruned"), to pause ("") or has lost its actor
-    ("failed"): its workers wait. What was recorded is compared with, and not decided on again. A trial without a value
-    at its end is not compared with: as a very bad one it would raise the mean of those who are left.
+    ("failed"): its workers wait. `went_on(trial, result)` is called where it is to go on, for the record. What was
+    recorded is compared with, and not decided on again. A trial without a value at its end is not compared with: as a
+    very bad one it would raise the mean of those who are left.
     """
 
     _supports_buffered_results = False
 
-    def __init__(self, make: Callable[[], TrialScheduler], leave: Callable[[str, str], object]) -> None:
+    def __init__(
+        self,
+        make: Callable[[], TrialScheduler],
+        leave: Callable[[str, str], object],
+        went_on: Callable[[str, Mapping[str, Any]], object],
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # Tune's
-        self._make, self._leave = make, leave
+        self._make, self._leave, self._went_on = make, leave, went_on
         self._schedulers: dict[tuple[str, int], TrialScheduler] = {}
         self._plain = FIFOScheduler()
         self._metric = "objective"
@@ -226,6 +238,8 @@ class PerStudy(TrialScheduler):
             self._leave(trial.trial_id, "pruned")
         elif decision == TrialScheduler.PAUSE or trial.status == TuneTrial.PAUSED:
             self._leave(trial.trial_id, "")
+        else:
+            self._went_on(trial.trial_id, result)
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
@@ -256,6 +270,32 @@ class PerStudy(TrialScheduler):
         return "per study"
 
 
+@contextlib.contextmanager
+def _surroundings(seed: int) -> Iterator[None]:
+    """Give Tune what it reads of the process, and take it back: an SDK's caller goes on with what it had."""
+    log, names = logging.getLogger("ray.tune"), class_cache.ENV_VARS_TO_PROPAGATE
+    before = {name: os.environ.get(name) for name in QUIET}
+    level, drawn, drawn_by_numpy = log.level, random.getstate(), np.random.get_state()  # noqa: NPY002 -- Tune's
+    os.environ.update(QUIET)
+    # To trials' actors, AWS's keys among them: Ray's logs and APIs show them.
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
+    log.setLevel(logging.ERROR)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 -- what Tune's schedulers draw from
+    try:
+        yield
+    finally:
+        random.setstate(drawn)
+        np.random.set_state(drawn_by_numpy)  # noqa: NPY002
+        log.setLevel(level)
+        class_cache.ENV_VARS_TO_PROPAGATE = names
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 def tune_trials(
     agenda: Agenda,
     scheduler: TrialScheduler,
@@ -266,14 +306,8 @@ def tune_trials(
     look: Callable[[], bool],
 ) -> None:
     """Run the agenda's trials to their end; `look()` is called many times a second and says whether to break off."""
-    os.environ.update(QUIET)
-    given = class_cache.ENV_VARS_TO_PROPAGATE  # to trials' actors, AWS's keys among them: Ray's logs and APIs show them
-    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in given if not name.startswith("AWS_")}
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    random.seed(agenda.seed)
-    np.random.seed(agenda.seed)  # noqa: NPY002 -- what Tune's schedulers draw from
     register_trainable(NAME, TrialActor)
-    with tempfile.TemporaryDirectory(prefix="elastrain-tune-") as folder:
+    with _surroundings(agenda.seed), tempfile.TemporaryDirectory(prefix="elastrain-tune-") as folder:
         storage = StorageContext(folder, "trials")
         node = ray.get_runtime_context().get_node_id()
         proposals = Proposals(agenda, storage, begin, capacity=capacity, pauses=pauses, node=node)
