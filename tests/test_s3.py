@@ -1,10 +1,17 @@
 """Files on a real S3 server: what is put is whole, what is missing is missing, and how every failure reads."""
 
+import contextlib
 import json
+import os
 import secrets
 import socket
+import socketserver
+import ssl
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,6 +22,7 @@ import pytest
 from tests.s3_server import SECRET_KEY, free_ports, serving
 
 from elastrain import s3, storage
+from elastrain.cluster.certificates import make_certificates
 from elastrain.errors import StorageError
 from elastrain.urls import holds_credentials, redacted
 
@@ -430,3 +438,66 @@ def test_credentials_come_from_a_profile_too(root: str, tmp_path: Path, monkeypa
     monkeypatch.setenv("AWS_PROFILE", "work")
     assert storage.read_bytes(f"{root}/x") == b"1"
     assert json.dumps(storage.list_folders(root)) == "[]"
+
+
+# --- an authority of one's own
+
+
+@contextlib.contextmanager
+def encrypted(server: str, certificates: Path) -> Iterator[str]:
+    """Run what ends TLS before `http://host:port`, with a machine's certificate; yield the URL."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "node.crt", certificates / "node.key")
+    behind = server.removeprefix("http://").split(":")
+
+    class Ending(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with (
+                contextlib.suppress(OSError),
+                context.wrap_socket(self.request, server_side=True) as near,
+                socket.create_connection((behind[0], int(behind[1]))) as far,
+            ):
+                answers = threading.Thread(target=pump, args=(far, near))
+                answers.start()
+                pump(near, far)
+                answers.join()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Ending) as ending:
+        ending.daemon_threads = True
+        thread = threading.Thread(target=ending.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"https://localhost:{ending.server_address[1]}"
+        finally:
+            ending.shutdown()
+            thread.join()
+
+
+def pump(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+
+TRY = """
+import sys
+from elastrain import conditional, storage
+storage.put(f"{sys.argv[1]}/one", b"1")
+assert storage.read_bytes(f"{sys.argv[1]}/one") == b"1"
+assert conditional.create(f"{sys.argv[1]}/two", b"2")
+"""
+
+
+def test_a_certificate_of_ones_own_authority_is_trusted_where_it_is_named(root: str, tmp_path: Path) -> None:
+    make_certificates(str(tmp_path))
+    with encrypted(os.environ["AWS_ENDPOINT_URL"], tmp_path) as url:
+
+        def said(**own: str) -> str:
+            environment = {**os.environ, "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "", **own}
+            command = [sys.executable, "-c", TRY, root]
+            done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=60)
+            return done.stderr
+
+        assert not said(SSL_CERT_FILE=str(tmp_path / "ca.crt"))
+        assert "or name the file of its authority in SSL_CERT_FILE" in said()

@@ -31,7 +31,11 @@ FINAL = (
         r"HTTP status 411",
         "the server wants to know lengths beforehand: set AWS_REQUEST_CHECKSUM_CALCULATION=when_required",
     ),
-    (r"curlCode: (?:51|58|60|77)\b", "the server's certificate is not trusted: check AWS_ENDPOINT_URL"),
+    (
+        r"curlCode: (?:51|58|60|77)\b",
+        "the server's certificate is not trusted: check AWS_ENDPOINT_URL, or name the file of its authority in "
+        "SSL_CERT_FILE",
+    ),
 )
 GONE = re.compile(r"NO_SUCH_KEY|RESOURCE_NOT_FOUND|HTTP status 404")
 REFUSED = re.compile(r"HTTP status 4(?!08|16|29)\d\d")  # not a timeout, an object replaced meanwhile, too many requests
