@@ -209,7 +209,7 @@ def commit(place: Place, packed: Mapping[str, Dataset]) -> dict[str, Dataset]:
         info = {**packed[name].info, "pack": place.pack, "splits": list(packed)}
         url = storage.join(place.out, name)
         done[name] = replace(packed[name], url=url, columns=tuple(columns), info=info)
-        if "card" in info:
+        if "card" in info and key is None:  # the manifest, which is encrypted, has it too
             text = page(name, {**info["card"], "fingerprint": packed[name].fingerprint})
             storage.put(storage.join(url, PAGE), text.encode())
         storage.put_json(storage.join(url, MANIFEST), done[name].manifest())
