@@ -26,6 +26,7 @@ import numpy.typing as npt
 from elastrain import storage
 from elastrain.encryption import Encryptor, decrypt
 from elastrain.errors import DataError, StorageError
+from elastrain.urls import table_kind
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -105,19 +106,9 @@ class Dataset:
         Raises DataError if there is nothing to read, a pack was cut off, the manifest is broken, or the files do not
         fit together; StorageError if storage does not answer, or if it is encrypted and its key is not there.
         """
-        try:
-            return cls.from_manifest(url, json.loads(storage.read_bytes(storage.join(url, MANIFEST))))
-        except FileNotFoundError:
-            pass
-        except ValueError as error:
-            raise DataError(f"{url}/{MANIFEST}: not a JSON document ({error}); {AGAIN}") from error
-        except StorageError:
-            if not storage.is_local(url) or storage.exists(storage.join(url, MANIFEST)):
-                raise  # but not of a single file, below which a manifest cannot be looked for
-        if storage.exists(storage.join(url, PACKING)):
-            raise DataError(
-                f"{url}: a pack of this dataset was cut off; run the same `elastrain pack` again to finish it"
-            )
+        manifest = None if table_kind(url) else _manifest(url)
+        if manifest is not None:
+            return cls.from_manifest(url, manifest)
         from elastrain.data.footers import read_footers  # noqa: PLC0415 -- it builds on this module, and loads pyarrow
 
         return cls(**read_footers(url))
@@ -270,6 +261,22 @@ def _tail(file: Any, size_bytes: int, url: str, *, encrypted: bool) -> bytes:
     if length + 4 > size_bytes:
         raise DataError(f"{url}: a broken Parquet footer; restore the file, or leave it out")
     return data[-length:] if length <= guess else bytes(file.read_at(length, size_bytes - length))
+
+
+def _manifest(url: str) -> Any:
+    """Return the manifest of a packed dataset as it is stored, None where no pack wrote; raises as `Dataset.open`."""
+    try:
+        return json.loads(storage.read_bytes(storage.join(url, MANIFEST)))
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        raise DataError(f"{url}/{MANIFEST}: not a JSON document ({error}); {AGAIN}") from error
+    except StorageError:
+        if not storage.is_local(url) or storage.exists(storage.join(url, MANIFEST)):
+            raise  # but not of a single file, below which a manifest cannot be looked for
+    if storage.exists(storage.join(url, PACKING)):
+        raise DataError(f"{url}: a pack of this dataset was cut off; run the same `elastrain pack` again to finish it")
+    return None
 
 
 def _shard(entry: Mapping[str, Any]) -> Shard:
