@@ -231,10 +231,9 @@ def made_on_s3(kind: str, root: str, tmp_path: Path) -> str:
     catalog.create_namespace("shop")
     table = catalog.create_table("shop.sales", schema=rows(0, 1).schema)
     table.append(rows(0, 10))
-    first = table.current_snapshot().snapshot_id
     table.append(rows(10, 30))
     catalog.close()
-    return f"iceberg:{table.location()}@{first}"
+    return f"iceberg:{table.location()}@{table.metadata.snapshots[0].snapshot_id}"
 
 
 @pytest.mark.slow

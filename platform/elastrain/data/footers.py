@@ -1,6 +1,7 @@
 """Plain Parquet files as a dataset: columns, shards and fingerprint from their footers, which must fit together."""
 
 import contextlib
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,7 +19,7 @@ from elastrain.data.lakes import find_table
 from elastrain.errors import DataError
 from elastrain.urls import table_kind
 
-FIRST_SHARD = "part-00000.parquet"
+FIRST_SHARD = re.compile(r"/part-00000(-[0-9a-f]+)?\.parquet$")
 PARQUET = (".parquet", ".pq")
 FOOTER_READERS = 8
 
@@ -80,7 +81,7 @@ def _parquet_files(url: str) -> tuple[str, list[storage.FileInfo]]:
 
 def _refuse_splits(url: str, files: Sequence[storage.FileInfo]) -> None:
     """Raise DataError if packed datasets lie below `url`: it would mix what is trained on with what is held out."""
-    folders = [file.path.rpartition("/")[0] for file in files if file.path.endswith(f"/{FIRST_SHARD}")]
+    folders = [file.path.rpartition("/")[0] for file in files if FIRST_SHARD.search(file.path)]
     packed = [
         folder
         for folder in folders

@@ -104,7 +104,7 @@ def _columns_of(url: str, size_bytes: int) -> dict[int | None, str]:
     numbers = [(field.metadata or {}).get(FIELD) for field in schema]
     if None in numbers:
         return {None: ", ".join(schema.names)}
-    return dict(zip(map(int, numbers), schema.names, strict=True))
+    return {int(number): name for number, name in zip(numbers, schema.names, strict=True) if number}
 
 
 def _refuse_others(
