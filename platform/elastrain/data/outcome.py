@@ -4,7 +4,7 @@ Every split gets a marker before the first shard, and its manifest after the las
 dataset is to be replaced, all is written beside it, and it is touched only when the new one is whole:
 
 ```
-out/.new/<split>/…          shards, manifests and all else of the new dataset
+out/.new/<split>/…          on S3 .new/<mark>/<split>/…: shards, manifests and all else of the new dataset
 out/.new/_whole.json        written last: from here on the new one counts, and a pack that finds this finishes it
 out/.new/_cleared.json      the old one is gone, and shards of the new one are on their way into its place
 ```
@@ -171,13 +171,13 @@ def placed(
         url = storage.join(out, name)
         if name not in there and storage.exists(url) and storage.list_files(url):
             raise ConflictError(f"{url}: there are files that no pack wrote; choose another folder")
-    _remove_beside(out)  # of packs that were killed
-    hold = hold or Hold(out)
+    hold, beside = hold or Hold(out), storage.join(out, BESIDE)
+    storage.remove(beside)  # of packs that were killed
+    abort([beside, *(storage.join(out, name) for name in splits)])
     mark = f"-{hold.token[:MARK]}" if hold.token else ""
     is_fresh = not any(held.finished for held in there.values())
-    base = out if is_fresh else storage.join(out, f"{BESIDE}{mark}")
+    base = out if is_fresh else storage.join(beside, mark[1:]) if mark else beside
     place = Place(out=out, base=base, pack=pack, splits=splits, old=tuple(there), hold=hold, mark=mark)
-    abort([base, *(storage.join(out, name) for name in splits)])
     if is_fresh:
         _clear(place)
     try:
@@ -205,12 +205,6 @@ def _leave(place: Place) -> None:
         for file in storage.list_files(url):
             if file.path.endswith(f"{place.mark}.parquet"):
                 storage.remove(storage.join(url, file.path))
-
-
-def _remove_beside(out: str) -> None:
-    for name in storage.list_folders(out):
-        if name.startswith(BESIDE):
-            storage.remove(storage.join(out, name))
 
 
 def _clear(place: Place) -> None:
@@ -278,19 +272,19 @@ def recover(hold: Hold) -> bool:
 
     Raises as `commit` does.
     """
-    out, found = hold.folder, False
-    for name in storage.list_folders(out):
-        base = storage.join(out, name)
-        if not name.startswith(BESIDE) or not storage.exists(storage.join(base, WHOLE)):
-            continue
-        held, found = storage.read_json(storage.join(base, WHOLE)), True
-        splits = dict.fromkeys(held["splits"])
-        place = Place(out=out, base=base, pack=held["pack"], splits=splits, old=tuple(held["old"]), hold=hold)
-        _replace(place)
-        for path in held["files"]:
-            _appear(place, path, storage.read_bytes(storage.join(base, path)))
-        _end(place, splits)
-    return found
+    out, beside = hold.folder, storage.join(hold.folder, BESIDE)
+    bases = [beside, *(storage.join(beside, name) for name in storage.list_folders(beside))]
+    whole = next((base for base in bases if storage.exists(storage.join(base, WHOLE))), None)
+    if whole is None:
+        return False
+    held = storage.read_json(storage.join(whole, WHOLE))
+    splits = dict.fromkeys(held["splits"])
+    place = Place(out=out, base=whole, pack=held["pack"], splits=splits, old=tuple(held["old"]), hold=hold)
+    _replace(place)
+    for path in held["files"]:
+        _appear(place, path, storage.read_bytes(storage.join(whole, path)))
+    _end(place, splits)
+    return True
 
 
 def _replace(place: Place) -> None:
@@ -319,7 +313,7 @@ def _appear(place: Place, path: str, data: bytes) -> None:
 def _end(place: Place, names: Iterable[str]) -> None:
     for name in names:
         storage.remove(storage.join(place.out, name, PACKING))
-    _remove_beside(place.out)
+    storage.remove(storage.join(place.out, BESIDE))
 
 
 def _most(counts: Sequence[int | None]) -> int | None:
