@@ -87,7 +87,8 @@ class Dataset:
     """What `Dataset.open` found: columns that can be read, shards in order, and a fingerprint over what they hold.
 
     `unusable` says for each other column why it cannot be read; `info` holds what `pack` noted (source, counts). `key`
-    is the name of the key that it is encrypted with, None if it is not.
+    is the name of the key that it is encrypted with, None if it is not. `verified` says whether a byte that has
+    changed is found when it is read; of plain files one is looked at.
     """
 
     url: str
@@ -98,6 +99,7 @@ class Dataset:
     unusable: Mapping[str, str] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
     key: str | None = None
+    verified: bool = True
 
     @classmethod
     def open(cls, url: str) -> Self:
@@ -133,6 +135,7 @@ class Dataset:
                 unusable=manifest.get("unusable", {}),
                 info=manifest.get("info", {}),
                 key=manifest.get("key"),
+                verified=manifest.get("verified", True),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{url}/{MANIFEST}: not a manifest of Elastrain ({error!r}); {AGAIN}") from error
@@ -148,6 +151,7 @@ class Dataset:
             "unusable": dict(self.unusable),
             "info": dict(self.info),
         }
+        found |= {} if self.verified else {"verified": False}
         return found if self.key is None else _encrypted({**found, "key": self.key})
 
     @cached_property
@@ -189,6 +193,15 @@ class Dataset:
             if name not in held:
                 raise DataError(f"{self.url}: {self.why_missing(name)}")
         return replace(self, columns=tuple(held[name] for name in names))
+
+    def doubt(self) -> str | None:
+        """Say in a sentence that nobody would notice if bytes of the files changed; None where somebody would."""
+        if self.verified:
+            return None
+        return (
+            f"{self.url}: the files have no page checksums, so bytes that change on a disk or on the way are trained "
+            f"on unnoticed; `elastrain pack` makes a copy that is verified"
+        )
 
     def why_missing(self, name: str) -> str:
         """Say in a sentence why column `name` cannot be read and which columns can."""
