@@ -306,21 +306,31 @@ def test_a_kill_at_any_moment_of_an_overwrite_leaves_the_old_or_the_new_once_ano
     assert moment > 20
 
 
-def test_an_error_in_the_middle_of_a_commit_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = str(tmp_path)
+@pytest.mark.parametrize("store", ["local", pytest.param("s3", marks=pytest.mark.slow)])
+def test_an_error_in_the_middle_of_a_commit_loses_nothing(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    out = str(tmp_path) if store == "local" else f"{request.getfixturevalue('s3_bucket')}/cut-off"
+    monkeypatch.setattr(Hold, "check", lambda _: None)
     outcome_of(out, 3, ("train", "test"))
+    move, moved = storage.move, []
 
-    def away(*_: object) -> None:
-        raise StorageError("the store is away")
+    def away(url: str, target: str) -> None:
+        moved.append(target)
+        if len(moved) == 2:
+            raise StorageError("the store is away")
+        move(url, target)
 
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, placed(out, 5, ("train",), token="ab" * 8) as place:
         patched.setattr(storage, "move", away)
+        packed = {"train": written(place, "train", 5)}
         with pytest.raises(StorageError, match="away"):
-            outcome_of(out, 5, ("train",))
+            outcome.commit(place, packed)
     with pytest.raises(DataError, match=r"cut off; run the same `elastrain pack` again to finish it"):
         Dataset.open(f"{out}/train")
     assert outcome.recover(Hold(out))
     assert opened(out) == {"train": "5"}
+    assert not outcome.recover(Hold(out))
 
 
 @pytest.mark.slow
