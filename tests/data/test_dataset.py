@@ -47,7 +47,7 @@ def test_a_plain_folder_is_a_dataset(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("dictionary", [False, True])
 def test_plain_files_whose_pages_have_no_checksums_are_told(version: str, dictionary: bool, tmp_path: Path) -> None:  # noqa: FBT001
-    form = {"use_dictionary": dictionary, "data_page_version": version, "compression": "zstd"}
+    form: dict[str, Any] = {"use_dictionary": dictionary, "data_page_version": version, "compression": "zstd"}
     write(tmp_path / "with" / "a.parquet", 3000, write_page_checksum=True, **form)
     write(tmp_path / "without" / "a.parquet", 3000, **form)
     assert Dataset.open(str(tmp_path / "with")).doubt() is None
