@@ -17,10 +17,12 @@ What this guarantees, where the store honours conditional writes (`conditional.p
 - Nor is a checkpoint of its successor's harmed: the files of each writer have names of their own, and it removes no
   others but those of checkpoints that later ones have replaced.
 
+- Nor is a dataset that was packed: shards of each writer have names of their own, and manifests are only created.
+
 What it cannot: S3 has no write that depends on another object. Between a check and the write that follows, however
-short, a hold can be lost. Records (metrics, audit, ledger), the manifests of packs and what a start removes are checked
-just before; what an owner writes that stood still in between still arrives. A manifest that is about to be replaced by
-its own run is real, so `revoke` leaves it alone, and the replacement, whose files are whole, too, may still come.
+short, a hold can be lost. Records (metrics, audit, ledger) and what a start or a pack removes are checked just before;
+what an owner writes that stood still in between still arrives. A manifest that is about to be replaced by its own run
+is real, so `revoke` leaves it alone, and the replacement, whose files are whole, too, may still come.
 """
 
 import getpass

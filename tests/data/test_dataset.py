@@ -44,6 +44,18 @@ def test_a_plain_folder_is_a_dataset(tmp_path: Path) -> None:
     assert Dataset.open(str(tmp_path / "a.parquet")).num_rows == 10
 
 
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_plain_files_whose_pages_have_no_checksums_are_told(version: str, dictionary: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    form: dict[str, Any] = {"use_dictionary": dictionary, "data_page_version": version, "compression": "zstd"}
+    write(tmp_path / "with" / "a.parquet", 3000, write_page_checksum=True, **form)
+    write(tmp_path / "without" / "a.parquet", 3000, **form)
+    assert Dataset.open(str(tmp_path / "with")).doubt() is None
+    told = Dataset.open(str(tmp_path / "without")).doubt()
+    assert told is not None
+    assert told.startswith(f"{tmp_path}/without: the files have no page checksums")
+
+
 def test_the_fingerprint_is_over_what_is_held_not_where(tmp_path: Path) -> None:
     write(tmp_path / "one" / "a.parquet", 10)
     write(tmp_path / "two" / "z.parquet", 10)

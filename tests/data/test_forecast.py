@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,6 +125,12 @@ def test_what_a_custom_function_makes_is_said_to_be_left_out(tmp_path: Path) -> 
     big_manifest(tmp_path, 1, 1000)
     changes = [f"data.train={tmp_path}", "data.eval=null", "data.transforms=[{name: custom, function: 'mine:f'}]"]
     assert "mine:f not counted" in as_text(forecast_run(read_train(SPEC, changes)))
+
+
+def test_files_that_cannot_be_verified_are_told(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"tokens": pa.array([[0] * 65] * 100, pa.list_(pa.uint16(), 65))}), tmp_path / "a.parquet")
+    found = forecast_run(read_train(SPEC, [f"data.train={tmp_path}", "data.eval=null"]))
+    assert f"warning      {tmp_path}: the files have no page checksums" in as_text(found)
 
 
 def test_planning_a_small_run_takes_no_time(tmp_path: Path) -> None:

@@ -1,24 +1,30 @@
 """Tables: real Delta and Iceberg tables, a version of which is read as the Parquet files that it is made of."""
 
 import json
+import os
+import secrets
 import string
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.manifest import DataFile, DataFileContent
 from pyiceberg.table import FileScanTask
+from pyiceberg.types import DoubleType
 
 from elastrain.data.chunks import PackOptions
 from elastrain.data.dataset import Dataset
-from elastrain.data.lakes import _iceberg_tasks, find_table, pinned
+from elastrain.data.iceberg import _opened, snapshot_files, tasks_files
+from elastrain.data.lakes import find_table, pinned
+from elastrain.data.reader import read_group, sources_of
 from elastrain.data.sources import identity, open_source
-from elastrain.errors import DataError, SpecError
+from elastrain.errors import DataError, SpecError, StorageError
 
 
 def rows(first: int, last: int) -> pa.Table:
@@ -151,9 +157,9 @@ def test_rows_of_an_iceberg_table_that_are_deleted_and_still_in_the_files_are_re
     places = DataFile.from_args(
         content=DataFileContent.POSITION_DELETES, file_path=f"{path}/data/deletes.parquet", file_format="PARQUET"
     )
-    assert len(list(_iceberg_tasks("iceberg:x@1", path, [task]))) == 1
+    assert len(list(tasks_files("iceberg:x@1", path, [task]))) == 1
     with pytest.raises(DataError, match=r"^iceberg:x@1: it has rows that are deleted but still in the files"):
-        list(_iceberg_tasks("iceberg:x@1", path, [FileScanTask(task.file, {places})]))
+        list(tasks_files("iceberg:x@1", path, [FileScanTask(task.file, {places})]))
 
 
 def test_an_empty_version_is_named(delta: str) -> None:
@@ -167,3 +173,89 @@ def test_a_file_that_was_vacuumed_is_named(delta: str) -> None:
     Path(files.url(files.files[0])).unlink()
     with pytest.raises(DataError, match="the file is gone"):
         Dataset.open(f"delta:{delta}@0")
+
+
+def test_columns_that_were_renamed_or_dropped_in_the_table_only_are_refused(iceberg: Any) -> None:
+    path, before = iceberg.location().removeprefix("file://"), iceberg.current_snapshot().snapshot_id
+    with iceberg.update_schema() as update:
+        update.delete_column("x")
+    with iceberg.update_schema() as update:
+        update.rename_column("y", "x")
+    with pytest.raises(DataError, match=rf"after its newest snapshot, whose files have x, y; .*: {path}@{before}$"):
+        pinned(f"iceberg:{path}")
+    assert numbers(f"iceberg:{path}@{before}") == list(range(30)), "a snapshot is what it was"
+    iceberg.append(pa.table({"x": [1.5]}))
+    newest = pinned(f"iceberg:{path}")
+    for read in (Dataset.open, find_table):
+        with pytest.raises(
+            DataError, match=r"\.parquet has other columns \(x, y\) than the snapshot \(x\): they were ren"
+        ):
+            read(newest)
+
+
+def test_a_column_that_was_dropped_and_came_again_under_its_name_is_another_one(iceberg: Any) -> None:
+    with iceberg.update_schema() as update:
+        update.delete_column("y")
+    with iceberg.update_schema() as update:
+        update.add_column("y", DoubleType())
+    iceberg.append(rows(30, 40))
+    with pytest.raises(DataError, match=r"has other columns \(x, y\) than the snapshot \(x, y\)"):
+        find_table(pinned(f"iceberg:{iceberg.location().removeprefix('file://')}"))
+
+
+def test_of_metadata_that_was_never_committed_nothing_is_guessed(iceberg: Any) -> None:
+    path, newest = iceberg.location().removeprefix("file://"), iceberg.current_snapshot().snapshot_id
+    good = Path(iceberg.metadata_location.removeprefix("file://"))
+    number = int(good.name.split("-")[0])
+    (good.parent / f"{number:05d}-00000000-lost.metadata.json").write_bytes(good.read_bytes())
+    with pytest.raises(DataError, match=rf"{number:05d}-0.* and {good.name} are both the newest, and only the catalog"):
+        pinned(f"iceberg:{path}")
+    assert pinned(f"iceberg:{good}") == f"iceberg:{good}@{newest}"
+    assert numbers(f"iceberg:{path}@{newest}") == list(range(30)), "of a snapshot that is named both say the same"
+    (good.parent / "version-hint.text").write_text("1\n")
+    (first,) = good.parent.glob(f"{1:05d}-*")
+    assert pinned(f"iceberg:{path}").rpartition("@")[2] == pinned(f"iceberg:{first}").rpartition("@")[2] != str(newest)
+
+
+# --- on a real S3 server
+
+
+def made_on_s3(kind: str, root: str, tmp_path: Path) -> str:
+    """A table of 30 rows in two versions; return it with its first version, of 10 rows."""
+    if kind == "delta":
+        write_deltalake(f"{root}/sales", rows(0, 10))
+        write_deltalake(f"{root}/sales", rows(10, 30), mode="append")
+        return f"delta:{root}/sales@0"
+    held = {"s3.endpoint": os.environ["AWS_ENDPOINT_URL"], "s3.region": "us-east-1"}
+    catalog = SqlCatalog("test", uri=f"sqlite:///{tmp_path}/catalog.db", warehouse=root, **held)
+    catalog.create_namespace("shop")
+    table = catalog.create_table("shop.sales", schema=rows(0, 1).schema)
+    table.append(rows(0, 10))
+    table.append(rows(10, 30))
+    catalog.close()
+    return f"iceberg:{table.location()}@{table.metadata.snapshots[0].snapshot_id}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["delta", "iceberg"])
+def test_a_table_on_s3_is_packed_and_trained_on(
+    kind: str, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = made_on_s3(kind, f"{s3_bucket}/{secrets.token_hex(4)}", tmp_path)
+    assert numbers(source) == list(range(10))
+    assert numbers(pinned(source.rpartition("@")[0])) == list(range(30))
+    found = Dataset.open(source)
+    every = np.arange(len(found.group_rows))
+    read = np.concatenate([read_group(found.columns, each)["x"] for each in sources_of(found, every)])
+    assert sorted(read.tolist()) == list(range(10))
+    assert identity(source)["source"] == source
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    snapshot_files.cache_clear()
+    _opened.cache_clear()
+    for call in (Dataset.open, find_table, lambda source: pinned(source.rpartition("@")[0])):
+        with pytest.raises(StorageError, match="AWS_SECRET_ACCESS_KEY") as caught:
+            call(source)
+        assert "\n" not in str(caught.value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match=r"no proper answer from http://127.0.0.1:9 in \d s"):
+        find_table(source)

@@ -30,6 +30,8 @@ from elastrain.data.sources import PackOptions, open_source
 from elastrain.data.statistics import Sums
 from elastrain.data.tokens import Windows
 from elastrain.errors import ConflictError, DataError, ElastrainError, SpecError, StorageError
+from elastrain.lease import Hold
+from elastrain.lock import locked
 
 WATCHED = """
 import json, sys, time
@@ -220,19 +222,26 @@ COLUMN = Column(name="x", dtype="int64", shape=())
 
 def outcome_of(out: str, value: int, names: tuple[str, ...], *, also_files: bool = False) -> None:
     """Pack rows of one value, in splits of these names, with all that `pack_dataset` does around its Ray job."""
+    outcome.recover(Hold(out))
+    with placed(out, value, names, also_files=also_files) as place:
+        outcome.commit(place, {name: written(place, name, value) for name in names})
+
+
+def placed(
+    out: str, value: int, names: tuple[str, ...], *, also_files: bool = False, token: str = ""
+) -> contextlib.AbstractContextManager[outcome.Place]:
     files = {outcome.TOKENIZER: b"{}"} if also_files else {}
     splits = {name: Split(columns=(COLUMN,), chunks=(), reader=_Buggy(), files=files) for name in names}
-    there = outcome.find(out)
-    with outcome.placed(out, there, splits, {"value": value}) as place:
-        packed = {}
-        for name in names:
-            with ShardWriter(place.shards(name), [COLUMN], PackOptions(row_group_bytes=8, shard_bytes=16)) as writer:
-                writer.write({"x": np.full(value, value)})
-                shards, columns = writer.finish()
-            packed[name] = Dataset(
-                url=place.shards(name), columns=columns, shards=shards, fingerprint=str(value), packed=True
-            )
-        outcome.commit(place, packed)
+    return outcome.placed(out, outcome.find(out), splits, {"value": value}, Hold(out, token))
+
+
+def written(place: outcome.Place, name: str, value: int) -> Dataset:
+    """Write the shards of a split."""
+    options, url = PackOptions(row_group_bytes=8, shard_bytes=16), place.shards(name)
+    with ShardWriter(url, [COLUMN], options, mark=place.mark, check=place.hold.check) as writer:
+        writer.write({"x": np.full(value, value)})
+        shards, columns = writer.finish()
+    return Dataset(url=url, columns=columns, shards=shards, fingerprint=str(value), packed=True)
 
 
 def opened(out: str) -> dict[str, str]:
@@ -253,7 +262,7 @@ class _Killed(BaseException):
 
 
 @pytest.mark.parametrize("store", ["local", "memory"])
-def test_a_kill_at_any_moment_of_an_overwrite_leaves_the_old_or_the_new_or_nothing(
+def test_a_kill_at_any_moment_of_an_overwrite_leaves_the_old_or_the_new_once_another_pack_has_looked(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen, moment, ended = set(), 0, False
@@ -284,6 +293,9 @@ def test_a_kill_at_any_moment_of_an_overwrite_leaves_the_old_or_the_new_or_nothi
         assert len(set(found.values())) < 2, f"killed before operation {moment}: {found}"
         assert found.get("train") != "5" or found == {"train": "5", "val": "5"}, "train comes last"
         seen.add(tuple(sorted(found.items())))
+        outcome.recover(Hold(out))
+        assert opened(out) in ({"train": "3", "test": "3"}, {"train": "5", "val": "5"}), f"killed before {moment}"
+        assert not outcome.recover(Hold(out))
         outcome_of(out, 5, ("train", "val"))
         assert opened(out) == {"train": "5", "val": "5"}
         if store == "local":
@@ -292,6 +304,78 @@ def test_a_kill_at_any_moment_of_an_overwrite_leaves_the_old_or_the_new_or_nothi
         moment += 1
     assert {(("test", "3"), ("train", "3")), (), (("train", "5"), ("val", "5"))} <= seen
     assert moment > 20
+
+
+@pytest.mark.parametrize("store", ["local", pytest.param("s3", marks=pytest.mark.slow)])
+def test_an_error_in_the_middle_of_a_commit_loses_nothing(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    out = str(tmp_path) if store == "local" else f"{request.getfixturevalue('s3_bucket')}/cut-off"
+    monkeypatch.setattr(Hold, "check", lambda _: None)
+    outcome_of(out, 3, ("train", "test"))
+    move, moved = storage.move, []
+
+    def away(url: str, target: str) -> None:
+        moved.append(target)
+        if len(moved) == 2:
+            raise StorageError("the store is away")
+        move(url, target)
+
+    with monkeypatch.context() as patched, placed(out, 5, ("train",), token="ab" * 8) as place:
+        patched.setattr(storage, "move", away)
+        packed = {"train": written(place, "train", 5)}
+        with pytest.raises(StorageError, match="away"):
+            outcome.commit(place, packed)
+    with pytest.raises(DataError, match=r"cut off; run the same `elastrain pack` again to finish it"):
+        Dataset.open(f"{out}/train")
+    assert outcome.recover(Hold(out))
+    assert opened(out) == {"train": "5"}
+    assert not outcome.recover(Hold(out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "old"), [(m, old) for m in ("writing", "late", "committing") for old in (None, 3)] + [("at last", None)]
+)
+def test_a_pack_that_stood_still_on_s3_harms_nothing_that_another_one_has_committed(
+    moment: str, old: int | None, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Late, at last: it looks, stands still while another one comes and goes, and writes what it was about to."""
+    out, names = f"{s3_bucket}/stood-still/{moment}/{old}", ("train",) if moment == "at last" else ("train", "test")
+    if old is not None:
+        outcome_of(out, old, ("train",))
+
+    def other() -> None:
+        storage.put_json(f"{out}/.lock", {"token": "another", "pid": 7, "user": "who", "host": "came"})
+        blind(lambda: outcome_of(out, 5, ("train",)))
+
+    def blind(action: Callable[[], object]) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(Hold, "check", lambda _: None)
+            action()
+
+    def stale() -> None:
+        with locked(out, remedy="") as hold, placed(out, 6, names, token=hold.token) as place:
+            packed: dict[str, Dataset] = {}
+
+            def write() -> None:
+                packed.update({name: written(place, name, 6) for name in names})
+
+            steps = {
+                "writing": (other, write),
+                "late": (other, lambda: blind(write)),
+                "committing": (write, other),
+                "at last": (write, other, lambda: blind(lambda: outcome.commit(place, packed))),
+            }
+            for step in steps[moment]:
+                step()
+            outcome.commit(place, packed)
+
+    with pytest.raises(ConflictError, match="another pack has written it" if moment == "at last" else "taken over"):
+        stale()
+    assert opened(out) == {"train": "5"}
+    dataset = Dataset.open(f"{out}/train")
+    assert [file.path for file in storage.list_files(f"{out}/train")] == [shard.path for shard in dataset.shards]
 
 
 FIVE = [f"part-{shard:05}.parquet" for shard in range(3)]

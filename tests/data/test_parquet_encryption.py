@@ -15,6 +15,7 @@ import pytest
 
 from elastrain import storage
 from elastrain.data import outcome, parquet_encryption
+from elastrain.data.card import PAGE, Removals, make_card
 from elastrain.data.chunks import PackOptions, Split
 from elastrain.data.columns import Array, Column
 from elastrain.data.dataset import MANIFEST, Dataset, fingerprint
@@ -60,16 +61,20 @@ def rows(seed: int = 0) -> dict[str, Array]:
     return {"picture": pictures, "label": np.arange(ROWS, dtype=np.int32)}
 
 
-def pack(out: Path, *, encrypt: str | None = "main", seed: int = 0) -> Dataset:
-    """Pack rows with all that `pack_dataset` does around its Ray job."""
+def pack(out: Path, *, encrypt: str | None = "main", seed: int = 0, there: bool = False) -> Dataset:
+    """Pack rows with all that `pack_dataset` does around its Ray job, over what is there."""
     options = PackOptions(row_group_bytes=20 << 10, shard_bytes=100 << 10, codec="none", encrypt=encrypt)
-    info = {"classes": {"label": ["secret-class"]}}
+    info: dict[str, Any] = {"classes": {"label": ["secret-class"]}}
     split = Split(columns=COLUMNS, chunks=(), reader=Any, info=info, files={outcome.TOKENIZER: b"secret-token"})  # type: ignore[arg-type]
     marker = {"source": "rows", "options": options.identity()}
-    with outcome.placed(str(out), {}, {"train": split}, marker) as place:
+    old = outcome.find(str(out)) if there else {}
+    with outcome.placed(str(out), old, {"train": split}, marker) as place:
         with ShardWriter(place.shards("train"), COLUMNS, options) as writer:
             writer.write(rows(seed))
             shards, columns = writer.finish()
+        info["card"] = make_card(
+            written=ROWS, removals=Removals(), sums=writer.sums(), options=options, facts={"classes": info["classes"]}
+        )
         whole = Dataset(
             url=place.shards("train"),
             columns=columns,
@@ -123,6 +128,10 @@ def test_nothing_that_is_stored_can_be_read(tmp_path: Path) -> None:
     assert found(tmp_path / "plain") >= set(secrets[:7]), "the test can see what is not encrypted"
     with pytest.raises(OSError, match="no decryption found"):
         pq.read_table(tmp_path / "held" / "train" / "part-00000.parquet")
+    assert (tmp_path / "plain" / "train" / PAGE).exists()
+    pack(tmp_path / "plain", there=True)
+    assert not list(tmp_path.rglob(PAGE)), "nor does a page stay when a plain dataset is replaced by an encrypted one"
+    assert Dataset.open(str(tmp_path / "held" / "train")).info["card"]["columns"][1]["max"] == ROWS - 1
 
 
 def test_of_fifty_flipped_bits_in_shards_each_is_found_or_harmless(tmp_path: Path) -> None:

@@ -416,6 +416,7 @@ def test_labels_outside_the_declared_classes_are_refused(tmp_path: Path) -> None
         "counts": {"0": 166, "1": 167, "2": 166, "3": 1},
         "absent": ["4"],
         "imbalance": 167,
+        "suspicious": ["3 has 1 rows, where a class has 125 on average"],
     }
 
 

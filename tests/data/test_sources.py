@@ -292,8 +292,20 @@ def test_split_by_names(tmp_path: Path) -> None:
     assert {name: rows["x"].tolist() for name, rows in read(f"csv:{tmp_path}").items()} == {"train": [2], "test": [1]}
     with pytest.raises(SpecError, match="own split"):
         open_source(f"csv:{tmp_path}", PackOptions(test_fraction=0.5))
-    (tmp_path / "more.csv").write_text("x\n3\n")
-    assert read(f"csv:{tmp_path}")["train"]["x"].tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize("known", ["train", "test"])
+def test_a_name_that_tells_no_split_beside_names_that_do_is_an_error(known: str, tmp_path: Path) -> None:
+    """As in IMDB: train, test and unsupervised, of which the last has labels of -1 only."""
+    (tmp_path / f"{known}-1.csv").write_text("x\n1\n")
+    (tmp_path / "unsupervised-1.csv").write_text("x\n2\n")
+    broken(
+        f"csv:{tmp_path}",
+        f"{tmp_path}/unsupervised-1.csv: its name says neither train nor test, but that of {known}-1.csv says {known}",
+        "--test-fraction",
+    )
+    assert read(f"csv:{tmp_path}", test_fraction=0)["train"]["x"].tolist() == [1, 2]
+    assert read(f"csv:{tmp_path}/un*.csv")["train"]["x"].tolist() == [2]
 
 
 # --- parquet
@@ -499,6 +511,8 @@ def test_image_folders_with_a_split_and_grey(tmp_path: Path) -> None:
     splits = read(f"images:{tmp_path}")
     assert {name: rows["image"].shape for name, rows in splits.items()} == {"train": (3, 5, 5), "test": (2, 5, 5)}
     assert read(f"images:{tmp_path}/train")["train"]["image"].shape == (3, 5, 5)
+    save(tmp_path / "unsup" / "0" / "0.png", np.zeros((5, 5), np.uint8))
+    broken(f"images:{tmp_path}", "unsup/0/0.png: its name says neither train nor test")
 
 
 def test_broken_images_are_named(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from tests.fault_proxy import Proxy
 
 import elastrain
 from elastrain import storage
+from elastrain.data.dataset import Dataset
 from elastrain.elastic.session import ray_session
 from elastrain.errors import StorageError
 
@@ -42,4 +43,4 @@ def test_a_run_with_a_cache_comes_to_the_same_bits_and_the_next_one_reads_no_sha
     assert again.weights_sha256 == plain.weights_sha256
     assert "403" not in fault_proxy.counts()
     with pytest.raises(StorageError):
-        storage.read_bytes(f"{url}/train/part-00000.parquet")
+        storage.read_bytes(f"{url}/train/{Dataset.open(f'{url}/train').shards[0].path}")

@@ -15,6 +15,8 @@ from elastrain.errors import DataError
 
 PAGE = "card.md"
 SHOWN_CLASSES = 50  # of the page's table of classes; the manifest has all that were counted
+SUSPICIOUS = 20  # of what looks like a mistake in the labels, the first are told
+RARE = 100  # a class with so many times fewer rows than the average one is told of
 STEPS = ("nulls", "non-finite", "empty", "duplicates", "near-duplicates")
 
 
@@ -96,14 +98,47 @@ def _column(sums: Sums, removals: Removals) -> dict[str, Any]:
 
 
 def _labels(name: str, counts: Mapping[int, int], classes: int, names: Sequence[str] | None) -> dict[str, Any]:
-    """Return how often each class is there, which are not, and how uneven it is: the largest by the smallest."""
+    """Return how often each class is there, which are not, how uneven it is, and what looks like a mistake.
+
+    Uneven is the largest class by the smallest; a value without a name (-1 where a label is unknown, say) is shown as
+    the number.
+    """
     inside = range(min(classes, 10 * len(counts)))  # of an identifier that is called label, not every gap
-    return {
+    shown = {value: _shown(value, names) for value in sorted({*inside, *counts})}
+    found = {
         "column": name,
-        "counts": {str(names[value]) if names else str(value): counts[value] for value in sorted(counts)},
-        "absent": [str(names[value]) if names else str(value) for value in inside if value not in counts],
+        "counts": {shown[value]: counts[value] for value in sorted(counts)},
+        "absent": [shown[value] for value in inside if value not in counts],
         "imbalance": max(counts.values()) / min(counts.values()),
     }
+    suspicious = [*_nameless(counts, names), *_alike(names), *_rare({shown[value]: counts[value] for value in counts})]
+    return {**found, "suspicious": suspicious[:SUSPICIOUS]} if suspicious else found
+
+
+def _shown(value: int, names: Sequence[str] | None) -> str:
+    return str(names[value]) if names and 0 <= value < len(names) else str(value)
+
+
+def _nameless(counts: Mapping[int, int], names: Sequence[str] | None) -> Iterator[str]:
+    for value, rows in sorted(counts.items()):
+        if names and not 0 <= value < len(names):
+            yield f"{value} is none of the {len(names)} named classes: {rows:,} rows"
+
+
+def _alike(names: Sequence[str] | None) -> Iterator[str]:
+    """Tell of names that would be the same if nobody had mistyped."""
+    seen: dict[str, str] = {}
+    for name in map(str, names or ()):
+        first = seen.setdefault(" ".join(name.split()).casefold(), name)
+        if first != name:
+            yield f"{first!r} and {name!r} differ only in case or white space"
+
+
+def _rare(counts: Mapping[str, int]) -> Iterator[str]:
+    mean = sum(counts.values()) / len(counts)
+    for name, rows in counts.items():
+        if rows * RARE < mean:
+            yield f"{name} has {rows:,} rows, where a class has {mean:,.0f} on average"
 
 
 def duplicates_found(hashes: RowHashes, starts: Mapping[str, int], *, dropped: bool) -> dict[str, Any]:
@@ -141,6 +176,8 @@ def as_text(cards: Mapping[str, Any]) -> str:
             lines.append(f"near-duplicates, at least {looked['near']:g} alike: {looked['near_duplicates']:,}")
         if "contradictions" in looked:
             lines.append(f"inputs with more than one label: {looked['contradictions']['inputs']:,}")
+    for name, card in cards.items():
+        lines += [f"{name}: suspicious label: {text}" for text in (card or {}).get("labels", {}).get("suspicious", ())]
     return "".join(f"\n{line}" for line in lines)
 
 
@@ -221,3 +258,5 @@ def _classes(card: Mapping[str, Any]) -> Iterator[str]:
     yield f"The most frequent class has {labels['imbalance']:.3g} times the rows of the rarest."
     if labels["absent"]:
         yield f"Classes without a row: {', '.join(labels['absent'][:SHOWN_CLASSES])}."
+    for text in labels.get("suspicious", ()):
+        yield f"- suspicious: {text}"

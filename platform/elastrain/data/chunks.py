@@ -182,24 +182,42 @@ def signature(files: Files) -> str:
     return found.hexdigest()
 
 
-def named_splits(files: Files) -> dict[str, Files] | None:
-    """Return the splits that names tell, None if they do not tell for every file or tell of one split only.
+def named_splits(files: Files, options: PackOptions) -> dict[str, Files] | None:
+    """Return the splits that names tell, None if they tell of none or of one only.
 
     A name tells if the file or a folder above it is called train, test, val, … (alone or before `-`, `_` or `.`).
-    What is called validation is the test split where no other is.
+    What is called validation is the test split where no other is. Raises DataError if some names tell and others do
+    not, unless an option says how to split.
     """
+    told = {file: _told(file.path) for file in files.files}
+    if None in told.values():
+        refuse_half_named(files, told, options)
+        return None
     found: dict[str, list[storage.FileInfo]] = {}
-    for file in files.files:
-        words = (WORDS.get(re.split(r"[-_.]", part.lower(), maxsplit=1)[0]) for part in file.path.split("/"))
-        name = next(filter(None, words), None)
-        if name is None:
-            return None
-        found.setdefault(name, []).append(file)
+    for file, name in told.items():
+        found.setdefault(str(name), []).append(file)
     if "train" not in found or len(found) == 1:
         return None
     if "test" not in found:
         found["test"] = found.pop("val")
     return {name: Files(files.root, tuple(found[name])) for name in ("train", "val", "test") if name in found}
+
+
+def refuse_half_named(files: Files, told: Mapping[storage.FileInfo, str | None], options: PackOptions) -> None:
+    """Raise DataError, naming a file, if some but not all are `told` to be of a split, and no option splits them."""
+    known = next((file for file, name in told.items() if name), None)
+    if known is None or options.test_fraction is not None or options.prepare.split is not None:
+        return
+    stray = next(file for file, name in told.items() if not name)
+    raise DataError(
+        f"{files.url(stray)}: its name says neither train nor test, but that of {known.path} says {told[known]}; leave "
+        f"it out, rename it, or say with --test-fraction how to split all files alike (0: all of them are train)"
+    )
+
+
+def _told(path: str) -> str | None:
+    words = (WORDS.get(re.split(r"[-_.]", part.lower(), maxsplit=1)[0]) for part in path.split("/"))
+    return next(filter(None, words), None)
 
 
 def own_split_only(source: str, options: PackOptions) -> None:

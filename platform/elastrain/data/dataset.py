@@ -26,6 +26,7 @@ import numpy.typing as npt
 from elastrain import storage
 from elastrain.encryption import Encryptor, decrypt
 from elastrain.errors import DataError, StorageError
+from elastrain.urls import table_kind
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -86,7 +87,8 @@ class Dataset:
     """What `Dataset.open` found: columns that can be read, shards in order, and a fingerprint over what they hold.
 
     `unusable` says for each other column why it cannot be read; `info` holds what `pack` noted (source, counts). `key`
-    is the name of the key that it is encrypted with, None if it is not.
+    is the name of the key that it is encrypted with, None if it is not. `verified` says whether a byte that has
+    changed is found when it is read; of plain files one is looked at.
     """
 
     url: str
@@ -97,6 +99,7 @@ class Dataset:
     unusable: Mapping[str, str] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
     key: str | None = None
+    verified: bool = True
 
     @classmethod
     def open(cls, url: str) -> Self:
@@ -105,19 +108,9 @@ class Dataset:
         Raises DataError if there is nothing to read, a pack was cut off, the manifest is broken, or the files do not
         fit together; StorageError if storage does not answer, or if it is encrypted and its key is not there.
         """
-        try:
-            return cls.from_manifest(url, json.loads(storage.read_bytes(storage.join(url, MANIFEST))))
-        except FileNotFoundError:
-            pass
-        except ValueError as error:
-            raise DataError(f"{url}/{MANIFEST}: not a JSON document ({error}); {AGAIN}") from error
-        except StorageError:
-            if not storage.is_local(url) or storage.exists(storage.join(url, MANIFEST)):
-                raise  # but not of a single file, below which a manifest cannot be looked for
-        if storage.exists(storage.join(url, PACKING)):
-            raise DataError(
-                f"{url}: a pack of this dataset was cut off; run the same `elastrain pack` again to finish it"
-            )
+        manifest = None if table_kind(url) else _manifest(url)
+        if manifest is not None:
+            return cls.from_manifest(url, manifest)
         from elastrain.data.footers import read_footers  # noqa: PLC0415 -- it builds on this module, and loads pyarrow
 
         return cls(**read_footers(url))
@@ -142,6 +135,7 @@ class Dataset:
                 unusable=manifest.get("unusable", {}),
                 info=manifest.get("info", {}),
                 key=manifest.get("key"),
+                verified=manifest.get("verified", True),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{url}/{MANIFEST}: not a manifest of Elastrain ({error!r}); {AGAIN}") from error
@@ -157,6 +151,7 @@ class Dataset:
             "unusable": dict(self.unusable),
             "info": dict(self.info),
         }
+        found |= {} if self.verified else {"verified": False}
         return found if self.key is None else _encrypted({**found, "key": self.key})
 
     @cached_property
@@ -198,6 +193,15 @@ class Dataset:
             if name not in held:
                 raise DataError(f"{self.url}: {self.why_missing(name)}")
         return replace(self, columns=tuple(held[name] for name in names))
+
+    def doubt(self) -> str | None:
+        """Say in a sentence that nobody would notice if bytes of the files changed; None where somebody would."""
+        if self.verified:
+            return None
+        return (
+            f"{self.url}: the files have no page checksums, so bytes that change on a disk or on the way are trained "
+            f"on unnoticed; `elastrain pack` makes a copy that is verified"
+        )
 
     def why_missing(self, name: str) -> str:
         """Say in a sentence why column `name` cannot be read and which columns can."""
@@ -270,6 +274,22 @@ def _tail(file: Any, size_bytes: int, url: str, *, encrypted: bool) -> bytes:
     if length + 4 > size_bytes:
         raise DataError(f"{url}: a broken Parquet footer; restore the file, or leave it out")
     return data[-length:] if length <= guess else bytes(file.read_at(length, size_bytes - length))
+
+
+def _manifest(url: str) -> Any:
+    """Return the manifest of a packed dataset as it is stored, None where no pack wrote; raises as `Dataset.open`."""
+    try:
+        return json.loads(storage.read_bytes(storage.join(url, MANIFEST)))
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        raise DataError(f"{url}/{MANIFEST}: not a JSON document ({error}); {AGAIN}") from error
+    except StorageError:
+        if not storage.is_local(url) or storage.exists(storage.join(url, MANIFEST)):
+            raise  # but not of a single file, below which a manifest cannot be looked for
+    if storage.exists(storage.join(url, PACKING)):
+        raise DataError(f"{url}: a pack of this dataset was cut off; run the same `elastrain pack` again to finish it")
+    return None
 
 
 def _shard(entry: Mapping[str, Any]) -> Shard:

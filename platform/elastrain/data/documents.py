@@ -156,7 +156,7 @@ def find_documents(source: str, options: PackOptions) -> dict[str, tuple[Documen
     how = options.prepare.documents or "file"
     suffixes = ("",) if ":" not in how else (".parquet", *csv_files.SUFFIXES, *JSON_LINES)
     files = find(source, suffixes)
-    if options.test_fraction is None and options.prepare.split is None and named_splits(files) is None:
+    if options.test_fraction is None and options.prepare.split is None and named_splits(files, options) is None:
         options = replace(options, test_fraction=TEST_FRACTION)
     stretches = {file.path: list(_stretches(files.url(file), file, how)) for file in files.files}
     return {

@@ -1,6 +1,7 @@
 """Plain Parquet files as a dataset: columns, shards and fingerprint from their footers, which must fit together."""
 
 import contextlib
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,9 +19,14 @@ from elastrain.data.lakes import find_table
 from elastrain.errors import DataError
 from elastrain.urls import table_kind
 
-FIRST_SHARD = "part-00000.parquet"
+FIRST_SHARD = re.compile(r"/part-00000(-[0-9a-f]+)?\.parquet$")
 PARQUET = (".parquet", ".pq")
 FOOTER_READERS = 8
+PAGE_HEADER = 32  # bytes of a page's header that hold its first fields
+CONTINUED, INTEGER = (
+    0x80,
+    b"\x15",
+)  # of Thrift's compact form: a byte that is not a number's last, the next field is one
 
 
 def read_footers(url: str) -> dict[str, Any]:
@@ -53,7 +59,33 @@ def read_footers(url: str) -> dict[str, Any]:
         "fingerprint": fingerprint(columns, shards),
         "packed": False,
         "unusable": unusable,
+        "verified": _has_checksums(root, files, [metadata for metadata, _ in footers]),
     }
+
+
+def _has_checksums(root: str, files: Sequence[storage.FileInfo], footers: Sequence[pq.FileMetaData]) -> bool:
+    """Say whether the first page of the first file with rows has a checksum, which no footer tells."""
+    filled = next(i for i, footer in enumerate(footers) if footer.num_rows)
+    chunk = footers[filled].row_group(0).column(0)
+    offsets = (chunk.dictionary_page_offset, chunk.data_page_offset)
+    where = storage.join(root, files[filled].path)
+    try:
+        with storage.open_arrow(where) as source:
+            return has_checksum(bytes(source.read_at(PAGE_HEADER, min(offset for offset in offsets if offset))))
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({first_line(error)}); restore it, or leave it out") from error
+
+
+def has_checksum(header: bytes) -> bool:
+    """Say whether the header of a Parquet page holds a CRC: in Thrift's compact form, the field after three integers.
+
+    >>> has_checksum(bytes([21, 0, 21, 0x90, 3, 21, 20, 21, 7])), has_checksum(bytes([21, 0, 21, 2, 21, 2, 44]))
+    (True, False)
+    """
+    at = 0
+    for _ in range(3):  # type, size, compressed size
+        at = next((i for i in range(at + 1, len(header)) if header[i] < CONTINUED), len(header)) + 1
+    return header[at : at + 1] == INTEGER
 
 
 def _parquet_files(url: str) -> tuple[str, list[storage.FileInfo]]:
@@ -80,7 +112,7 @@ def _parquet_files(url: str) -> tuple[str, list[storage.FileInfo]]:
 
 def _refuse_splits(url: str, files: Sequence[storage.FileInfo]) -> None:
     """Raise DataError if packed datasets lie below `url`: it would mix what is trained on with what is held out."""
-    folders = [file.path.rpartition("/")[0] for file in files if file.path.endswith(f"/{FIRST_SHARD}")]
+    folders = [file.path.rpartition("/")[0] for file in files if FIRST_SHARD.search(file.path)]
     packed = [
         folder
         for folder in folders

@@ -59,6 +59,7 @@ def forecast_run(spec: TrainSpec) -> dict[str, Any]:
         "bytes_read_per_epoch": int(data.size_bytes * amplification),
         "feed_bytes": min(feed_bytes, columns * plan.slots * block_bytes),
         "worker_block_bytes": 2 * -(-plan.slots // spec.workers.max) * block_bytes,
+        "warnings": [doubt for held in (data, evaluation) if held is not None and (doubt := held.doubt())],
         "not_counted": [step.function for step in spec.data.transforms if isinstance(step, Custom)],
     }
 
@@ -192,6 +193,7 @@ def as_text(found: dict[str, Any]) -> str:
     ]
     if found["read_amplification"] > WASTEFUL:
         lines.append(("advice", "pack the data into smaller row groups, or use fewer slots, to read less"))
+    lines += [("warning", text) for text in found["warnings"]]
     return "\n".join(f"{name:<12} {value}" for name, value in lines)
 
 

@@ -21,6 +21,7 @@ from elastrain.data.chunks import (
     first_line,
     named_splits,
     own_split_only,
+    refuse_half_named,
 )
 from elastrain.data.columns import Array, Column
 from elastrain.errors import DataError
@@ -87,11 +88,16 @@ def open_images(source: str, options: PackOptions) -> dict[str, Split]:
 
     Files are taken in the order of a hash of their paths, so that every row group mixes the classes; the same hash
     splits, if a test fraction is asked for. Images are RGB, or grey if all of a sample of 64 are. Raises DataError if
-    there are none, or if one lies outside a class folder.
+    there are none, if one lies outside a class folder, or if only some lie in folders that are called train or test.
     """
     files = find(source, SUFFIXES)
-    depth = int(all(file.path.split("/")[0].lower() in WORDS and file.path.count("/") > 1 for file in files.files))
-    named = named_splits(files) if depth else None
+    told = {
+        file: WORDS.get(file.path.split("/")[0].lower()) if file.path.count("/") > 1 else None for file in files.files
+    }
+    depth = int(None not in told.values())
+    if not depth:
+        refuse_half_named(files, told, options)
+    named = named_splits(files, options) if depth else None
     if named:
         own_split_only(source, options)
         parts = {name: [file.path for file in part.files] for name, part in named.items()}

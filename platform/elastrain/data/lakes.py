@@ -6,22 +6,20 @@ guessed.
 """
 
 import re
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from elastrain import storage
+from elastrain import s3, storage
+from elastrain.credentials import find_keys
 from elastrain.data.chunks import Files, first_line
-from elastrain.errors import DataError, SpecError
+from elastrain.errors import DataError, SpecError, StorageError
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
-    from pyiceberg.table import StaticTable
 
 EXTRA = "pip install 'elastrain[tables]'"
 PLAIN = "write a copy of the table without, or export it as Parquet"
-METADATA = re.compile(r"v?(\d+)(?:-.*)?\.metadata\.json")
 
 
 def pinned(source: str) -> str:
@@ -37,7 +35,7 @@ def find_table(source: str) -> Files:
     """Return the Parquet files of one version of a table, in path order.
 
     Raises SpecError if the source names no version; DataError if there is no such table or version, it holds what its
-    files alone do not tell, or the package that reads it is not installed.
+    files alone do not tell, or the package that reads it is not installed; StorageError if storage does not answer.
     """
     kind, path, version = _parts(source)
     if version is None:
@@ -68,12 +66,34 @@ def _open_delta(source: str, path: str, version: int | None) -> "DeltaTable":
         from deltalake.exceptions import DeltaError, TableNotFoundError  # noqa: PLC0415
     except ImportError as error:
         raise DataError(f"{source}: Delta tables need the deltalake package: {EXTRA}") from error
+    if s3.is_s3(path):
+        storage.exists(path)  # who does not answer, or refuses, is told in our words
     try:
-        return DeltaTable(path, version=version)
+        return DeltaTable(path, version=version, storage_options=_delta_options(path))
     except TableNotFoundError as error:
         raise DataError(f"{source}: no Delta table there; check the path") from error
-    except (DeltaError, OSError) as error:
+    except DeltaError as error:
         raise DataError(f"{source}: this version cannot be read ({first_line(error)}); name another one") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {_last_words(error)}") from error
+
+
+def _delta_options(path: str) -> dict[str, str] | None:
+    """Return where a table's store is and the keys for it, as far as delta-rs does not look there by itself."""
+    if not s3.is_s3(path):
+        return None
+    where, keys = s3.endpoint(), find_keys()
+    found = {"AWS_ENDPOINT_URL": where, "AWS_ALLOW_HTTP": str(where.startswith("http://")).lower()} if where else {}
+    if keys is not None:
+        found |= {"AWS_ACCESS_KEY_ID": keys.key_id, "AWS_SECRET_ACCESS_KEY": keys.secret}
+        found |= {"AWS_SESSION_TOKEN": keys.token} if keys.token else {}
+    return found
+
+
+def _last_words(error: OSError) -> str:
+    """Return the innermost cause of an error of delta-rs, which writes one a line, with colours."""
+    lines = [re.sub(r"\x1b\[\d+m|↳", "", line).strip() for line in str(error).splitlines()]
+    return " ".join((next(filter(None, reversed(lines)), "no reason given")).split())[:300]
 
 
 def _newest_delta(source: str, path: str) -> int:
@@ -94,7 +114,14 @@ def _delta_files(source: str, path: str, version: int) -> tuple[str, list[storag
         raise DataError(f"{source}: it has rows that are deleted but still in the files; {PLAIN} them")
     held = pa.table(table.get_add_actions())
     rows = zip(held["path"].to_pylist(), held["size_bytes"].to_pylist(), strict=True)
-    return path, [_file(source, path, unquote(name), size) for name, size in rows]
+    return path, [inside(source, path, unquote(name), size) for name, size in rows]
+
+
+def inside(source: str, root: str, path: str, size: int) -> storage.FileInfo:
+    """Return a file of a table; raises DataError unless it lies below the table's folder."""
+    if "://" in path or path.startswith("/"):
+        raise DataError(f"{source}: {path} lies outside of {root}; {PLAIN} files elsewhere")
+    return storage.FileInfo(path=path, size_bytes=int(size))
 
 
 def _lacks_rows(table: "DeltaTable") -> bool:
@@ -110,63 +137,21 @@ def _lacks_rows(table: "DeltaTable") -> bool:
 # --- Iceberg
 
 
-@lru_cache(maxsize=4)  # the newest version and its files are asked for one after the other
-def _open_iceberg(source: str, metadata: str) -> "StaticTable":
-    try:
-        from pyiceberg.table import StaticTable  # noqa: PLC0415 -- an extra
-    except ImportError as error:
-        raise DataError(f"{source}: Iceberg tables need the pyiceberg package: {EXTRA}") from error
-    try:
-        return StaticTable.from_metadata(metadata)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{source}: {metadata} cannot be read ({first_line(error)})") from error
-
-
 def _newest_iceberg(source: str, path: str) -> int:
-    snapshot = _open_iceberg(source, _metadata(source, path)).current_snapshot()
-    if snapshot is None:
-        raise DataError(f"{source}: the table has no snapshot yet")
-    return int(snapshot.snapshot_id)
+    return int(_iceberg(source).newest_snapshot(source, path))
 
 
 def _iceberg_files(source: str, path: str, version: int) -> tuple[str, list[storage.FileInfo]]:
-    table = _open_iceberg(source, _metadata(source, path))
-    if table.snapshot_by_id(version) is None:
-        there = ", ".join(str(snapshot.snapshot_id) for snapshot in table.metadata.snapshots) or "none"
-        raise DataError(f"{source}: no such snapshot; the table has {there}")
-    root = table.location().rstrip("/").removeprefix("file://")
-    return root, list(_iceberg_tasks(source, root, table.scan(snapshot_id=version).plan_files()))
+    root, files = _iceberg(source).snapshot_files(source, path, version)
+    return root, list(files)
 
 
-def _iceberg_tasks(source: str, root: str, tasks: Any) -> Iterator[storage.FileInfo]:
-    for task in tasks:
-        if task.delete_files:
-            raise DataError(f"{source}: it has rows that are deleted but still in the files; {PLAIN} them")
-        if str(task.file.file_format.value).upper() != "PARQUET":
-            raise DataError(f"{source}: {task.file.file_path} is no Parquet file; {PLAIN} such files")
-        path = task.file.file_path.removeprefix("file://")
-        yield _file(source, root, path.removeprefix(f"{root}/"), task.file.file_size_in_bytes)
-
-
-def _metadata(source: str, path: str) -> str:
-    """Return the newest metadata file of a table; `path` may be that file itself."""
-    if path.endswith(".metadata.json"):
-        return path
-    folder = storage.join(path, "metadata")
+def _iceberg(source: str) -> Any:
     try:
-        names = [file.path for file in storage.list_files(folder, suffix=".metadata.json") if "/" not in file.path]
-    except FileNotFoundError:
-        names = []
-    numbered = [(int(match[1]), name) for name in names if (match := METADATA.fullmatch(name))]
-    if not numbered:
-        raise DataError(f"{source}: no Iceberg table there (no metadata/*.metadata.json); check the path")
-    return storage.join(folder, max(numbered)[1])
-
-
-def _file(source: str, root: str, path: str, size: int) -> storage.FileInfo:
-    if "://" in path or path.startswith("/"):
-        raise DataError(f"{source}: {path} lies outside of {root}; {PLAIN} files elsewhere")
-    return storage.FileInfo(path=path, size_bytes=int(size))
+        from elastrain.data import iceberg  # noqa: PLC0415 -- an extra
+    except ImportError as error:
+        raise DataError(f"{source}: Iceberg tables need the pyiceberg package: {EXTRA}") from error
+    return iceberg
 
 
 KINDS: dict[str, tuple[Callable[[str, str], int], Callable[[str, str, int], tuple[str, list[storage.FileInfo]]]]] = {

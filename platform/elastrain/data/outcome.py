@@ -1,7 +1,13 @@
 """What a pack leaves in its folder: markers while it runs, manifests at its end, and nothing in between that opens.
 
 Every split gets a marker before the first shard, and its manifest after the last shard of all splits. Where a finished
-dataset is to be replaced, the shards are written beside it, and it is touched only when all of them are proven.
+dataset is to be replaced, all is written beside it, and it is touched only when the new one is whole:
+
+```
+out/.new/<split>/…          on S3 .new/<mark>/<split>/…: shards, manifests and all else of the new dataset
+out/.new/_whole.json        written last: from here on the new one counts, and a pack that finds this finishes it
+out/.new/_cleared.json      the old one is gone, and shards of the new one are on their way into its place
+```
 """
 
 import contextlib
@@ -12,17 +18,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from elastrain import storage
+from elastrain import conditional, storage
 from elastrain.data.card import PAGE, page
 from elastrain.data.chunks import Split
 from elastrain.data.dataset import MANIFEST, PACKING, Dataset
 from elastrain.encryption import Encryptor
 from elastrain.errors import ConflictError, DataError, ElastrainError
+from elastrain.lease import Hold
+from elastrain.s3 import is_s3
 from elastrain.uploads import abort
 
 TOKENIZER = "tokenizer.json"
 BESIDE = ".new"  # below OUT, and hidden: shards that will replace those of a finished dataset
-SHARD = re.compile(r"part-\d{5,}\.parquet")
+WHOLE, CLEARED = "_whole.json", "_cleared.json"
+MARK = 8
+SHARD = re.compile(rf"part-\d{{5,}}(?:-[0-9a-f]{{{MARK}}})?\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,17 +49,28 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a pack of `splits` writes: in `out`, or in `base` beside the splits `old` that it will replace."""
+    """Where a pack of `splits` writes: in `out`, or in `base` beside the splits `old` that it will replace.
+
+    On S3, where a writer that stood still may go on when another one has come and gone, the names of its shards, and of
+    `base`, end in a `mark` that no other writer has: whatever it still writes, it writes over nobody's shard.
+    """
 
     out: str
     base: str
     pack: Mapping[str, Any]
-    splits: Mapping[str, Split]
+    splits: Mapping[str, Any]
     old: tuple[str, ...]
+    hold: Hold
+    mark: str = ""
 
     def shards(self, name: str) -> str:
         """Return the folder that the shards of a split are written to."""
         return storage.join(self.base, name)
+
+    def remove(self, url: str) -> None:
+        """Remove what lies in the place, unless another process has taken it over: then raise ConflictError."""
+        self.hold.check()
+        storage.remove(url)
 
 
 def find(out: str) -> dict[str, Found]:
@@ -134,30 +155,56 @@ def _real(url: str) -> str:
 
 @contextlib.contextmanager
 def placed(
-    out: str, there: Mapping[str, Found], splits: Mapping[str, Split], pack: Mapping[str, Any]
+    out: str,
+    there: Mapping[str, Found],
+    splits: Mapping[str, Split],
+    pack: Mapping[str, Any],
+    hold: Hold | None = None,
 ) -> Iterator[Place]:
     """Yield where to write the shards, then `commit`; what an earlier pack left unfinished is cleared before.
 
     A finished dataset stays as it is until `commit`, and after any error before that; so there must be room for both.
-    Raises ConflictError if a split's folder holds files that no pack wrote, StorageError if it cannot be written.
+    What a killed `commit` left has to be finished first, see `recover`. Raises ConflictError if a split's folder holds
+    files that no pack wrote, StorageError if it cannot be written.
     """
     for name in splits:
         url = storage.join(out, name)
         if name not in there and storage.exists(url) and storage.list_files(url):
             raise ConflictError(f"{url}: there are files that no pack wrote; choose another folder")
-    beside = storage.join(out, BESIDE)
-    storage.remove(beside)  # of a pack that was killed
+    hold, beside = hold or Hold(out), storage.join(out, BESIDE)
+    storage.remove(beside)  # of packs that were killed
     abort([beside, *(storage.join(out, name) for name in splits)])
-    if not any(held.finished for held in there.values()):
-        place = Place(out=out, base=out, pack=pack, splits=splits, old=tuple(there))
+    mark = f"-{hold.token[:MARK]}" if hold.token else ""
+    is_fresh = not any(held.finished for held in there.values())
+    base = out if is_fresh else storage.join(beside, mark[1:]) if mark else beside
+    place = Place(out=out, base=base, pack=pack, splits=splits, old=tuple(there), hold=hold, mark=mark)
+    if is_fresh:
         _clear(place)
-        yield place
-        return
     try:
-        yield Place(out=out, base=beside, pack=pack, splits=splits, old=tuple(there))
-    finally:
+        yield place
+    except BaseException:
         with contextlib.suppress(ElastrainError):  # what went wrong before tells more
-            storage.remove(beside)
+            _leave(place)
+        raise
+
+
+def _leave(place: Place) -> None:
+    """Remove what an error has left, but for what the next pack will finish, or write again in its place."""
+    if place.base != place.out:
+        if not storage.exists(storage.join(place.base, WHOLE)):
+            storage.remove(place.base)
+        return
+    for name in place.splits if place.mark else ():
+        url = storage.join(place.out, name)
+        try:
+            manifest = storage.read_bytes(storage.join(url, MANIFEST))
+        except FileNotFoundError:
+            manifest = b""
+        if place.mark.encode() in manifest or b'"encrypted"' in manifest:  # which may be ours
+            continue
+        for file in storage.list_files(url):
+            if file.path.endswith(f"{place.mark}.parquet"):
+                storage.remove(storage.join(url, file.path))
 
 
 def _clear(place: Place) -> None:
@@ -166,42 +213,37 @@ def _clear(place: Place) -> None:
     for url in urls:
         storage.put_json(storage.join(url, PACKING), {"pack": place.pack, "splits": list(place.splits)})
     for url in urls:
-        storage.remove(storage.join(url, MANIFEST))
+        place.remove(storage.join(url, MANIFEST))
     for url in urls:
-        storage.remove(storage.join(url, PAGE))
-        _remove_shards(url)
+        place.remove(storage.join(url, PAGE))
+        _remove_shards(place, url)
     for url in urls[len(place.splits) :]:
-        storage.remove(storage.join(url, PACKING))
+        place.remove(storage.join(url, PACKING))
         if storage.is_local(url):
             with contextlib.suppress(OSError):  # what no pack wrote stays
                 storage.local_path(url).rmdir()
     if place.old:
-        storage.remove(storage.join(place.out, TOKENIZER))
+        place.remove(storage.join(place.out, TOKENIZER))
 
 
-def _remove_shards(url: str) -> None:
+def _remove_shards(place: Place, url: str) -> None:
     for file in storage.list_files(url):
         if SHARD.fullmatch(file.path):
-            storage.remove(storage.join(url, file.path))
-    if storage.is_local(url):
-        for path in storage.local_path(url).glob(".*.tmp"):  # what a killed pack was writing
-            path.unlink()
+            place.remove(storage.join(url, file.path))
+    storage.remove_staged(url)  # what a killed pack was writing
 
 
 def commit(place: Place, packed: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """Write the manifests, `train` last, then remove the markers: if `train` opens, the whole pack is there.
 
-    Integer columns get as many values as in the split that has most, so that a model made for one fits all.
+    Integer columns get as many values as in the split that has most, so that a model made for one fits all. Where a
+    dataset is to be replaced all is written beside it first, and from then on a kill loses neither: see `recover`.
+    Raises ConflictError if another process has taken the folder over.
     """
-    if place.base != place.out:
-        _clear(place)
-        for name, dataset in packed.items():
-            for shard in dataset.shards:
-                storage.move(storage.join(dataset.url, shard.path), storage.join(place.out, name, shard.path))
     key = next(iter(packed.values())).key
     encryptor = None if key is None else Encryptor(key)
-    for name, data in next(iter(place.splits.values())).files.items():
-        storage.put(storage.join(place.out, name), data if encryptor is None else encryptor.encrypt(data, context=name))
+    files = next(iter(place.splits.values())).files.items()
+    small = {name: data if encryptor is None else encryptor.encrypt(data, context=name) for name, data in files}
     counts = [{c.name: c.num_values for c in dataset.columns} for dataset in packed.values()]
     done = {}
     for name in reversed(list(packed)):
@@ -209,13 +251,69 @@ def commit(place: Place, packed: Mapping[str, Dataset]) -> dict[str, Dataset]:
         info = {**packed[name].info, "pack": place.pack, "splits": list(packed)}
         url = storage.join(place.out, name)
         done[name] = replace(packed[name], url=url, columns=tuple(columns), info=info)
-        if "card" in info:
-            text = page(name, {**info["card"], "fingerprint": packed[name].fingerprint})
-            storage.put(storage.join(url, PAGE), text.encode())
-        storage.put_json(storage.join(url, MANIFEST), done[name].manifest())
-    for name in packed:
-        storage.remove(storage.join(place.out, name, PACKING))
+        if "card" in info and key is None:  # the manifest, which is encrypted, has it too
+            small[f"{name}/{PAGE}"] = page(name, {**info["card"], "fingerprint": packed[name].fingerprint}).encode()
+        small[f"{name}/{MANIFEST}"] = (json.dumps(done[name].manifest(), indent=1) + "\n").encode()
+    if place.base != place.out:
+        for path, data in small.items():
+            storage.put(storage.join(place.base, path), data)
+        held = {"pack": place.pack, "splits": list(packed), "old": list(place.old), "files": list(small)}
+        place.hold.check()
+        storage.put_json(storage.join(place.base, WHOLE), held)
+        _replace(place)
+    for path, data in small.items():
+        _appear(place, path, data)
+    _end(place, packed)
     return {name: done[name] for name in packed}
+
+
+def recover(hold: Hold) -> bool:
+    """Finish what a pack was killed over while it put a whole dataset in the place of another; say if there was any.
+
+    Raises as `commit` does.
+    """
+    out, beside = hold.folder, storage.join(hold.folder, BESIDE)
+    bases = [beside, *(storage.join(beside, name) for name in storage.list_folders(beside))]
+    whole = next((base for base in bases if storage.exists(storage.join(base, WHOLE))), None)
+    if whole is None:
+        return False
+    held = storage.read_json(storage.join(whole, WHOLE))
+    splits = dict.fromkeys(held["splits"])
+    place = Place(out=out, base=whole, pack=held["pack"], splits=splits, old=tuple(held["old"]), hold=hold)
+    _replace(place)
+    for path in held["files"]:
+        _appear(place, path, storage.read_bytes(storage.join(whole, path)))
+    _end(place, splits)
+    return True
+
+
+def _replace(place: Place) -> None:
+    """Bring the shards that lie beside a dataset into its place; again after a kill at any moment."""
+    cleared = storage.join(place.base, CLEARED)
+    if not storage.exists(cleared):
+        _clear(place)
+        storage.put_json(cleared, {})  # from here on shards of the new dataset lie in the place
+    for name in place.splits:
+        for file in storage.list_files(storage.join(place.base, name)):
+            if SHARD.fullmatch(file.path):
+                place.hold.check()
+                storage.move(storage.join(place.base, name, file.path), storage.join(place.out, name, file.path))
+
+
+def _appear(place: Place, path: str, data: bytes) -> None:
+    """Write a small file of the dataset; a manifest on S3 only where there is none, so that none is ever replaced."""
+    url = storage.join(place.out, path)
+    place.hold.check()
+    if not is_s3(url) or not path.endswith(MANIFEST):
+        storage.put(url, data)
+    elif conditional.create(url, data) is None:
+        raise ConflictError(f"{url}: another pack has written it meanwhile; what it has committed is kept")
+
+
+def _end(place: Place, names: Iterable[str]) -> None:
+    for name in names:
+        storage.remove(storage.join(place.out, name, PACKING))
+    storage.remove(storage.join(place.out, BESIDE))
 
 
 def _most(counts: Sequence[int | None]) -> int | None:

@@ -68,7 +68,7 @@ def pack_dataset(source: str, out: str, options: PackOptions, *, progress: Progr
             `delta:PATH[@VERSION]` or `iceberg:PATH[@SNAPSHOT]`.
         out: A folder or any fsspec URL. A pack of the same source and options that is there already is kept; what a
             killed one left, or what lacks a shard, is done again. A dataset that is there stays until the new one is
-            whole.
+            whole, and if then the pack is killed, the next one brings the new one into its place.
         options: How to pack.
         progress: Called with the split, its rows so far, and all its rows where they are known before.
 
@@ -103,13 +103,17 @@ def _pack(
     source: str, hold: Hold, options: PackOptions, marker: Mapping[str, Any], progress: Progress | None
 ) -> dict[str, Dataset]:
     out = hold.folder
+    if outcome.recover(hold) and not options.overwrite:
+        done = outcome.finished(out, outcome.find(out), marker)
+        if done is not None:
+            return done
     there = outcome.find(out)
     outcome.refuse_others(out, there, marker, overwrite=options.overwrite)
     if there:
         outcome.refuse_own_source(out, there, parquet_files(source))
     splits = open_source(source, options)
     facts = {"source": marker["source"], "parents": parents(source)}
-    with outcome.placed(out, there, splits, marker) as place, _looked_for(splits, options, progress) as looked:
+    with outcome.placed(out, there, splits, marker, hold) as place, _looked_for(splits, options, progress) as looked:
         if looked is not None:
             facts["looked_for"] = duplicates_found(
                 looked.hashes, looked.starts, dropped=options.prepare.duplicates == "drop"
@@ -117,8 +121,7 @@ def _pack(
         if options.prepare.documents is not None and options.prepare.duplicates != "keep":
             splits, facts["looked_for"] = _without_alike(splits, options, progress)
         job = _Job(source, options, progress, looked, facts)
-        packed = {name: job.pack(place.shards(name), name, split) for name, split in splits.items()}
-        hold.check()
+        packed = {name: job.pack(place, name, split) for name, split in splits.items()}
         return outcome.commit(place, packed)
 
 
@@ -200,11 +203,12 @@ class _Job:
     looked: _Looked | None
     facts: dict[str, Any]
 
-    def pack(self, url: str, name: str, split: Split) -> Dataset:
+    def pack(self, place: outcome.Place, name: str, split: Split) -> Dataset:
         """Write the shards of a split; raises DataError if no row is left."""
+        url, hold = place.shards(name), place.hold
         windows = Windows(split.window, split.end) if split.window is not None else None
         removals = Removals()
-        with ShardWriter(url, split.columns, self.options) as writer:
+        with ShardWriter(url, split.columns, self.options, mark=place.mark, check=hold.check) as writer:
             for arrays in self._kept(name, split, removals):
                 writer.write({"tokens": windows.push(arrays["tokens"])} if windows else arrays)
                 if self.progress is not None:

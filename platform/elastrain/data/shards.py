@@ -12,7 +12,7 @@ import errno
 import hashlib
 import io
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,10 +83,21 @@ class OpenShard:
 
 
 class ShardWriter:
-    """Cuts rows into row groups and shards below `url`; use it in a `with` block and call `finish` at its end."""
+    """Cuts rows into row groups and shards below `url`; use it in a `with` block and call `finish` at its end.
 
-    def __init__(self, url: str, columns: Sequence[Column], options: PackOptions) -> None:
-        self.url, self.columns, self.options = url, tuple(columns), options
+    Names of shards end in `mark`; before each one is proven and appears, `check` may raise.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        columns: Sequence[Column],
+        options: PackOptions,
+        *,
+        mark: str = "",
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.url, self.columns, self.options, self.mark, self.check = url, tuple(columns), options, mark, check
         row_bytes = sum(column.row_bytes for column in columns)
         self.group_rows = max(1, options.row_group_bytes // row_bytes)
         self.shard_groups = max(1, options.shard_bytes // (self.group_rows * row_bytes))
@@ -171,7 +182,7 @@ class ShardWriter:
         return {c.name: np.concatenate([piece[c.name] for piece in taken]) for c in self.columns}
 
     def _new_shard(self) -> OpenShard:
-        path = f"part-{self._count:05}.parquet"
+        path = f"part-{self._count:05}{self.mark}.parquet"
         self._count += 1
         url = storage.join(self.url, path)
         stack = contextlib.ExitStack()
@@ -201,6 +212,7 @@ class ShardWriter:
         if self._open is None:
             return
         self._settle()
+        self.check()
         with named_write(self._open.url):
             self._open.close()
         self._proof = self._prover.submit(prove, self._open, self._sums)

@@ -193,11 +193,11 @@ def _key_hashes(batch: pa.RecordBatch, name: str, where: str) -> npt.NDArray[np.
 def split_files(source: str, files: Files, options: PackOptions) -> dict[str, tuple[Files, Part]]:
     """Return the files and rows of each split: by names, by a hash of the rows, or all in train.
 
-    Raises SpecError if a split is asked of files that are split by name.
+    Raises SpecError if a split is asked of files that are split by name, DataError if only some of their names tell.
     """
     prepare = options.prepare
     part = Part(key=prepare.key, nulls=prepare.nulls, non_finite=prepare.non_finite, label=options.label)
-    named = named_splits(files)
+    named = named_splits(files, options)
     if named is not None:
         own_split_only(source, options)
         return {name: (held, part) for name, held in named.items()}

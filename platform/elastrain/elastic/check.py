@@ -53,6 +53,8 @@ def check_run(spec: TrainSpec, *, address: str | None = None) -> dict[str, Any]:
     found.append(("storage", _storage(run_url)))
     feed = _feed(spec)
     found.append(("data", f"{feed.plan.num_rows:,} rows; columns {', '.join(c.name for c in feed.train.columns)}"))
+    data = (feed.train, feed.evaluation)
+    found += [("doubt", doubt) for held in data if held is not None and (doubt := held.doubt())]
     detail, state_bytes = _one_step(spec, feed)
     found.append(("step", detail))
     found.append(("memory", _memory(spec, state_bytes)))

@@ -144,7 +144,8 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
             script=script,
             left_out=events(data, left_out),
         )
-        if cache is not None and (doubt := cache.doubt()):
+        doubts = [None if cache is None else cache.doubt(), *(held.doubt() for held in data.values())]
+        for doubt in filter(None, doubts):
             job.warn(doubt)
         if asked > plan.slots:
             job.warn(f"the run was begun with {plan.slots} slots, so no more than that many workers can be used")
