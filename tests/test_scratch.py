@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from elastrain.scratch import scratch
+from elastrain.scratch import scratch_folder
 
 HOLD = """
 import os, sys
-from elastrain.scratch import scratch
-(scratch() / "left").write_text("x")
-assert scratch() == scratch()
+from elastrain.scratch import scratch_folder
+(scratch_folder() / "left").write_text("x")
+assert scratch_folder() == scratch_folder()
 if os.fork() == 0:
-    assert not any(scratch().iterdir()), "a fork has its own"
+    assert not any(scratch_folder().iterdir()), "a fork has its own"
     sys.exit()
 os.wait()
-assert (scratch() / "left").exists(), "and leaves ours alone"
-print(scratch(), flush=True)
+assert (scratch_folder() / "left").exists(), "and leaves ours alone"
+print(scratch_folder(), flush=True)
 sys.stdin.read()
 """
 
@@ -61,9 +61,9 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_the_system(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    scratch.__globals__["_made"].cache_clear()
+    scratch_folder.__globals__["_made"].cache_clear()
     try:
         with pytest.raises(OSError, match="missing"):
-            scratch()
+            scratch_folder()
     finally:
-        scratch.__globals__["_made"].cache_clear()
+        scratch_folder.__globals__["_made"].cache_clear()

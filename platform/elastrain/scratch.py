@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 
-def scratch() -> Path:
+def scratch_folder() -> Path:
     """Return the folder, which only this process writes to; raises OSError if none can be made."""
     return _made(os.getpid())  # a fork has one of its own
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from elastrain import listing, s3
 from elastrain.errors import StorageError
-from elastrain.scratch import scratch
+from elastrain.scratch import scratch_folder
 from elastrain.urls import REMEDY, holds_credentials, redacted
 
 T = TypeVar("T")
@@ -96,7 +96,7 @@ def staged(url: str) -> Iterator[Path]:
     _refuse_credentials(url)
     local = is_local(url)
     with _named("write", url):
-        target = local_path(url) if local else scratch() / url.rsplit("/", 1)[-1]
+        target = local_path(url) if local else scratch_folder() / url.rsplit("/", 1)[-1]
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
     try:
         with _named("write", url):
