@@ -1,7 +1,6 @@
 """A sweep from its spec to its result: lock, desk, cells, Tune's controller beside them, and what it all came to."""
 
 import contextlib
-import os
 import random
 import threading
 import time
@@ -16,10 +15,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastrain import storage
+from elastrain.data.cache import cache_of
 from elastrain.data.dataset import Dataset
 from elastrain.elastic.run import versions
 from elastrain.elastic.session import ray_session, stopping
-from elastrain.errors import ConflictError, Interrupted, SpecError, error_named
+from elastrain.errors import ConflictError, Interrupted, error_named
 from elastrain.lease import Hold
 from elastrain.lock import locked
 from elastrain.observe import actions
@@ -30,13 +30,15 @@ from elastrain.spec.train import WorkersSpec
 from elastrain.sweeps.agenda import Agenda, Proposal
 from elastrain.sweeps.desk import Desk
 from elastrain.sweeps.document import base_of, parse_sweep, resolve_sweep
+from elastrain.sweeps.forecast import local_cpus, workers_of
 from elastrain.sweeps.leaderboard import Leaderboard
 from elastrain.sweeps.live import LiveView
 from elastrain.sweeps.orders import Blueprint, CellConfig, Objective
 from elastrain.sweeps.outcome import conclude, scoring_of
 from elastrain.sweeps.pool import Pool, check_room
 from elastrain.sweeps.results import as_table, as_text, curve_rows, trial_rows
-from elastrain.sweeps.schedulers import decisions, scheduler_of
+from elastrain.sweeps.rungs import decisions
+from elastrain.sweeps.schedulers import scheduler_of
 from elastrain.sweeps.space import Arm, arms_of, explore
 from elastrain.sweeps.trials import Trial, trials_of
 from elastrain.sweeps.tuning import WORST, PerStudy, tune_trials
@@ -113,10 +115,10 @@ def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False) -
     """
     spec = resolve_sweep(spec, base=Path.cwd())
     arms = arms_of(spec, base_of(spec))
-    workers = _workers(arms)
+    workers = workers_of(arms)
     for arm in arms:
-        for url in (arm.base.data.train, arm.base.data.eval):
-            Dataset.open(str(url))
+        data = arm.base.data
+        cache_of(data.cache, *(Dataset.open(str(url)) for url in (data.train, data.eval)))
     steps, saves = decisions(spec)
     url = storage.absolute(storage.join(spec.storage, spec.name))
     start = time.monotonic()
@@ -141,21 +143,13 @@ def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False) -
             stop=threading.Event(),
         )
         if not _is_over(before, spec):
-            with ray_session(address, cpus=max(os.cpu_count() or 1, job.size * workers.cpus)), stopping(job.stop):
+            with ray_session(address, cpus=local_cpus(workers)), stopping(job.stop):
                 check_room(workers, job.size)
                 goal = spec.objective.goal
                 actions.note(url, "resume" if before else "start", attempt=Ledger.next_attempt(url))
                 _run(job, Objective(metric=spec.objective.metric, goal=goal, decisions=steps, saves=saves))
         hold.check()
         return Sweep(url, *conclude(url, spec, arms, read_ledger(url), wall_s=time.monotonic() - start))
-
-
-def _workers(arms: Sequence[Arm]) -> WorkersSpec:
-    """Return what a trial runs on: `min` workers, so that as many trials as can be run at once."""
-    first, *others = (arm.base.workers for arm in arms)
-    if any(other != first for other in others):
-        raise SpecError("arms differ in workers, and all are to run on the same; set workers under `set:`")
-    return first.model_copy(update={"max": first.min})
 
 
 def _begin(url: str, spec: SweepSpec, *, fresh: bool) -> list[dict[str, Any]]:
@@ -207,7 +201,8 @@ def _run(job: _Job, objective: Objective) -> None:
         timeout_s=job.workers.timeout_s,
         info={"versions": versions(), "threads": max(1, int(job.workers.cpus))},
     )
-    pool = Pool(config, job.workers, most=job.spec.max_concurrent or 1 << 20, left=job.agenda.left)
+    most = job.spec.max_concurrent or 1 << 20
+    pool = Pool(config, job.workers, most=most, left=job.agenda.left, say=job.view.say)
     outcome: dict[str, Any] = {"outcome": "failed", "error": "the driver broke off"}
     try:
         begun = [desk.open.remote(), desk.event.remote("start", {"versions": versions()})]
