@@ -308,7 +308,7 @@ def _look(job: _Job, pool: Pool, desk: Any) -> bool:
     if now - job.shown > SHOW_S:
         job.shown = now
         job.events += ray.get(desk.events.remote(len(job.events)))
-        job.view.show(trials_of([*job.before, *job.events]), pool.busy)
+        job.view.show([*job.before, *job.events], pool.busy)
     if job.stop.is_set():
         ray.get(desk.finish.remote())
     return job.stop.is_set()
