@@ -18,7 +18,8 @@ from ray.tune.schedulers import TrialScheduler
 
 from elastrain.spec.sweep import SweepSpec
 from elastrain.sweeps.document import sweep_spec
-from elastrain.sweeps.schedulers import decisions, scheduler_of
+from elastrain.sweeps.rungs import decisions
+from elastrain.sweeps.schedulers import scheduler_of
 
 GRACE = 2 * RECORDED_EVERY
 ORDERS = 20

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -166,7 +167,7 @@ def sweep(
 
         asked = read_sweep(spec, sets or [])
         if only_plan:
-            found = forecast_sweep(asked)
+            found = forecast_sweep(asked, ask=_asking(address))
             return found, as_text(found)
         from elastrain.sweeps.run import sweep as run_sweep
 
@@ -310,6 +311,15 @@ def schema(as_json: Json = False) -> None:
         return found, json.dumps(found, indent=1)
 
     _print(run, as_json=as_json)
+
+
+def _asking(address: str | None) -> Callable[[Any], int] | None:
+    """Return what asks the Ray at an address how many trials it holds; None without one, or for this machine's own."""
+    if address is None or address == "local":
+        return None
+    from elastrain.sweeps.pool import ask_cluster
+
+    return partial(ask_cluster, address)
 
 
 def _bytes(option: str, mib: float) -> int:

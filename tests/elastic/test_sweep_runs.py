@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import elastrain
-from elastrain.errors import ConflictError, ResourceError, SpecError
+from elastrain import storage
+from elastrain.errors import ConflictError, ResourceError, SpecError, StorageError
 from elastrain.lock import locked
 from elastrain.observe.actions import read_actions
 from elastrain.observe.ledger import read_ledger
@@ -194,57 +195,76 @@ def workers_of(pid: int) -> list[int]:
     return [process for process in descendants(pid) if "RayTrainWorker" in title(process)]
 
 
+ARMS = """[
+    {name: sound, optimizer: {name: adamw, lr: 0.003}, space: {task_args.mood: {grid: [fine]}}},
+    {name: broken, optimizer: {name: sgd, lr: 0.1}, space: {task_args.mood: {grid: [raises, dies]}}},
+    {name: hot, optimizer: {name: sgd, lr: 0.1}, space: {task_args.mood: {grid: [diverges]}}},
+]"""
+
+
 @pytest.mark.usefixtures("local_ray")
-def test_trials_that_crash_die_and_diverge_cost_themselves(sweep_of: Callable[..., Any]) -> None:
-    moods = "{optimizer.lr: 0.003, task_args.mood: {grid: [fine, raises, dies, diverges]}}"
-    done = elastrain.sweep(sweep_of("moods", f"space={moods}", "search.method=grid"))
-    trials = {trial.point["task_args.mood"]: trial for trial in done.trials()}
-    assert {mood: trial.outcome for mood, trial in trials.items()} == {
-        "fine": "finished",
-        "raises": "failed",
-        "dies": "failed",
-        "diverges": "diverged",
+def test_trials_and_whole_arms_that_crash_die_and_diverge_cost_themselves(sweep_of: Callable[..., Any]) -> None:
+    few = ("search.method=grid", "budget.per_arm=2", "confirm.seeds=1")
+    done = elastrain.sweep(sweep_of("moods", "space={}", "mode=fair", f"arms={ARMS}", *few))
+    found = done.trials()
+    assert [(trial.arm, trial.phase) for trial in found if trial.phase == "confirm"] == [("sound", "confirm")]
+    assert {(trial.arm, trial.outcome) for trial in found} == {
+        ("sound", "finished"),
+        ("broken", "failed"),
+        ("hot", "diverged"),
     }
+    trials = {trial.point["task_args.mood"]: trial for trial in found if trial.phase == "tune"}
     assert "KeyError: 'what is missing'" in trials["raises"].error
     assert "3 times" in trials["dies"].error
     # two slots a step: the loss of step 35 is not finite, and no step is done after it
     assert trials["diverges"].error.startswith("step 35: the loss is nan")
-    assert trials["diverges"].step == 20
-    assert done.result["best_trial"] == "search-0000"
+    # what came after the last evaluation has been spent, too
+    assert (trials["diverges"].step, trials["raises"].step) == (35, 5)
+    assert trials["diverges"].device_s > trials["diverges"].evaluations[-1].device_s
+    assert trials["raises"].device_s > 0.0
+    assert done.result["best_trial"] == "sound-0000"
+    assert {row["arm"] for row in done.result["leaderboard"]["rows"]} == {"sound", "broken", "hot"}
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_what_takes_over_in_population_based_training_has_its_donors_weights(
-    sweep_of: Callable[..., Any], workspace: Path
-) -> None:
-    spec = sweep_of("population", "search.method=pbt", "space={optimizer.lr: {log: [1.0e-4, 3.0e-2]}}")
-    done = elastrain.sweep(spec)
+def test_what_takes_over_in_population_based_training_has_its_donors_weights(sweep_of: Callable[..., Any]) -> None:
+    """Two workers a trial: both follow what rank 0 was told."""
+    changes = ("search.method=pbt", "set.workers={min: 2, max: 2, cpus: 2}")
+    done = elastrain.sweep(sweep_of("population", *changes, "space={optimizer.lr: {log: [1.0e-4, 3.0e-2]}}"))
     assert set(ends(done).values()) == {"finished"}
     taken = [event for event in read_ledger(done.url) if event["kind"] == "exploit"]
     assert taken
     for event in taken:
-        saved = checkpoint.load(f"{workspace}/runs/population/trials/{event['donor']}", event["step"])
+        saved = checkpoint.load(f"{done.url}/trials/{event['donor']}", event["step"])
         weights = {n.removeprefix("model/"): t for n, t in saved.tensors.items() if n.startswith("model/")}
         assert event["weights_sha256"] == digest(weights)
         assert event["trial"] != event["donor"]
         assert event["point"] != next(t for t in done.trials() if t.id == event["donor"]).point
 
 
-def leaderboard(folder: Path) -> list[tuple[Any, ...]]:
-    found = json.loads((folder / "leaderboard.json").read_text())
+def leaderboard(url: str) -> list[tuple[Any, ...]]:
+    found = storage.read_json(f"{url}/leaderboard.json")
     return [(row["rank"], row["trial"], row["value"]) for row in found["rows"]]
 
 
 def test_a_killed_and_an_interrupted_driver_go_on_to_the_same_leaderboard(
-    sweep_of: Callable[..., Any], tmp_path: Path, workspace: Path, cli: Any, start: Any
+    sweep_of: Callable[..., Any], tmp_path: Path, workspace: Path, cli: Any, start: Any, s3_bucket: str
 ) -> None:
+    """And to that of a sweep on S3, whose trials read through a cache."""
+    packed = workspace / "data" / "digits"
+    for file in (path for path in packed.rglob("*") if path.is_file()):
+        storage.put(f"{s3_bucket}/{file.relative_to(packed)}", file.read_bytes())
+    data = {"train": f"{s3_bucket}/train", "eval": f"{s3_bucket}/test", "slots": 2}
+    data["cache"] = {"folder": str(tmp_path / "cache"), "max_bytes": 1 << 30}
+    far = ("--set", f"storage={s3_bucket}/sweeps", "--set", f"set.data={json.dumps(data)}")
     sweep_of("straight")
     slow = ("set.task_args={pause: 0.02}", "set.workers={min: 1, max: 1}", "set.checkpoint.every_steps=20")
     # One trial at a time: which one ASHA stops depends on who came first.
     stops = ("early_stop={method: asha, grace: 20, factor: 2}", "confirm={seeds: 2}", "max_concurrent=1")
     changes, path = [part for each in (*slow, *stops) for part in ("--set", each)], str(tmp_path / "straight.yaml")
-    straight = cli("sweep", path, *changes, "--json")
+    straight = cli("sweep", path, *changes, *far, "--json")
     assert straight.returncode == 0, straight.stderr
+    assert any((tmp_path / "cache").rglob("*")), "read through it"
 
     url = workspace / "runs" / "crooked"
     crooked = ("sweep", path, *changes, "--set", "name=crooked", "--json")
@@ -259,7 +279,7 @@ def test_a_killed_and_an_interrupted_driver_go_on_to_the_same_leaderboard(
         assert process.wait(timeout=120) == code, (number, process.communicate())
     done = cli(*crooked)
     assert done.returncode == 0, done.stderr
-    assert leaderboard(url) == leaderboard(workspace / "runs" / "straight")
+    assert leaderboard(str(url)) == leaderboard(f"{s3_bucket}/sweeps/straight")
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["trials"] == json.loads(straight.stdout.splitlines()[-1])["trials"]
     assert set(result["trials"]) == {"finished", "pruned"}
@@ -278,16 +298,32 @@ def test_what_can_be_refused_is_refused_before_anything_starts(sweep_of: Callabl
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_metric_that_is_never_reported(sweep_of: Callable[..., Any]) -> None:
-    with pytest.raises(SpecError, match="val_loss, accuracy"):
-        elastrain.sweep(sweep_of("unheard", "objective.metric=perplexity", "budget.per_arm=1"))
+def test_a_metric_that_is_never_reported_ends_the_sweep_at_its_first_evaluation(
+    sweep_of: Callable[..., Any], workspace: Path
+) -> None:
+    with pytest.raises(ResourceError, match="a trial of 1 workers of 9 CPUs each fits on no node"):
+        elastrain.sweep(sweep_of("huge", "set.workers={min: 1, max: 1, cpus: 9}"))
+    sentence = "objective.metric: the metrics are val_loss, accuracy, not 'perplexity'"
+    with pytest.raises(SpecError, match=sentence):
+        elastrain.sweep(sweep_of("unheard", "objective.metric=perplexity", "budget.per_arm=64"))
+    kinds = [event["kind"] for event in read_ledger(str(workspace / "runs" / "unheard"))]
+    assert kinds.count("trial") <= 4, "not one after the other"
+    assert "ended" not in kinds
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_another_sweep_in_the_same_folder_is_refused_and_more_budget_is_not(sweep_of: Callable[..., Any]) -> None:
+def test_another_sweep_in_the_same_folder_is_refused_and_more_budget_is_not(
+    sweep_of: Callable[..., Any], workspace: Path
+) -> None:
+    """Nor does it cost a trial that a checkpoint of it could not be written."""
     (first,) = elastrain.sweep(sweep_of("grown", "budget.per_arm=1")).trials()
     with pytest.raises(ConflictError, match="space"):
         elastrain.sweep(sweep_of("grown", "space={optimizer.lr: {log: [1.0e-4, 1.0]}}"))
+    in_the_way = workspace / "runs" / "grown" / "trials" / "search-0001"
+    in_the_way.write_text("no folder")
+    with pytest.raises(StorageError, match=f"search-0001: cannot write {in_the_way}"):
+        elastrain.sweep(sweep_of("grown", "budget.per_arm=2"))
+    in_the_way.unlink()
     again, second = elastrain.sweep(sweep_of("grown", "budget.per_arm=2")).trials()
     assert again == first
     assert second.outcome == "finished"

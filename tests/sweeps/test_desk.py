@@ -1,6 +1,7 @@
 """The desk brings trials and cells together: whatever dies, stops or comes late, each trial ends once."""
 
 import asyncio
+import os
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -205,9 +206,12 @@ async def test_a_worker_that_kills_its_cell_each_time_fails_and_says_so(on: Stag
         await settle()
         taken = on.takes("x")
         await settle()
+        await on.desk.beat("x", "a", 7, 0.7)
+        await on.desk.beat("x", "another", 900, 90.0)  # late
     message = await on.soon(told)
     assert message["outcome"] == "failed"
     assert f"{MAX_LOSSES} times" in message["error"]
+    assert (message["step"], message["device_s"]) == (7, 0.7), "it has spent that, with no evaluation"
     assert not taken.done()
     assert await on.outcomes() == {"a": ["failed"]}
 
@@ -338,16 +342,34 @@ async def test_a_point_that_the_run_refuses_fails_and_nothing_waits(on: Stage) -
 
 
 @stage_test
-async def test_a_storage_that_does_not_say_where_to_go_on_ends_the_trial(on: Stage) -> None:
+async def test_a_storage_that_does_not_say_where_to_go_on_ends_the_sweep_and_not_the_trial(on: Stage) -> None:
     def broken(_: str) -> int | None:
         raise StorageError("the bucket is gone")
 
-    told = on.begin("a")
+    on.begin("a")
     await on.cell("x")
     on.newest = broken
     await on.joins("x")
-    message = await on.soon(told)
-    assert (message["outcome"], message["error"]) == ("failed", "the bucket is gone")
+    await settle()
+    assert (await on.desk.view())["failure"] == ("StorageError", "the bucket is gone")
+    assert await on.outcomes() == {}
+
+
+@pytest.mark.parametrize("kind", ["StorageError", "SpecError"])
+def test_what_every_other_trial_would_fail_of_ends_the_sweep_and_not_the_trial(tmp_path: Any, kind: str) -> None:
+    async def run() -> None:
+        on = Stage(str(tmp_path))
+        told = on.begin("a")
+        await on.cell("x", 2)
+        await on.desk.over("x", "a", "hopeless", {"error": "the disk is full", "error_kind": kind, "step": 20})
+        await on.desk.over("x", "a", "failed", {"error": "too late to count", "error_kind": "DataError"})
+        assert await on.soon(on.desk.look("x", "a", 1)) == LEAVE, "the other worker is not to wait"
+        assert (await on.desk.view())["failure"] == (kind, "a: the disk is full")
+        await on.desk.finish()
+        assert (await on.soon(told))["outcome"] == "interrupted"
+        assert await on.outcomes() == {}, "it goes on with the sweep"
+
+    asyncio.run(run())
 
 
 @stage_test
@@ -381,16 +403,17 @@ async def test_what_was_noted_is_in_storage_after_the_end(on: Stage) -> None:
 def test_a_ledger_that_cannot_be_written_is_the_drivers_to_know(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(desk_module, "FLUSH_S", 0.0)
 
-    def full() -> None:
+    def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     async def run() -> None:
         on = Stage(str(tmp_path))
-        monkeypatch.setattr(on.desk._ledger, "flush", full)
+        monkeypatch.setattr(os, "fsync", full)  # as late as a disk may say so
+        await on.desk.event("trial", {"trial": "a"})
         await on.desk.open()
         while (failure := (await on.desk.view())["failure"]) is None:
             await asyncio.sleep(0.001)
-        assert failure[0] == "ElastrainError"
-        assert "No space left" in failure[1]
+        assert failure[0] == "StorageError"
+        assert "the disk is full" in failure[1]
 
     asyncio.run(run())

@@ -5,12 +5,14 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from elastrain.errors import StorageError
+from elastrain.sweeps import live
 from elastrain.sweeps.leaderboard import Scoring
-from elastrain.sweeps.live import best_so_far, live_line, live_table
+from elastrain.sweeps.live import LiveView, best_so_far, live_line, live_table
 from elastrain.sweeps.tensorboard import write_tensorboard
 from elastrain.sweeps.trials import Evaluation, Outcome, Trial
 
@@ -69,6 +71,28 @@ def test_confirming_runs_are_no_best_and_more_can_be_better() -> None:
     trials = [replace(run("again", "finished", 0.1), phase="confirm"), *TRIALS]
     assert [trial.id for trial, _ in best_so_far(trials, SCORING)] == ["second", "first"]
     assert [trial.id for trial, _ in best_so_far(trials, replace(SCORING, goal="max"))] == ["first", "second"]
+
+
+def test_the_view_looks_at_each_event_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has happened up to now may be a hundred thousand evaluations, and it is asked twice a second."""
+    looked: list[str] = []
+
+    class Event(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            if key == "kind":
+                looked.append(self.get("kind", ""))
+            return super().__getitem__(key)
+
+    told = {"samples": 640, "metrics": {}, "device_s": 1.0}
+    begun = Event(kind="trial", trial="t0", arm="adamw", phase="tune", number=0, point={}, seed=0)
+    evals = [Event(kind="eval", trial="t0", step=10 * n, value=1 / n, **told) for n in (1, 2, 3)]
+    stream = io.StringIO()
+    view = LiveView(SCORING, stream)
+    monkeypatch.setattr(live, "EVERY_S", 0.0)
+    for count in (1, 2, 2, 4):
+        view.show([begun, *evals][:count], 1)
+    assert looked == ["trial", "eval", "eval", "eval"]
+    assert stream.getvalue().splitlines()[-1] == "1 at once · 1 running · best val_loss 0.3333 (t0, step 30)"
 
 
 # --- TensorBoard

@@ -143,6 +143,11 @@ def test_a_fixed_value_in_a_space_is_set_in_all_trials(read: Read) -> None:
          "into space"),
         ("{workers: {min: 2, max: 2}}", "{data: {eval: null}}", "3: base: objective.metric val_loss comes from an "
          "evaluation, and the base has no data.eval"),
+        ("{workers: {min: 2, max: 2}}", "{data: {on_bad_shard: quarantine}}", "4: data.on_bad_shard: quarantine: a "
+         "sweep leaves no shard out; set data.on_bad_shard to error, and mend the data"),
+        ("optimizer.lr: {log", "data.on_bad_shard: {choice: [error, quarantine]}\n  optimizer.lr: {log", "8: "
+         "space.data.on_bad_shard: data.on_bad_shard cannot be set here: all trials see the same data; put it "
+         "into set"),
         ("base: train.yaml", "base: nope.yaml", "3: base: there is no file"),
         ("method: quasirandom", "method: sobol", "14: search.method: expected 'grid', 'random', 'quasirandom', "),
         ("every: 20", "every: 300", "6: objective: every 300 is more than max_steps 200"),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.sweeps.texts import FAIR, SEARCH
@@ -10,9 +11,10 @@ from typer.testing import CliRunner
 
 from elastrain.__main__ import app
 from elastrain.errors import ResourceError, SpecError
-from elastrain.spec.sweep import EarlyStopSpec, SweepSpec
+from elastrain.spec.sweep import SweepSpec
 from elastrain.spec.train import WorkersSpec
-from elastrain.sweeps.forecast import as_text, expected_steps, fits, forecast_sweep, machine_gpus, rungs
+from elastrain.sweeps.forecast import as_text, fits, forecast_sweep, local_cpus, machine_gpus
+from elastrain.sweeps.rungs import expected_steps
 
 Read = Callable[..., SweepSpec]
 
@@ -43,9 +45,13 @@ def test_a_fair_plan_has_a_row_of_defaults_an_arm(read: Read) -> None:
     found = forecast_sweep(read(FAIR))
     assert found["trials"] == {"tune": 18, "defaults": 3, "confirm": 15}
     assert [arm["trials"] for arm in found["arms"]] == [6, 6, 6]
-    assert found["slots"] == 4
     assert any(each.startswith("without confirm") for each in found["warnings"])
-    assert any("1 to 2 workers" in each for each in found["warnings"])
+
+
+def test_trials_have_the_smallest_number_of_workers_as_in_the_run(read: Read) -> None:
+    found = forecast_sweep(read(SEARCH, "set={workers: {min: 1, max: 4}, data: {slots: 4}}"))
+    assert (found["workers"]["min"], found["workers"]["max"], found["slots"]) == (1, 1, 8)
+    assert "1 a trial, of 1 CPUs each" in as_text(found)
 
 
 @pytest.mark.parametrize(
@@ -66,31 +72,57 @@ def test_a_budget_in_any_unit_is_told(read: Read, budget: str, trials: int | Non
 @pytest.mark.parametrize(
     ("nodes", "workers", "expected"),
     [
-        ([(8, 0)], {"max": 2, "min": 2}, 4),
-        ([(3, 0), (3, 0)], {"max": 2, "min": 2, "cpus": 2}, 1),
-        ([(1, 0)], {"max": 2, "min": 2}, 0),
-        ([(1, 0)], {"max": 2, "min": 1}, 1),
-        ([(8, 2)], {"gpus": 0.25}, 8),
-        ([(8, 2)], {"gpus": 0.5, "cpus": 0.1}, 4),
-        ([(8, 0)], {"gpus": 1}, 0),
+        ([{"CPU": 8}], {"max": 2, "min": 2}, 4),
+        ([{"CPU": 3}, {"CPU": 3}], {"max": 2, "min": 2, "cpus": 2}, 0),
+        ([{"CPU": 1}], {"max": 2, "min": 2}, 0),
+        ([{"CPU": 8}], {"max": 4, "min": 1}, 8),
+        ([{"CPU": 8, "GPU": 2}], {"gpus": 0.25}, 8),
+        ([{"CPU": 8, "GPU": 2}], {"gpus": 0.5, "cpus": 0.1}, 4),
+        ([{"CPU": 8, "GPU": 2}], {"gpus": 1, "accelerator": "H100"}, 0),
+        ([{"CPU": 8}], {"gpus": 1}, 0),
         ([], {}, 0),
-        ([(0.3, 0)], {"cpus": 0.1}, 3),
+        ([{"CPU": 0.3}], {"cpus": 0.1}, 3),
     ],
 )
-def test_trials_at_once_are_arithmetic(
-    nodes: list[tuple[float, float]], workers: dict[str, float], expected: int
-) -> None:
+def test_trials_at_once_are_arithmetic(nodes: list[dict[str, float]], workers: dict[str, Any], expected: int) -> None:
     assert fits(nodes, WorkersSpec.model_validate(workers)) == expected
+
+
+def test_a_sweep_starts_a_ray_of_the_cpus_that_the_plan_counts() -> None:
+    assert local_cpus(WorkersSpec(min=1, max=4)) == 8
+    assert local_cpus(WorkersSpec(min=3, max=4, cpus=4)) == 12
 
 
 def test_a_machine_without_the_gpus_is_refused_and_a_cluster_is_not(
     read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = read(SEARCH, "set={workers: {gpus: 1.0}}")
-    with pytest.raises(ResourceError, match=r"workers\.min 1 of 1 GPUs each: this machine has 0; lower workers\.gpus"):
+    with pytest.raises(ResourceError, match=r"1 workers of 1 GPUs each: this machine has 0 GPUs; lower workers\.gpus"):
         forecast_sweep(spec)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert forecast_sweep(spec)["slots"] is None
+    found = forecast_sweep(spec)
+    assert found["slots"] is None
+    assert "--address asks a cluster" in as_text(found)
+
+
+def test_a_cluster_at_an_address_is_asked_in_place_of_this_machine(
+    read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, WorkersSpec]] = []
+
+    def holds(address: str, workers: WorkersSpec) -> int:
+        asked.append((address, workers))
+        return 40
+
+    monkeypatch.setattr("elastrain.sweeps.pool.ask_cluster", holds)
+    read(SEARCH)
+    command = ["sweep", str(tmp_path / "sweep.yaml"), "--plan", "--set", "set={workers: {min: 1, max: 2, gpus: 1}}"]
+    text = CliRunner().invoke(app, [*command, "--address", "10.0.0.1:6379"], catch_exceptions=False).stdout
+    assert "40 on the cluster as it is now" in text
+    ((address, workers),) = asked
+    assert (address, workers.min, workers.max, workers.gpus) == ("10.0.0.1:6379", 1, 1, 1.0)
+    with pytest.raises(ResourceError, match="this machine has 0 GPUs"):
+        CliRunner().invoke(app, [*command, "--address", "local"], catch_exceptions=False)
 
 
 def test_more_cpus_than_there_are_still_make_one_trial(read: Read) -> None:
@@ -113,13 +145,36 @@ def test_visible_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_rungs_are_evaluations(read: Read, rule: str, expected: list[int]) -> None:
-    assert rungs(read(SEARCH, f"early_stop={rule}")) == expected
+    assert forecast_sweep(read(SEARCH, f"early_stop={rule}"))["rungs"] == expected
 
 
-def test_ideal_halving_costs_what_the_arithmetic_says() -> None:
-    assert expected_steps(None, 900) == 900
-    assert expected_steps(EarlyStopSpec(method="median", grace=1), 900) == 900
-    assert expected_steps(EarlyStopSpec(method="asha", grace=100, factor=3), 900) == pytest.approx(900 * 7 / 27)
+NINE_ROUNDS = ("early_stop={method: hyperband, grace: 20, factor: 3}", "objective.max_steps=180")
+
+
+@pytest.mark.parametrize(
+    ("sets", "trials", "expected"),
+    [
+        (("early_stop=null",), 16, 200),
+        (("early_stop={method: median, grace: 20}",), 16, 200),
+        (("early_stop={method: asha, grace: 20, factor: 3}", "objective.max_steps=180"), 16, 180 * 7 / 27),
+        (("early_stop={method: asha, grace: 30, factor: 3}",), 16, 40 + 60 / 3 + 100 / 9),  # 30 and 90 at 40 and 100
+        (NINE_ROUNDS, 9, 20 + 40 / 3 + 120 / 9),  # the first bracket
+        (NINE_ROUNDS, 17, (9 * (20 + 40 / 3 + 120 / 9) + 5 * (60 + 120 / 3) + 3 * 180) / 17),
+        (NINE_ROUNDS, 26, (2 * 9 * (20 + 40 / 3 + 120 / 9) + 5 * (60 + 120 / 3) + 3 * 180) / 26),
+    ],
+)
+def test_ideal_halving_costs_what_the_arithmetic_says(
+    read: Read, sets: tuple[str, ...], trials: int, expected: float
+) -> None:
+    spec = read(SEARCH, *sets)
+    assert expected_steps(spec, trials) == pytest.approx(expected)
+    assert forecast_sweep(spec)["steps_expected"] == round(16 * expected_steps(spec, 16)) + 5 * spec.objective.max_steps
+
+
+def test_a_rule_that_would_stop_nobody_is_refused_by_the_plan_as_by_the_run(read: Read) -> None:
+    late = read(SEARCH, "early_stop={method: hyperband, grace: 100, factor: 3}", "objective.max_steps=180")
+    with pytest.raises(SpecError, match="grace 100: hyperband with factor 3 prunes after 60 of 180 steps"):
+        forecast_sweep(late)
 
 
 @pytest.mark.parametrize(

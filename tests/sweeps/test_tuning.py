@@ -15,7 +15,8 @@ from elastrain.errors import SpecError
 from elastrain.spec.sweep import SweepSpec
 from elastrain.sweeps.agenda import Agenda
 from elastrain.sweeps.document import base_of
-from elastrain.sweeps.schedulers import Brackets, decisions, firsts, scheduler_of
+from elastrain.sweeps.rungs import decisions, firsts
+from elastrain.sweeps.schedulers import Brackets, scheduler_of
 from elastrain.sweeps.space import Arm, arms_of
 from elastrain.sweeps.tuning import BEGIN, WORST, PerStudy, Proposals, TrialActor
 

@@ -124,16 +124,22 @@ class Desk:
         return await entry.decision
 
     async def over(self, cell: str, trial: str, outcome: str, fields: Mapping[str, Any]) -> None:
-        """Note that a trial has ended: finished, diverged, failed, or "" as it was told to; the first word counts."""
+        """Note that a trial has ended: finished, diverged, failed, or "" as it was told to; the first word counts.
+
+        `hopeless`: of what would end all others, too. It ends the sweep, and the trial goes on with the next one.
+        """
         place, entry = self._cells.get(cell), self._entries.get(trial)
         if place is None or place.trial != trial:
             return
         place.trial = ""
-        if outcome == "failed":
+        if outcome in ("failed", "hopeless"):
             place.broken = place.generation  # who failed leaves its group; the others are not to wait for it
         if entry is not None and entry.cell == cell and outcome:
             entry.cell = ""
-            self._note_end(entry, outcome, fields)
+            if outcome == "hopeless":
+                self._fail(fields["error_kind"], f"{trial}: {fields['error']}")
+            else:
+                self._note_end(entry, outcome, fields)
 
     async def lost(self, cell: str, trial: str, why: str) -> None:
         """Note that a worker cannot go on with a trial: its group is broken, or it was told to stop."""
@@ -142,10 +148,11 @@ class Desk:
             place.broken = place.generation
             self._lose(place, why)
 
-    async def beat(self, cell: str, step: int) -> None:
-        """Note a sign of life."""
-        if place := self._cells.get(cell):
-            place.beat, place.step = time.monotonic(), step
+    async def beat(self, cell: str, trial: str, step: int, device_s: float) -> None:
+        """Note a sign of life of a trial, and what it has come to."""
+        place = self._cells.get(cell)
+        if place is not None and place.trial == trial:
+            place.beat, place.step, place.device_s = time.monotonic(), step, device_s
 
     async def look(self, cell: str, trial: str, generation: int) -> str:
         """Say what has become of a trial in a cell; held back for a second while there is nothing to say.
@@ -277,6 +284,7 @@ class Desk:
                 continue
             entry = self._entries[self._queue.popleft()]
             place.trial, place.stopping, place.beat = entry.order.trial, False, time.monotonic()
+            place.step, place.device_s = entry.step, entry.device_s
             entry.cell = place.name
             members = tuple(place.members[rank] for rank in range(place.size))
             place.answer(Task(order=entry.order, generation=place.renew(), members=members))
@@ -292,7 +300,8 @@ class Desk:
         self._note("lost", trial=trial, cell=place.name, reason=why)
         if entry.losses >= MAX_LOSSES:
             error = f"{why}, {entry.losses} times since its last evaluation; see to its memory, or mend its task"
-            self._note_end(entry, "failed", {"error": error})
+            spent = {"step": max(entry.step, place.step), "device_s": max(entry.device_s, place.device_s)}
+            self._note_end(entry, "failed", {"error": error, **spent})
         else:
             task = asyncio.get_running_loop().create_task(self._requeue(entry))
             self._tasks.add(task)  # or it might be collected
@@ -303,10 +312,9 @@ class Desk:
         order = entry.order
         try:
             step = await asyncio.to_thread(self._newest, order.run_url)
-        except Exception as error:  # noqa: BLE001 -- the trial ends, or nobody would ever run it
+        except Exception as error:  # noqa: BLE001 -- the sweep ends, or nobody would ever run the trial
             if self._entries.get(order.trial) is entry:
-                kind = type(ours(error) or ElastrainError()).__name__
-                self._note_end(entry, "failed", {"error": str(error) or repr(error), "error_kind": kind})
+                self._fail(type(ours(error) or ElastrainError()).__name__, str(error) or repr(error))
             return
         if self._entries.get(order.trial) is not entry:
             return
@@ -322,6 +330,10 @@ class Desk:
         entry.ended, entry.step, entry.device_s = True, ended["step"], ended["device_s"]
         self._note("ended", trial=entry.order.trial, outcome=outcome, **ended)
         self._tell(entry, entry.told(outcome, ended["error"]))
+
+    def _fail(self, kind: str, error: str) -> None:
+        """Have the driver end the sweep with an error; the first one counts."""
+        self._failure = self._failure or (kind, error)
 
     @staticmethod
     def _decide(entry: Entry, word: str) -> None:
@@ -344,7 +356,7 @@ class Desk:
             try:
                 await self._flush()
             except Exception as error:  # noqa: BLE001 -- the driver has to hear of it
-                self._failure = (type(ours(error) or ElastrainError()).__name__, str(error) or repr(error))
+                self._fail(type(ours(error) or ElastrainError()).__name__, str(error) or repr(error))
                 return
 
     async def _flush(self) -> None:

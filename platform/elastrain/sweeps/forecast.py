@@ -5,16 +5,17 @@ Loads neither Ray nor torch, and opens no data.
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elastrain.errors import ResourceError
-from elastrain.spec.sweep import EarlyStopSpec, SweepSpec
-from elastrain.spec.train import TrainSpec, WorkersSpec
+from elastrain.errors import ResourceError, SpecError
+from elastrain.spec.sweep import SweepSpec
+from elastrain.spec.train import WorkersSpec
 from elastrain.sweeps.dimensions import as_text as varies
 from elastrain.sweeps.dimensions import shown
 from elastrain.sweeps.document import base_of
+from elastrain.sweeps.rungs import decisions, expected_steps
 from elastrain.sweeps.search import Search, budget_of, first_points, grid
 from elastrain.sweeps.space import Arm, arms_of, defaults
 
@@ -23,16 +24,24 @@ _FEW_SEEDS = 3
 _MANY_VALUES = 3
 
 
-def forecast_sweep(spec: SweepSpec, *, device_s_per_step: float | None = None) -> dict[str, Any]:
+Ask = Callable[[WorkersSpec], int]
+"""From what a trial runs on to how many fit on a cluster at once."""
+
+
+def forecast_sweep(
+    spec: SweepSpec, *, device_s_per_step: float | None = None, ask: Ask | None = None
+) -> dict[str, Any]:
     """Return what a resolved sweep will do at most, and its warnings; `device_s_per_step` is one that was measured.
 
-    `slots` is the number of trials at once on this machine, None where RAY_ADDRESS names a cluster that nobody asked.
+    `slots` is the number of trials at once: on the cluster that `ask` asks, else on this machine; None where
+    RAY_ADDRESS names a cluster that nobody asked.
 
     Raises:
         SpecError: The spec, its base or an arm is wrong, or a library is missing that the search needs.
-        ResourceError: A trial can never fit on this machine.
+        ResourceError: A trial can never fit.
     """
     arms = arms_of(spec, base_of(spec))
+    workers = workers_of(arms)
     for arm in arms:
         Search(arm=arm, spec=spec.search, budget=budget_of(spec))
     return {
@@ -43,58 +52,42 @@ def forecast_sweep(spec: SweepSpec, *, device_s_per_step: float | None = None) -
         "objective": spec.objective.model_dump(),
         "budget": spec.budget.model_dump(),
         "arms": [_arm(spec, arm) for arm in arms],
-        "rungs": rungs(spec),
-        "workers": arms[0].base.workers.model_dump(),
-        "slots": _slots(spec, arms[0].base.workers),
+        "rungs": sorted(decisions(spec)[0]),
+        "workers": workers.model_dump(),
+        "slots": _slots(spec, workers, ask),
+        "asked": ask is not None,
         **_cost(spec, arms, device_s_per_step),
         "warnings": list(_warnings(spec, arms)),
     }
 
 
-def fits(nodes: Iterable[tuple[float, float]], workers: WorkersSpec) -> int:
-    """Return how many trials fit at once on `nodes` of (CPUs, GPUs): of `workers.max` each, or one of at least `min`.
+def workers_of(arms: Sequence[Arm]) -> WorkersSpec:
+    """Return what a trial runs on: `min` workers, so that as many trials as can be run at once.
 
-    A worker does not span nodes; a trial may.
+    Raises SpecError if the arms differ in it.
+    """
+    first, *others = (arm.base.workers for arm in arms)
+    if any(other != first for other in others):
+        raise SpecError("arms differ in workers, and all are to run on the same; set workers under `set:`")
+    return first.model_copy(update={"max": first.min})
 
-    >>> fits([(4, 0), (3, 0)], WorkersSpec(min=1, max=2))
+
+def fits(nodes: Iterable[Mapping[str, float]], workers: WorkersSpec) -> int:
+    """Return how many trials of `workers.min` workers fit at once on nodes that hold so much; none spans two of them.
+
+    >>> fits([{"CPU": 4}, {"CPU": 3}], WorkersSpec(min=2, max=2))
     3
-    >>> fits([(1, 0)], WorkersSpec(min=1, max=2)), fits([(8, 1)], WorkersSpec(gpus=2))
-    (1, 0)
+    >>> fits([{"CPU": 8, "GPU": 2}], WorkersSpec(gpus=0.5)), fits([{"CPU": 8}], WorkersSpec(gpus=1))
+    (4, 0)
     """
-    held = sum(
-        math.floor(min(cpus / workers.cpus, gpus / workers.gpus if workers.gpus else math.inf) + 1e-9)
-        for cpus, gpus in nodes
-    )
-    return held // workers.max or int(held >= workers.min)
+    needs = workers.needs().items()
+    held = (math.floor(min(node.get(name, 0.0) / need for name, need in needs) + 1e-9) for node in nodes)
+    return sum(count // workers.min for count in held)
 
 
-def rungs(spec: SweepSpec) -> list[int]:
-    """Return the steps at which trials of an arm are compared and may end; the rule's own, put off to an evaluation."""
-    rule, every, last = spec.early_stop, spec.objective.every, spec.objective.max_steps
-    if rule is None:
-        return []
-    if rule.method == "median":
-        return list(range(_up(rule.grace, every), last, every))
-    found, step = [], rule.grace
-    while step < last:
-        found.append(_up(step, every))
-        step *= rule.factor
-    return [each for each in dict.fromkeys(found) if each < last]
-
-
-def expected_steps(rule: EarlyStopSpec | None, max_steps: int) -> float:
-    """Return the steps that a trial takes on average where exactly one in `factor` passes each rung.
-
-    All of them without a rule, or with the median, which lets pass what it must.
-    """
-    if rule is None or rule.method == "median":
-        return float(max_steps)
-    steps, share, before = 0.0, 1.0, 0
-    rung = rule.grace
-    while before < max_steps:
-        steps += share * (min(rung, max_steps) - before)
-        before, rung, share = min(rung, max_steps), rung * rule.factor, share / rule.factor
-    return steps
+def local_cpus(workers: WorkersSpec) -> float:
+    """Return the logical CPUs of a Ray that a sweep starts: the machine's, and enough for a trial in any case."""
+    return max(float(machine_cpus()), workers.min * workers.cpus)
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -102,16 +95,18 @@ def as_text(found: dict[str, Any]) -> str:
     aim, trials = found["objective"], found["trials"]
     target = f", target {aim['target']:g}" if aim["target"] is not None else ""
     beside = "".join(f", {phase} {trials[phase]:,}" for phase in ("defaults", "confirm") if trials[phase])
-    at_once = "the cluster decides" if found["slots"] is None else f"{found['slots']:,} on this machine"
+    where = "on the cluster as it is now" if found["asked"] else "on this machine"
+    at_once = (
+        f"{found['slots']:,} {where}" if found["slots"] is not None else "as many as fit: --address asks a cluster"
+    )
     workers = found["workers"]
-    size = f"{workers['max']}" if workers["min"] == workers["max"] else f"{workers['min']} to {workers['max']}"
     gpus = f" and {workers['gpus']:g} GPUs" if workers["gpus"] else ""
     lines = [
         ("sweep", f"{found['name']}: {found['mode']}, {found['method']}, seed {found['seed']}"),
         ("objective", f"{aim['metric']} ({aim['goal']}) every {aim['every']:,} of {aim['max_steps']:,} steps{target}"),
         ("budget", f"{found['budget']['per_arm']:g} {found['budget']['unit'].replace('_', ' ')} an arm"),
         ("trials", f"tune {_count(trials['tune'])}{beside}"),
-        ("workers", f"{size} a trial, of {workers['cpus']:g} CPUs{gpus} each"),
+        ("workers", f"{workers['min']} a trial, of {workers['cpus']:g} CPUs{gpus} each"),
         ("at once", at_once),
         *([("compared at", ", ".join(f"{step:,}" for step in found["rungs"][:8]))] if found["rungs"] else []),
         *(
@@ -126,11 +121,6 @@ def as_text(found: dict[str, Any]) -> str:
     for arm in found["arms"]:
         text += _arm_lines(arm)
     return "\n".join([*text, *(f"warning: {each}" for each in found["warnings"])])
-
-
-def _up(step: int, every: int) -> int:
-    """Return the first evaluation at or after `step`."""
-    return -(-step // every) * every
 
 
 def _count(number: int | None) -> str:
@@ -183,7 +173,9 @@ def _cost(spec: SweepSpec, arms: Sequence[Arm], device_s_per_step: float | None)
     full = spec.objective.max_steps
     beside = (untuned + confirm) * full
     steps = None if tune is None else tune * full + beside
-    expected = None if tune is None else round(tune * expected_steps(spec.early_stop, full)) + beside
+    expected = (
+        None if tune is None else round(tune * expected_steps(spec, tune // (len(arms) * spec.num_studies))) + beside
+    )
     batches = [size for arm in arms for size in _batches(arm)]
     largest = None if "all" in batches else max(batches)
     seconds = spec.budget.per_arm * len(arms) if steps is None else steps * (device_s_per_step or 0.0)
@@ -204,20 +196,23 @@ def _batches(arm: Arm) -> Sequence[Any]:
     return dimension.values
 
 
-def _slots(spec: SweepSpec, workers: WorkersSpec) -> int | None:
-    """Return the trials at once on this machine, or None where a cluster is named; its own Ray counts CPUs as it likes.
+def _slots(spec: SweepSpec, workers: WorkersSpec, ask: Ask | None) -> int | None:
+    """Return the trials at once; see `forecast_sweep`.
 
-    Raises ResourceError where a trial needs more GPUs than there are.
+    Raises ResourceError where a trial needs more GPUs than there are: CPUs of its own Ray are counted as it likes.
     """
+    most = spec.max_concurrent or 1 << 30
+    if ask is not None:
+        return min(ask(workers), most)
     if os.environ.get("RAY_ADDRESS", "local") != "local":
         return None
-    cpus, gpus = machine_cpus(), machine_gpus()
-    if workers.gpus and fits([(math.inf, gpus)], workers) == 0:
+    held = {"CPU": local_cpus(workers), "GPU": float(machine_gpus())}
+    if (slots := fits([held], workers.model_copy(update={"accelerator": None}))) == 0:
         raise ResourceError(
-            f"workers.min {workers.min} of {workers.gpus:g} GPUs each: this machine has {gpus}; "
-            "lower workers.gpus in set, or name a cluster by RAY_ADDRESS"
+            f"a trial of {workers.min} workers of {workers.gpus:g} GPUs each: this machine has {held['GPU']:g} GPUs; "
+            "lower workers.gpus under `set:`, or name a cluster by --address"
         )
-    return min(max(1, fits([(cpus, gpus)], workers)), spec.max_concurrent or 1 << 30)
+    return min(slots, most)
 
 
 def machine_cpus() -> int:
@@ -239,7 +234,7 @@ def machine_gpus() -> int:
 
 
 def _warnings(spec: SweepSpec, arms: Sequence[Arm]) -> Iterable[str]:
-    yield from _fairness(spec, arms[0].base)
+    yield from _fairness(spec)
     if spec.early_stop and spec.early_stop.grace < spec.objective.every:
         every = spec.objective.every
         yield f"early_stop.grace {spec.early_stop.grace} lies before the first evaluation, at step {every}: that counts"
@@ -253,7 +248,7 @@ def _warnings(spec: SweepSpec, arms: Sequence[Arm]) -> Iterable[str]:
         yield from _coverage(spec, arm)
 
 
-def _fairness(spec: SweepSpec, base: TrainSpec) -> Iterable[str]:
+def _fairness(spec: SweepSpec) -> Iterable[str]:
     if spec.confirm is not None and spec.confirm.seeds < _FEW_SEEDS:
         yield f"confirm.seeds {spec.confirm.seeds}: an interval over so few seeds says little; 5 are usual"
     if spec.mode != "fair":
@@ -262,9 +257,6 @@ def _fairness(spec: SweepSpec, base: TrainSpec) -> Iterable[str]:
         yield "without confirm.studies the intervals hold the luck of the seed, and not that of the tuning"
     if spec.objective.target is None:
         yield "without objective.target no time to a target is measured, only the final metric"
-    if base.workers.min != base.workers.max:
-        sizes = f"{base.workers.min} to {base.workers.max}"
-        yield f"trials have {sizes} workers: seconds are only comparable at one size; set workers.min and max alike"
 
 
 def _coverage(spec: SweepSpec, arm: Arm) -> Iterable[str]:

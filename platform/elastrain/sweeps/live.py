@@ -4,14 +4,14 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from elastrain.observe.progress import EVERY_S, duration, is_terminal
 from elastrain.sweeps.leaderboard import Scoring, in_words, tally
 from elastrain.sweeps.stats import loss_of
-from elastrain.sweeps.trials import Evaluation, Trial
+from elastrain.sweeps.trials import Evaluation, Told, Trial
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,6 +25,7 @@ class LiveView:
 
     def __init__(self, scoring: Scoring, stream: TextIO | None = None) -> None:
         self._scoring, self._stream = scoring, stream if stream is not None else sys.stderr
+        self._told, self._taken = Told(), 0
         self._live: Any = None
         self._written, self._written_at = "", -EVERY_S
 
@@ -46,8 +47,11 @@ class LiveView:
             if self._live:
                 self._live.stop()
 
-    def show(self, trials: Sequence[Trial], cells: int) -> None:
-        """Show the trials, and how many cells run one."""
+    def show(self, events: Sequence[Mapping[str, Any]], cells: int) -> None:
+        """Show the trials of a sweep's events, those shown before and what is new, and how many cells run one."""
+        self._told.take(events[self._taken :])
+        self._taken = len(events)
+        trials = self._told.trials()
         with contextlib.suppress(OSError, ValueError):
             if self._live:
                 self._live.update(live_table(trials, self._scoring))

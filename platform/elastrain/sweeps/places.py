@@ -33,6 +33,7 @@ class Cell:
     trial: str = ""
     beat: float = field(default_factory=time.monotonic)
     step: int = 0
+    device_s: float = 0.0
     stopping: bool = False  # at the next boundary, after a commit
     drains: bool = False  # it gets no other trial
 

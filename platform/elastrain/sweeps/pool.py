@@ -16,13 +16,15 @@ import ray
 
 from elastrain.elastic.cells import KILLED_S, end_cell, free_cell, start_cell
 from elastrain.elastic.ray_inner import draining_nodes
-from elastrain.elastic.session import addable, largest, largest_addable, room
+from elastrain.elastic.session import addable, largest, largest_addable, ray_session, room
 from elastrain.errors import ResourceError
 from elastrain.spec.train import WorkersSpec
+from elastrain.sweeps.forecast import fits
 from elastrain.sweeps.orders import CellConfig
 
 POLL_S = 0.25
 LOOK_S = 1.0
+PATIENCE = 2  # looks in a row without room for any cell: what one that ended had held comes free by the second
 FRUITLESS = 3  # cells in a row that end before their workers have come
 
 
@@ -45,11 +47,23 @@ class _Cell:
 class Pool:
     """Starts and ends cells; `error` says what made that impossible. Whatever happens, `close` it."""
 
-    def __init__(self, config: CellConfig, workers: WorkersSpec, *, most: int, left: Callable[[], float]) -> None:
-        """Make a pool of cells of `workers.max` workers, `most` at once; `left()` counts the trials still to be run."""
-        self._config, self._workers, self._most, self._left = config, workers, most, left
+    def __init__(
+        self,
+        config: CellConfig,
+        workers: WorkersSpec,
+        *,
+        most: int,
+        left: Callable[[], float],
+        say: Callable[[str], object],
+    ) -> None:
+        """Make a pool of cells of `workers.max` workers, `most` at once; `left()` counts the trials still to be run.
+
+        `say(text)` is called from the pool's thread, once whenever all room is taken by others.
+        """
+        self._config, self._workers, self._most, self._left, self._say = config, workers, most, left, say
         self._cells: dict[str, _Cell] = {}
         self._fruitless, self._next_look = 0, 0.0
+        self._roomless = 0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="sweep-pool")
         self._capacity = 1
@@ -154,6 +168,11 @@ class Pool:
         asked = any(cell.node is None for cell in self._cells.values())
         if not starting and not asked and len(working) < wanted and addable(self._workers) >= size:
             self._launch(None)
+        self._roomless = 0 if self._cells or wanted <= 0 else self._roomless + 1
+        if self._roomless == PATIENCE:
+            held = ray.cluster_resources().get("CPU", 0.0) - ray.available_resources().get("CPU", 0.0)
+            trial = f"a trial of {size} workers of {self._workers.in_words()} each"
+            self._say(f"waiting for room: no node has it now for {trial}; {held:g} CPUs are held by others")
 
     def _launch(self, node: str | None) -> _Cell:
         name = uuid.uuid4().hex[:8]
@@ -179,3 +198,13 @@ def check_room(workers: WorkersSpec, size: int) -> None:
             f"a trial of {size} workers of {workers.in_words()} each fits on no node (the largest holds "
             f"{largest(workers)}); lower workers.max, workers.cpus or workers.gpus under `set:`, or add nodes"
         )
+
+
+def ask_cluster(address: str, workers: WorkersSpec) -> int:
+    """Return how many trials the nodes of the Ray at `address` hold at once, by `workers.min` and with nothing beside.
+
+    Raises ResourceError if no Ray answers there, or no node can ever hold a trial.
+    """
+    with ray_session(address, cpus=1.0):
+        check_room(workers, workers.min)
+        return fits([node["Resources"] for node in ray.nodes() if node["Alive"]], workers)

@@ -1,7 +1,6 @@
 """A sweep from its spec to its result: lock, desk, cells, Tune's controller beside them, and what it all came to."""
 
 import contextlib
-import os
 import random
 import threading
 import time
@@ -16,9 +15,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastrain import storage
+from elastrain.data.cache import cache_of
+from elastrain.data.dataset import Dataset
 from elastrain.elastic.run import versions
 from elastrain.elastic.session import ray_session, stopping
-from elastrain.errors import Interrupted, SpecError, error_named
+from elastrain.errors import Interrupted, error_named
 from elastrain.lease import Hold
 from elastrain.lock import locked
 from elastrain.observe import actions
@@ -29,13 +30,15 @@ from elastrain.sweeps.agenda import Agenda, Proposal
 from elastrain.sweeps.begun import SPEC, TRIALS, begin, extent_of, identity_of, is_over
 from elastrain.sweeps.desk import Desk
 from elastrain.sweeps.document import base_of, resolve_sweep
+from elastrain.sweeps.forecast import local_cpus, workers_of
 from elastrain.sweeps.leaderboard import Leaderboard
 from elastrain.sweeps.live import LiveView
 from elastrain.sweeps.orders import Blueprint, CellConfig, Objective
 from elastrain.sweeps.outcome import conclude, losers, scoring_of
 from elastrain.sweeps.pool import Pool, check_room
 from elastrain.sweeps.results import as_table, as_text, curve_rows, trial_rows
-from elastrain.sweeps.schedulers import decisions, scheduler_of
+from elastrain.sweeps.rungs import decisions
+from elastrain.sweeps.schedulers import scheduler_of
 from elastrain.sweeps.space import Arm, arms_of, explore
 from elastrain.sweeps.trials import Trial, trials_of
 from elastrain.sweeps.tuning import WORST, PerStudy, tune_trials
@@ -112,8 +115,11 @@ def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False) -
     """
     spec = resolve_sweep(spec, base=Path.cwd())
     arms = arms_of(spec, base_of(spec))
-    workers = _workers(arms)
+    workers = workers_of(arms)
     identity = identity_of(arms)
+    for arm in arms:
+        data = arm.base.data
+        cache_of(data.cache, *(Dataset.open(str(url)) for url in (data.train, data.eval) if data.cache))
     steps, saves = decisions(spec)
     url = storage.absolute(storage.join(spec.storage, spec.name))
     start = time.monotonic()
@@ -139,7 +145,7 @@ def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False) -
         )
         runs = not is_over(before, spec)
         if runs:
-            with ray_session(address, cpus=max(os.cpu_count() or 1, job.size * workers.cpus)), stopping(job.stop):
+            with ray_session(address, cpus=local_cpus(workers)), stopping(job.stop):
                 check_room(workers, job.size)
                 goal = spec.objective.goal
                 actions.note(url, "resume" if before else "start", attempt=Ledger.next_attempt(url))
@@ -150,14 +156,6 @@ def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False) -
         for trial in losers(spec, trials_of(events)) if runs else ():
             storage.remove(storage.join(url, TRIALS, trial, "checkpoints"))
         return done
-
-
-def _workers(arms: Sequence[Arm]) -> WorkersSpec:
-    """Return what a trial runs on: `min` workers, so that as many trials as can be run at once."""
-    first, *others = (arm.base.workers for arm in arms)
-    if any(other != first for other in others):
-        raise SpecError("arms differ in workers, and all are to run on the same; set workers under `set:`")
-    return first.model_copy(update={"max": first.min})
 
 
 def _run(job: _Job, objective: Objective) -> None:
@@ -177,7 +175,8 @@ def _run(job: _Job, objective: Objective) -> None:
         timeout_s=job.workers.timeout_s,
         info={"versions": versions(), "threads": max(1, int(job.workers.cpus))},
     )
-    pool = Pool(config, job.workers, most=job.spec.max_concurrent or 1 << 20, left=job.agenda.left)
+    most = job.spec.max_concurrent or 1 << 20
+    pool = Pool(config, job.workers, most=most, left=job.agenda.left, say=job.view.say)
     outcome: dict[str, Any] = {"outcome": "failed", "error": "the driver broke off"}
     try:
         begun = [desk.open.remote(), desk.event.remote("start", {"versions": versions()})]
@@ -309,7 +308,7 @@ def _look(job: _Job, pool: Pool, desk: Any) -> bool:
     if now - job.shown > SHOW_S:
         job.shown = now
         job.events += ray.get(desk.events.remote(len(job.events)))
-        job.view.show(trials_of([*job.before, *job.events]), pool.busy)
+        job.view.show([*job.before, *job.events], pool.busy)
     if job.stop.is_set():
         ray.get(desk.finish.remote())
     return job.stop.is_set()

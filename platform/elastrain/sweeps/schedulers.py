@@ -1,7 +1,7 @@
-"""Who goes on and who is stopped: Ray Tune's schedulers as a sweep's spec asks for them, and when they decide."""
+"""Who goes on and who is stopped: Ray Tune's schedulers as a sweep's spec asks for them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from ray.tune.experiment import Trial as TuneTrial
@@ -14,8 +14,8 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from elastrain.errors import SpecError
 from elastrain.spec.sweep import SweepSpec
+from elastrain.sweeps.rungs import firsts
 
 
 class Population(PopulationBasedTraining):
@@ -71,20 +71,6 @@ class Brackets(HyperBandScheduler):
         return word
 
 
-def firsts(spec: SweepSpec) -> list[int]:
-    """Return after how many evaluations each bracket prunes first, the first one never; SpecError if none ever does."""
-    objective, early = spec.objective, spec.early_stop
-    assert early is not None
-    rounds = objective.max_steps // objective.every
-    found = [rounds]
-    while (first := rounds // early.factor ** len(found)) * objective.every >= early.grace:
-        found.append(first)
-    if len(found) == 1:
-        when = f"after {first * objective.every} of {objective.max_steps} steps at the latest; lower grace or factor"
-        raise SpecError(f"early_stop.grace {early.grace}: hyperband with factor {early.factor} prunes {when}")
-    return found
-
-
 def scheduler_of(spec: SweepSpec, explore: Callable[[dict[str, Any]], dict[str, Any]]) -> TrialScheduler:
     """Return the scheduler of a study. `explore(config)` is what a trial of PBT becomes that takes over another one."""
     objective, early = spec.objective, spec.early_stop
@@ -109,25 +95,3 @@ def scheduler_of(spec: SweepSpec, explore: Callable[[dict[str, Any]], dict[str, 
             return MedianStoppingRule(time_attr="step", grace_period=early.grace, min_time_slice=never, **compared)
         case "hyperband":
             return Brackets(spec)
-
-
-def decisions(spec: SweepSpec) -> tuple[frozenset[int], bool]:
-    """Return the steps after which trials are decided on, and whether a checkpoint of them is needed."""
-    objective, early = spec.objective, spec.early_stop
-    every, most = objective.every, objective.max_steps
-    evaluations: Sequence[int] = range(every, most, every)
-    if spec.search.method == "pbt":
-        return frozenset(evaluations), True
-    if early is None:
-        return frozenset(), False
-    if early.method == "asha":
-        rungs, rung = set(), early.grace
-        while rung < most:
-            rungs.add(-(-rung // every) * every)
-            rung *= early.factor
-        return frozenset(step for step in rungs if step < most), False
-    if early.method == "hyperband":
-        return frozenset(
-            first * early.factor**k * every for s, first in enumerate(firsts(spec)) for k in range(s)
-        ), True
-    return frozenset(step for step in evaluations if step >= early.grace), False

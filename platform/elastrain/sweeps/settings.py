@@ -25,6 +25,8 @@ _NOT_IN_SPACE: Mapping[Keys, str] = {
     ("workers",): "all trials have the same workers; put it into set",
     ("checkpoint",): "it changes no result; put it into set",
     ("data", "seed"): "a seed is no setting to tune; confirm repeats the best over seeds",
+    ("data", "cache"): "it changes no result; put it into set",
+    ("data", "on_bad_shard"): "all trials see the same data; put it into set",
 }
 _INVERSE = "one_minus_"
 

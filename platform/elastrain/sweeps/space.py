@@ -78,6 +78,11 @@ def arms_of(spec: SweepSpec, base: TrainSpec, where: Where = nowhere) -> list[Ar
     if start.data.eval is None:
         text = f"objective.metric {spec.objective.metric} comes from an evaluation, and the base has no data.eval"
         refuse([Problem(keys=("base",), text=text)], where)
+    if start.data.on_bad_shard != "error":
+        text = (
+            f"{start.data.on_bad_shard}: a sweep leaves no shard out; set data.on_bad_shard to error, and mend the data"
+        )
+        refuse([Problem(keys=("data", "on_bad_shard"), text=text)], places(fixed, where))
     entries: list[tuple[int, ArmSpec | None]] = list(enumerate(spec.arms)) or [(0, None)]
     arms = [_arm(spec, start, shared, entry, where) for entry in entries]
     if not any(arm.baseline for arm in arms):

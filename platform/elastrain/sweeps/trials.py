@@ -57,28 +57,44 @@ class Trial:
         return self.evaluations[-1].value if self.evaluations else None
 
 
-def trials_of(events: Iterable[Mapping[str, Any]]) -> list[Trial]:
-    """Return the trials that a ledger's events tell of, in the order in which they began.
+class Told:
+    """The trials that a ledger's events tell of, `take` by `take`, in the order in which they began.
 
     An evaluation of a step that was there before, as after a lost worker, takes the place of the one before and of all
     that followed it.
     """
-    found: dict[str, Trial] = {}
-    for event in events:
-        match event["kind"]:
-            case "trial":
-                given = {key: event[key] for key in ("arm", "phase", "number", "point", "seed")}
-                found.setdefault(event["trial"], Trial(id=event["trial"], **given))
-            case "eval":
-                trial = found[event["trial"]]
-                told = Evaluation(*(event[key] for key in ("step", "samples", "value", "metrics", "device_s")))
-                before = tuple(entry for entry in trial.evaluations if entry.step < told.step)
-                found[trial.id] = replace(
-                    trial, evaluations=(*before, told), step=max(trial.step, told.step), device_s=told.device_s
-                )
-            case "exploit":
-                found[event["trial"]] = replace(found[event["trial"]], point=event["point"])
-            case "ended":
-                ended = {key: event[key] for key in ("outcome", "step", "device_s", "error", "error_kind")}
-                found[event["trial"]] = replace(found[event["trial"]], **ended)
-    return list(found.values())
+
+    def __init__(self) -> None:
+        self._found: dict[str, Trial] = {}
+
+    def trials(self) -> list[Trial]:
+        """Return the trials as they are by what was taken."""
+        return list(self._found.values())
+
+    def take(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Take what follows."""
+        found = self._found
+        for event in events:
+            match event["kind"]:
+                case "trial":
+                    given = {key: event[key] for key in ("arm", "phase", "number", "point", "seed")}
+                    found.setdefault(event["trial"], Trial(id=event["trial"], **given))
+                case "eval":
+                    trial = found[event["trial"]]
+                    told = Evaluation(*(event[key] for key in ("step", "samples", "value", "metrics", "device_s")))
+                    before = tuple(entry for entry in trial.evaluations if entry.step < told.step)
+                    found[trial.id] = replace(
+                        trial, evaluations=(*before, told), step=max(trial.step, told.step), device_s=told.device_s
+                    )
+                case "exploit":
+                    found[event["trial"]] = replace(found[event["trial"]], point=event["point"])
+                case "ended":
+                    ended = {key: event[key] for key in ("outcome", "step", "device_s", "error", "error_kind")}
+                    found[event["trial"]] = replace(found[event["trial"]], **ended)
+
+
+def trials_of(events: Iterable[Mapping[str, Any]]) -> list[Trial]:
+    """Return the trials that a ledger's events tell of; see `Told`."""
+    told = Told()
+    told.take(events)
+    return told.trials()

@@ -20,13 +20,14 @@ import ray.train
 import torch
 
 from elastrain.data.blocks import FeedSpec, eval_block_rows
+from elastrain.data.cache import cache_of
 from elastrain.data.columns import Array
 from elastrain.data.dataset import Dataset
 from elastrain.data.direct import DirectFeed, KeptBlocks
 from elastrain.data.plan import Plan
 from elastrain.elastic.group import Door
 from elastrain.elastic.protocol import Generation, Member, Worker
-from elastrain.errors import DivergedError, ElastrainError, SpecError, StorageError, ours
+from elastrain.errors import DivergedError, ElastrainError, StorageError, ours
 from elastrain.observe.ledger import Clock
 from elastrain.spec.train import TrainSpec
 from elastrain.sweeps.desk import LEAVE, STOP
@@ -34,7 +35,7 @@ from elastrain.sweeps.orders import CellConfig, Order, Task
 from elastrain.training import checkpoint
 from elastrain.training.late_dynamo import defer_dynamo
 from elastrain.training.loop import Decision, Loop, choose_device, fix_threads
-from elastrain.training.manifests import read_manifest
+from elastrain.training.manifests import UnknownMetricError, check_metric, read_manifest
 from elastrain.training.precision import arithmetic, fix_arithmetic
 from elastrain.training.reduce import Group, GroupLost
 from elastrain.training.state import Position, TrainState, broadcast_object, digest
@@ -42,7 +43,7 @@ from elastrain.training.task import make_task
 
 TRAINING = ("data", "compute", "reduce")  # what device-seconds are made of
 LIMITS = {"compute": 1.0, "evaluate": 1.0, "start": 10.0}  # how long a worker may be at it, in workers.timeout_s
-SETTINGS = ("weight_decay", "momentum", "betas", "eps")  # of an optimizer; the schedule sets lr at each step
+SETTINGS = ("weight_decay", "momentum", "betas", "eps", "lr_ratio")  # of a group; the schedule sets lr at each step
 LOOK_S = 0.002
 COMMIT_S = 600.0
 
@@ -68,7 +69,7 @@ class CellWorker:
         self._config, self._desk, self._cell = config, config.desk, config.cell
         fix_threads(config.cpus)
         self._device = choose_device(config.gpus)
-        if 0.0 < config.gpus < 1.0:
+        if 0.0 < config.gpus < 1.0 and self._device.type == "cuda":  # else its GPUs are names
             torch.cuda.set_per_process_memory_fraction(config.gpus)
         self._rank = ray.train.get_context().get_world_rank()
         self._door = Door(ray.util.get_node_ip_address())
@@ -97,9 +98,9 @@ class CellWorker:
             if outcome == "lost":
                 self._leave_group()
                 ray.get(self._desk.lost.remote(self._cell, task.order.trial, fields["error"]))
-            elif self._rank == 0 or outcome == "failed":
+            elif self._rank == 0 or outcome in ("failed", "hopeless"):
                 ray.get(self._desk.over.remote(self._cell, task.order.trial, outcome, fields))
-            if outcome == "failed":
+            if outcome in ("failed", "hopeless"):
                 self._leave_group()  # only now: the others, who then are lost, would be heard first
         self._leave_group()
 
@@ -108,22 +109,33 @@ class CellWorker:
         return None if self._group is None else self._group.generation
 
     def _outcome(self, task: Task) -> tuple[str, dict[str, Any]]:
-        """Run a trial and return how it ended: finished, diverged, failed, "" (told to stop) or lost."""
+        """Run a trial and return how it ended: finished, diverged, failed, hopeless, "" (told to stop) or lost.
+
+        `hopeless` is what every other trial would fail of, too.
+        """
         try:
             self._enter(task)
             return "finished", self._run(task.order)
         except Stopped:
             return "", {}
         except DivergedError as error:
-            return "diverged", {"error": str(error)}
+            return "diverged", {"error": str(error), **self._spent(task.order)}
         except (Broken, GroupLost) as error:
             return "lost", {"error": str(error)}
         except Exception as error:  # noqa: BLE001 -- a trial that fails costs itself, not the sweep
             known = ours(error)
             kind = type(known or ElastrainError()).__name__
-            return "failed", {"error": str(known) if known else traceback.format_exc(), "error_kind": kind}
+            told = {"error": str(known) if known else traceback.format_exc(), "error_kind": kind}
+            hopeless = isinstance(error, UnknownMetricError | StorageError)
+            return "hopeless" if hopeless else "failed", {**told, **self._spent(task.order)}
         finally:
             self._running = None
+
+    def _spent(self, order: Order) -> dict[str, Any]:
+        """Return how far the trial has come, and what it has cost, when something ends it."""
+        if self._running is None:
+            return {"step": order.resume[1] if order.resume else 0, "device_s": order.spent_s}
+        return {"step": self._running.step, "device_s": self._running.device_s()}
 
     def _enter(self, task: Task) -> None:
         """Form the process group, unless it is there from the trial before."""
@@ -172,6 +184,10 @@ class CellWorker:
         )
         try:
             result = loop.run()
+        except UnknownMetricError as error:
+            # First of the field that the user wrote: checkpoint.best follows from it.
+            check_metric("objective.metric", order.objective.metric, error.metrics)
+            raise
         finally:
             feed.close()
             running.arrived()
@@ -228,18 +244,34 @@ class Running:
     def __init__(self, desk: Any, cell: str, order: Order, group: Group) -> None:
         self.order, self.clock, self.stop = order, Clock(), False
         self._desk, self._cell, self._group = desk, cell, group
+        self.step = order.resume[1] if order.resume else 0
         self._told = 0
         self._noted: Any = None
+        self._trained = self._since = 0.0  # of the clock's seconds of TRAINING
+        self._evaluates = False
 
     def device_s(self) -> float:
-        """Return what the trial has cost up to now, in seconds of all its workers."""
+        """Return what training has cost up to now, in seconds of all the trial's workers."""
+        now = self._booked()
+        trained = self._trained + (0.0 if self._evaluates else now - self._since)
+        return self.order.spent_s + self._group.size * trained
+
+    def _booked(self) -> float:
         spent = self.clock.spent()
-        return self.order.spent_s + self._group.size * sum(spent[kind] for kind in TRAINING)
+        return sum(spent[kind] for kind in TRAINING)
+
+    def _count(self, *, evaluates: bool) -> None:
+        """Count what was spent since the boundary before, unless on an evaluation, which waits for data, too."""
+        now = self._booked()
+        self._trained += 0.0 if self._evaluates else now - self._since
+        self._since, self._evaluates = now, evaluates
 
     # --- a seat
 
     def group(self, state: TrainState) -> Group:
         """Return the group, after what an evaluation calls for. Raises Stopped, DivergedError, SpecError, GroupLost."""
+        self.step = state.step
+        self._count(evaluates=state.due)
         if state.metrics and state.evaluated == state.step > self._told and not state.due:
             self._told = state.step
             self._judge(state)
@@ -248,9 +280,8 @@ class Running:
     def _judge(self, state: TrainState) -> None:
         """Report an evaluation; where one is due, wait for the decision, which all workers then follow."""
         objective, step = self.order.objective, state.step
-        if objective.metric not in state.metrics:
-            there = ", ".join(sorted(state.metrics))
-            raise SpecError(f"objective.metric {objective.metric!r}: the task reports {there}; name one of these")
+        check_metric("objective.metric", objective.metric, state.metrics)
+        self.clock.switch("wait")  # for the desk and Ray Tune, of which training costs nothing
         value = state.metrics[objective.metric]
         decides = step in objective.decisions and step > self.order.decided
         stops = False
@@ -317,7 +348,7 @@ class Running:
     def report(self, status: Mapping[str, Any]) -> None:
         """Give a sign of life."""
         if self._group.rank == 0:
-            self._desk.beat.remote(self._cell, int(status["step"]))
+            self._desk.beat.remote(self._cell, self.order.trial, int(status["step"]), self.device_s())
 
     def event(self, kind: str, **fields: Any) -> None:
         """Keep nothing: evaluations are reported in `group`, where all workers have them."""
@@ -348,4 +379,5 @@ def _feed_spec(spec: TrainSpec, plan: Plan, data: tuple[Dataset, Dataset], steps
         begin=steps[0],
         end=steps[1],
         reading=(0.0, 0),
+        cache=cache_of(spec.data.cache, *data),
     )

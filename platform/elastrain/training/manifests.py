@@ -252,11 +252,25 @@ def adopt(
         raise
 
 
+class UnknownMetricError(SpecError):
+    """A field of the spec names a metric that an evaluation, which gave `metrics`, lacks; so will the next one."""
+
+    metrics: Mapping[str, float] = {}
+
+
 def check_best(spec: CheckpointSpec, metrics: Mapping[str, float]) -> None:
-    """Raise SpecError if an evaluation gave `metrics` and `best` is none of them: it would never be applied."""
-    if metrics and spec.best is not None and spec.best not in metrics:
+    """Raise UnknownMetricError if an evaluation gave `metrics` without `best`, which would never be applied."""
+    if spec.best is not None:
+        check_metric("checkpoint.best", spec.best, metrics)
+
+
+def check_metric(field: str, name: str, metrics: Mapping[str, float]) -> None:
+    """Raise UnknownMetricError if an evaluation gave `metrics` and `name`, which stands at `field`, is none of them."""
+    if metrics and name not in metrics:
         there = ", ".join(metrics)
-        raise SpecError(f"checkpoint.best: the metrics are {there}, not {spec.best!r}{nearest(spec.best, metrics)}")
+        error = UnknownMetricError(f"{field}: the metrics are {there}, not {name!r}{nearest(name, metrics)}")
+        error.metrics = dict(metrics)
+        raise error
 
 
 def retain(run: str, spec: CheckpointSpec, *, newest: int) -> None:
