@@ -108,7 +108,7 @@ def look(address: str | None) -> tuple[list[Node], list[Pin]]:
     except RayStateApiException as error:
         raise ResourceError(f"{found}: its dashboard does not answer: {str(error)[:300]}") from error
     except Exception as error:  # Ray's and its transports' own, which have no root in common
-        said = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        said = str(error).strip().partition("\n")[0].partition(". ")[0][:200] or type(error).__name__
         raise ResourceError(
             f"{found} does not let us in ({said}); put the cluster's token into ~/.ray/auth_token, or name its file in "
             "RAY_AUTH_TOKEN_PATH; with TLS, set RAY_USE_TLS and RAY_TLS_* as its nodes do"

@@ -14,11 +14,13 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from elastrain.elastic.ray_inner import NODE_ID_LABEL, Autoscaler, autoscaler
+from elastrain.elastic.ray_inner import NODE_ID_LABEL, Autoscaler, autoscaler, node_types
 from elastrain.spec.accelerators import ACCELERATORS
+from elastrain.spec.train import WorkersSpec
 
 OUT_S = 120.0  # a pool that could not launch is left out for so long
 HOPELESS_S = 30.0  # what an autoscaler cannot place for so long it never will, unless others hold the room
+ANSWER_S, LOOK_S = 8.0, 0.5  # Ray's autoscaler looks every 5 s and says then what it cannot place; how often we do
 POOL_LABEL = "ray.io/node-group"  # what `ClusterSpec` labels the nodes of a pool with
 KIND_LABEL = "ray.io/accelerator-type"
 
@@ -96,6 +98,28 @@ class Demand:
         placed = [name for name in names if not any(name in text for text in said.infeasible)]
         if placed or self._out:
             self._hopeful = time.monotonic()
+
+
+def is_refused(workers: WorkersSpec, size: int) -> bool:
+    """Say whether an autoscaler, asked for one node that holds so many workers, keeps saying that it can add none."""
+    if node_types():
+        return False  # it is known what it can add
+    demand = Demand({name: size * need for name, need in workers.needs().items()})
+    demand.spares = False
+    begun = time.monotonic()
+    try:
+        demand.ask(1)
+        while time.monotonic() - begun < ANSWER_S or demand.hopeless_s > 2 * LOOK_S:
+            time.sleep(LOOK_S)
+            demand.look()
+            if demand.hopeless_s > HOPELESS_S:
+                return True
+            if found := demand.take():
+                free(place for places in found.values() for place in places)
+                return False
+    finally:
+        demand.close()
+    return False
 
 
 def free(places: Iterable[PlacementGroup]) -> None:
