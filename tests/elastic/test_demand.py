@@ -55,7 +55,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(demand, "time", clock)
         monkeypatch.setattr(demand, "placement_group", cluster.group)
         monkeypatch.setattr(demand, "remove_placement_group", cluster.remove)
-        monkeypatch.setattr(demand.ray.util, "placement_group_table", cluster.table)
+        monkeypatch.setattr("ray.util.placement_group_table", cluster.table)
         monkeypatch.setattr(demand, "autoscaler", cluster.says)
         monkeypatch.setattr(demand, "node_types", list)
         return cluster
