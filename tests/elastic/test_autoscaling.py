@@ -165,7 +165,7 @@ def test_a_lost_spot_node_without_capacity_is_made_up_for_by_the_next_pool_and_w
     assert [event["pool"] for event in events_of(workspace, "spot", "no_capacity")][:1] == ["h100-spot"]
     assert "t4" not in cloud.ever.values()
     few = "workers={min: 3, max: 3, cpus: 1, gpus: 1, accelerator: T4}"  # of which there are two: they come, and wait
-    never = ("--set", "name=never", "--set", few, "--address", cloud.address)
+    never = ("--set", "name=never", "--set", few, "--set", "data.slots=3", "--address", cloud.address)
     hopeless = start("train", str(SPEC), *never)  # meanwhile
     undisturbed = cli(
         "train", SPEC, *sets("undisturbed", slow_task), *LONG, "--set", "workers={max: 1}", "--json", timeout=800

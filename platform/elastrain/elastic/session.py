@@ -147,7 +147,7 @@ def check_kind(workers: WorkersSpec) -> None:
     """Raise SpecError if a worker fits on several kinds of GPU and the run names none: it must not mix them."""
     there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     there += [dict(kind.resources) for kind in node_types()]
-    kinds = sorted({kind for held in there if _fits(workers, held) for kind in _gpus(held)})
+    kinds = sorted({kind[0] for held in there if _fits(workers, held) and (kind := _gpus(held))})
     if workers.gpus and workers.accelerator is None and len(kinds) > 1:
         raise SpecError(
             f"workers.accelerator: the cluster has {', '.join(kinds)}, and a run must not mix them: name one, as in "
@@ -165,7 +165,7 @@ def alike(workers: WorkersSpec, fits: Mapping[str, int], nodes: Collection[str])
 
 
 def _gpus(held: Mapping[str, float]) -> tuple[str, ...]:
-    """Return the kinds of accelerators that a node says it has.
+    """Return the names that a node has for its kind of accelerator: one, unless somebody gave it more.
 
     >>> _gpus({"CPU": 8.0, "GPU": 8.0, "accelerator_type:H100": 1.0})
     ('H100',)
