@@ -52,16 +52,19 @@ def test_what_waits_for_room_keeps_a_free_node_and_a_group_only_with_all_of_its_
     assert pins_of(nodes, three) == {"full": [], "a": [], "b": []}
 
 
-@pytest.mark.parametrize(("where", "kept"), [(WITH_H100, "h100"), (WITHOUT_SPOT, "t4")])
+@pytest.mark.parametrize(
+    ("where", "order", "kept"),
+    [(WITH_H100, ["t4", "h100", "spot"], "h100"), (WITHOUT_SPOT, ["spot", "t4", "h100"], "t4")],
+)
 @pytest.mark.parametrize("kind", ["request", "pending"])
 def test_a_request_keeps_only_nodes_with_the_labels_that_it_selects(
-    kind: str, where: tuple[Where, ...], kept: str
+    kind: str, where: tuple[Where, ...], order: list[str], kept: str
 ) -> None:
     labels = {"spot": "H100", "t4": "T4", "h100": "H100"}
     nodes = [
-        replace(node(name, name), labels={"ray.io/node-group": name, "ray.io/accelerator-type": label})
-        for name, label in labels.items()
-    ][:: -1 if kept == "h100" else 1]
+        replace(node(name, name), labels={"ray.io/node-group": name, "ray.io/accelerator-type": labels[name]})
+        for name in order
+    ]
     pin = Pin(kind=kind, what="one", bundles=(Bundle({"GPU": 1.0}, where=(where,)),))
     assert [name for name, pins in pins_of(nodes, pin).items() if pins] == [kept]
 
