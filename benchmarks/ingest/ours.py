@@ -13,12 +13,12 @@ from benchmarks.ingest.result import combined
 from benchmarks.loop.ours import join
 from benchmarks.script import finish, options
 
-from elastrain.data.blocks import FeedSpec, train_tasks
+from elastrain.data.blocks import READERS, FeedSpec, train_tasks
 from elastrain.data.columns import Array
 from elastrain.data.dataset import Dataset
 from elastrain.data.feed import FeederLogic, WorkerFeed
 from elastrain.data.plan import Plan
-from elastrain.elastic.session import READERS, ray_session
+from elastrain.elastic.session import ray_session
 from elastrain.observe.ledger import Clock
 from elastrain.training.batches import Batches
 from elastrain.training.reduce import slots_of

@@ -16,8 +16,9 @@ from benchmarks.ingest.data import BATCH, WARM, Meter, files, tensors
 from benchmarks.ingest.result import combined
 from benchmarks.script import finish, options
 
+from elastrain.data.blocks import READERS
 from elastrain.data.dataset import Dataset
-from elastrain.elastic.session import READERS, ray_session
+from elastrain.elastic.session import ray_session
 
 
 class Consumer:

@@ -13,8 +13,9 @@ from benchmarks.integrity_cost.data import KINDS
 from benchmarks.integrity_cost.read import in_turn, spec_of
 from benchmarks.script import finish, options
 
+from elastrain.data.blocks import READERS
 from elastrain.data.feed import FeederLogic
-from elastrain.elastic.session import READERS, ray_session
+from elastrain.elastic.session import ray_session
 
 
 def ingest(consumer: Any, url: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,11 @@ import ray
 from benchmarks.ingest.data import BATCH
 from benchmarks.script import finish, options
 
-from elastrain.data.blocks import FeedSpec, train_tasks
+from elastrain.data.blocks import READERS, FeedSpec, train_tasks
 from elastrain.data.dataset import Dataset
 from elastrain.data.feed import FeederLogic, WorkerFeed
 from elastrain.data.plan import Plan
-from elastrain.elastic.session import READERS, ray_session
+from elastrain.elastic.session import ray_session
 from elastrain.observe.ledger import Clock
 from elastrain.training.batches import Batches
 from elastrain.training.loop import choose_device

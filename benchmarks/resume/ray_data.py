@@ -7,8 +7,9 @@ import ray.data
 from benchmarks.ingest.data import BATCH, files
 from benchmarks.script import finish, options
 
+from elastrain.data.blocks import READERS
 from elastrain.data.dataset import Dataset
-from elastrain.elastic.session import READERS, ray_session
+from elastrain.elastic.session import ray_session
 
 
 def main() -> None:

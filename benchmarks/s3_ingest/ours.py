@@ -14,12 +14,12 @@ from benchmarks.ingest.data import BATCH
 from benchmarks.s3_ingest.server import FIRST_BYTE_MS, Served, served
 from benchmarks.script import finish, options
 
-from elastrain.data.blocks import FeedSpec
+from elastrain.data.blocks import READERS, FeedSpec
 from elastrain.data.cache import Cache
 from elastrain.data.dataset import Dataset
 from elastrain.data.feed import FeederLogic, WorkerFeed
 from elastrain.data.plan import Plan
-from elastrain.elastic.session import READERS, ray_session
+from elastrain.elastic.session import ray_session
 from elastrain.observe.ledger import Clock
 from elastrain.training.batches import Batches
 

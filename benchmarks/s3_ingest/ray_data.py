@@ -9,8 +9,9 @@ from benchmarks.s3_ingest.server import FIRST_BYTE_MS, Served, served
 from benchmarks.script import finish, options
 
 from elastrain import s3
+from elastrain.data.blocks import READERS
 from elastrain.data.dataset import Dataset
-from elastrain.elastic.session import READERS, ray_session
+from elastrain.elastic.session import ray_session
 
 
 def deliver(server: Served, dataset: Dataset) -> tuple[float, float, int]:

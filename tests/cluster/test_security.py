@@ -133,3 +133,8 @@ def test_a_cluster_whose_token_we_lack_lets_nobody_look(closed: Head, tmp_path: 
     done = elastrain("doctor", "--security", "--address", closed.address, RAY_AUTH_TOKEN_PATH=str(wrong))
     assert done.returncode == 6, done.stdout
     assert "does not let us in" in done.stderr.splitlines()[-1]
+    done = elastrain("cluster", "why-up", "--address", closed.address, RAY_AUTH_TOKEN_PATH=str(wrong))
+    assert done.returncode == 6, done.stdout
+    said = done.stderr.splitlines()[-1]  # Ray has a line of its own before
+    assert f"{closed.address} does not let us in (" in said
+    assert "put the cluster's token into ~/.ray/auth_token" in said

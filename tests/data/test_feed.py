@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from elastrain.data import blocks as blocks_module
 from elastrain.data import feed as feed_module
@@ -53,8 +54,6 @@ class Here:
         self._logic = logic
 
     def __getattr__(self, name: str) -> Any:
-        import ray
-
         class Method:
             @staticmethod
             def remote(*arguments: Any) -> Any:
@@ -65,8 +64,6 @@ class Here:
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    import ray
-
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -94,6 +91,8 @@ def test_blocks_hold_the_plan_from_any_cursor(dataset: Dataset, begin: int, end:
             assert len(seen[step, slot]) == spec.plan.slot_rows(step, slot)
     worker.close()
     logic.close()
+    named = ray.util.list_named_actors(all_namespaces=True)
+    assert "AutoscalingCoordinator" not in {each["name"] for each in named}, "it would keep a node for ever"
 
 
 @pytest.mark.ray
@@ -137,6 +136,34 @@ def test_workers_evaluate_at_their_own_pace_and_a_lost_one_holds_up_nobody(
     for worker in workers:
         worker.close()
     logic.close()
+
+
+def test_reading_begins_with_the_first_node_and_follows_the_run_from_lease_to_lease(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run from zero: its head lends no CPU, and nobody knows at the start how many workers there will be."""
+    leases: list[tuple[int, tuple[float, int]]] = []
+
+    def read(blocks: list[Any], *, reading: tuple[float, int], **_: int) -> Iterator[int]:
+        leases.append((len(blocks), reading))
+        yield from range(len(blocks))
+
+    head = {"NodeID": "head", "Alive": True, "Resources": {"node:__internal_head__": 1.0}}
+    other = {"NodeID": "other", "Alive": True, "Resources": {"CPU": 8.0}}
+    looks = iter([[head]] * 4)
+    monkeypatch.setattr(feed_module, "execute", read)
+    monkeypatch.setattr(feed_module, "LOOK_S", 0.0)
+    monkeypatch.setattr(ray, "nodes", lambda: next(looks, [head, other]))
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 7.5})
+    logic = FeederLogic(replace(spec_of(dataset), reading=(0.0, 2)))
+    for block in range(12):
+        logic.get([(slot, block) for slot in range(SLOTS)])
+        logic.read_beside(3 + block // 3, 2.0)
+        logic.release_before(block)
+    logic.close()
+    assert next(looks, None) is None, "it waited for a node"
+    assert leases == [(2 * SLOTS, (0.0, 2)), (36 - 2 * SLOTS, (1.0, 3))]
+    assert feed_module.off_idle_head()["label_selector"] == {"ray.io/node-id": "!in(head)"}
 
 
 @pytest.mark.ray

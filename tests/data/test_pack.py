@@ -406,6 +406,8 @@ def test_digits_pack_is_what_the_source_gives(tmp_path: Path) -> None:
     assert not result["already"]
     assert result["dataset"] == str(out)
     assert seen == [("train", 1442, 1442), ("test", 355, 355)]
+    named = ray.util.list_named_actors(all_namespaces=True)
+    assert "AutoscalingCoordinator" not in {each["name"] for each in named}, "it would keep a node for ever"
     for name, split in open_source("digits", PackOptions()).items():
         dataset = Dataset.open(str(out / name))
         expected = next(split.pieces())

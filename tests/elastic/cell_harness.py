@@ -111,6 +111,10 @@ class Nodes:
         """Add a node as an autoscaler does, which labels it with its type; return its id."""
         return self._add(num_cpus=cpus, labels={"ray.io/node-group": name})
 
+    def add_gpus(self, kind: str) -> str:
+        """Add a node with a GPU of this kind, which is a name; return its id."""
+        return self._add(num_cpus=1, num_gpus=1, resources={f"accelerator_type:{kind}": 1})
+
     def _add(self, **options: Any) -> str:
         import ray
 

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayError
 
 from elastrain.elastic.attempts import NOTE, attempt_of
-from elastrain.errors import ConflictError, DataError, ElastrainError, Interrupted
+from elastrain.elastic.watch import WorkerLost
+from elastrain.errors import ConflictError, DataError, ElastrainError, Interrupted, ResourceError, StorageError
 from elastrain.spec.document import train_spec
 from elastrain.spec.train import TrainSpec
 
@@ -34,6 +36,7 @@ def end_with(job: str | None, spec: TrainSpec, error: BaseException) -> None:
     [
         (DataError("data: nothing there"), DataError, "data: nothing there"),
         (ZeroDivisionError("in the task"), ElastrainError, "in the task"),
+        (ResourceError("no node can ever hold a worker"), ResourceError, "no node can ever"),
     ],
 )
 def test_what_the_run_ended_with_ends_the_next_attempt_at_the_same_job(
@@ -50,8 +53,23 @@ def test_what_the_run_ended_with_ends_the_next_attempt_at_the_same_job(
         pass  # a person
 
 
-@pytest.mark.parametrize("error", [Interrupted("stopped"), ConflictError("a lease runs on"), KeyboardInterrupt()])
-def test_who_was_interrupted_or_met_a_lease_may_go_on(spec: TrainSpec, error: BaseException) -> None:
+def of(cause: Exception) -> ResourceError:
+    """What the run says when try after try came to nothing."""
+    error = ResourceError(f"{cause}; 3 tries from step 7 came to nothing")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(Interrupted("stopped"), ConflictError("a lease runs on"), KeyboardInterrupt()),
+        *(StorageError("s3://bucket: it does not answer"), of(WorkerLost("nobody is left")), of(RayError("no head"))),
+    ],
+)
+def test_who_was_interrupted_met_a_lease_or_lost_machines_or_storage_may_go_on(
+    spec: TrainSpec, error: BaseException
+) -> None:
     with pytest.raises(type(error)):
         end_with("job-1", spec, error)
     assert not (Path(spec.storage) / "tried" / NOTE).exists()

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from tests.elastic.conftest import ROOT, SPEC, Cli, command, environment
 
+from elastrain.cluster.preemption import Notice, drain
 from elastrain.elastic.keep import descendants
 from elastrain.observe.ledger import read_ledger
 
@@ -152,13 +153,19 @@ def test_a_lost_spot_node_without_capacity_is_made_up_for_by_the_next_pool_and_w
     os.kill(cloud.raylet(min(set(cloud.now) - before)), signal.SIGKILL)
     wait_for(lambda: grown(3), process)
     assert "h100-od" in cloud.now.values()
+    drained = next(node for node, pool in cloud.now.items() if pool == "h100-od")
+    drain(Notice(reason="spot", deadline=time.time() + 60), address=cloud.address, node=drained)
+    wait_for(lambda: grown(4), process)
+    wait_for(lambda: drained not in cloud.now, process)
+    assert len(events_of(workspace, "spot", "drain")) == 1
     cloud.lacking.write_text("")
     slow_task.with_name("fast").touch()
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert [event["pool"] for event in events_of(workspace, "spot", "no_capacity")][:1] == ["h100-spot"]
     assert "t4" not in cloud.ever.values()
-    never = ("--set", "name=never", "--set", "workers={cpus: 64, gpus: 1}", "--address", cloud.address)
+    few = "workers={min: 3, max: 3, cpus: 1, gpus: 1, accelerator: T4}"  # of which there are two: they come, and wait
+    never = ("--set", "name=never", "--set", few, "--set", "data.slots=3", "--address", cloud.address)
     hopeless = start("train", str(SPEC), *never)  # meanwhile
     undisturbed = cli(
         "train", SPEC, *sets("undisturbed", slow_task), *LONG, "--set", "workers={max: 1}", "--json", timeout=800
@@ -167,8 +174,9 @@ def test_a_lost_spot_node_without_capacity_is_made_up_for_by_the_next_pool_and_w
     assert len(digests) == 1
     _, errors = hopeless.communicate(timeout=300)
     assert hopeless.returncode == 6, errors
-    assert "the cluster's autoscaler can add no node that holds one" in errors
+    assert "the cluster holds 2, and its autoscaler can add no node that holds one more" in errors
     wait_for(lambda: not cloud.now)
+    assert list(cloud.ever.values()).count("t4") == 2
     assert not cloud.pins
 
 
@@ -230,6 +238,10 @@ def test_why_up_names_each_of_the_pins_and_its_price_and_a_node_leaves_once_it_i
         ray.kill(sitter)
         wait_for(lambda: set(cloud.now) == {second})
         del kept
+        wait_for(lambda: not cloud.now)
+        ray.autoscaler.sdk.request_resources(bundles=[{"GPU": 1}])
+        wait_for(lambda: list(why().values()) == [["request: 1 x GPU 1"]])
+        ray.autoscaler.sdk.request_resources(bundles=[])
         wait_for(lambda: not cloud.now)
 
 

@@ -24,7 +24,7 @@ def nodes() -> Iterator[Nodes]:
 class Run:
     """A fleet, and what a driver would see of its workers."""
 
-    def __init__(self, folder: Path, *, most: int) -> None:
+    def __init__(self, folder: Path, *, most: int, least: int = 1, gpus: int = 0) -> None:
         from elastrain.elastic.config import WorkerConfig
 
         config = WorkerConfig(
@@ -38,8 +38,8 @@ class Run:
             info={},
             launched=0.0,
         )
-        workers = WorkersSpec(min=1, max=most, cpus=1.0, gpus=0)
-        self.folder, self.target = folder, most
+        workers = WorkersSpec(min=least, max=most, cpus=1.0, gpus=gpus)
+        self.folder, self.target, self.waiting = folder, most, 0
         self.remaining_s: float | None = None
         self.fleet = Fleet(workers, most, config, "run", work=stand_in())
         self.events: list[Event] = []
@@ -49,7 +49,7 @@ class Run:
         """One look of the driver's."""
         there = present(self.folder)
         members = tuple(Seated(name=str(pid), node=node, cell=cell) for pid, (cell, node, _) in there.items())
-        seen = Seen(members=members, waiting=0, remaining_s=self.remaining_s, target=self.target)
+        seen = Seen(members=members, waiting=self.waiting, remaining_s=self.remaining_s, target=self.target)
         begun = time.monotonic()
         new = self.fleet.tend(seen)
         self.slowest = max(self.slowest, time.monotonic() - begun)
@@ -207,6 +207,95 @@ def test_cell_after_cell_that_breaks_ends_the_run_with_what_ray_said(
         one.until(lambda: False)
     one.fleet.close(grace_s=0.0)
     assert [e.fields["node"] for e in one.events if e.kind == "cell"] == ["b", "c"]  # each time elsewhere
+
+
+class Standing:
+    """A cell whose workers wait for others."""
+
+    def run(self, *arguments: Any, **named: Any) -> str:
+        """Wait."""
+        del arguments, named
+        time.sleep(600)
+        return ""
+
+
+@pytest.mark.usefixtures("nodes")
+@pytest.mark.parametrize(("free", "hopeless_s", "ends"), [(0, 40, True), (1, 40, False), (0, 20, False)])
+def test_workers_that_wait_for_others_who_can_never_come_do_not_hold_their_nodes_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, hopeless_s: float, *, ends: bool
+) -> None:
+    import ray
+
+    from elastrain.elastic import fleet
+    from elastrain.elastic.demand import Demand
+
+    remote: Any = ray.remote
+    monkeypatch.setattr(fleet, "start_cell", lambda: remote(num_cpus=0)(Standing).remote())
+    monkeypatch.setattr(fleet, "room", lambda _: {})
+    monkeypatch.setattr(fleet, "fitting", lambda _, kind: {"free": free, "total": 2}[kind])
+    monkeypatch.setattr(fleet, "LOOK_S", 0.0)
+    monkeypatch.setattr(Demand, "hopeless_s", property(lambda _: hopeless_s))
+    one = Run(tmp_path, most=3, least=3, gpus=1)
+    one.fleet.start({"a": 2})
+    try:
+        one.waiting = 1
+        one.look()  # the other one may yet come
+        one.waiting = 2
+        if ends:
+            with pytest.raises(
+                ResourceError, match=r"workers.min 3 .*: the cluster holds 2, and its autoscaler can add"
+            ):
+                one.look()
+        else:
+            one.look()
+    finally:
+        one.fleet.close(grace_s=0.0)
+
+
+@pytest.mark.usefixtures("nodes")
+def test_work_on_cpus_asks_for_nodes_without_accelerators_and_for_others_only_if_there_are_too_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from elastrain.elastic import demand, fleet
+
+    asked: list[Any] = []
+    monkeypatch.setattr(demand, "placement_group", lambda _, bundle_label_selector: asked.append(bundle_label_selector))
+    monkeypatch.setattr(demand, "remove_placement_group", lambda _: None)
+    monkeypatch.setattr(demand.Demand, "take", lambda _: {})
+    monkeypatch.setattr(fleet, "room", lambda _: {})
+    monkeypatch.setattr(fleet, "LOOK_S", 0.0)
+    looks = iter([40.0])  # seconds for which nothing could be placed; what is asked for anew counts from 0
+    monkeypatch.setattr(demand.Demand, "hopeless_s", property(lambda _: next(looks, 0.0)))
+    with autoscaler_offering(cpus=1, most=3):
+        one = Run(tmp_path, most=1)
+        one.fleet.start({})
+        one.look()
+        one.look()
+        one.fleet.close(grace_s=0.0)
+    [first, second] = asked
+    label = first[0]["ray.io/accelerator-type"]
+    assert label.startswith("!in(")
+    assert {"H100", "T4", "TPU-V6E"} <= set(label[len("!in(") : -1].split(","))
+    assert second is None
+
+
+def test_a_run_that_names_no_gpu_never_mixes_kinds(nodes: Nodes) -> None:
+    from elastrain.elastic.session import alike, check_kind
+    from elastrain.errors import SpecError
+
+    any_kind, t4 = WorkersSpec(gpus=1), WorkersSpec(gpus=1, accelerator="T4")
+    first, second = (nodes.add_gpus("H100"), nodes.add_gpus("H100"))
+    check_kind(any_kind)
+    third = nodes.add_gpus("T4")
+    with pytest.raises(SpecError, match=r"the cluster has H100, T4, and a run must not mix them: name one"):
+        check_kind(any_kind)
+    check_kind(t4)
+    check_kind(WorkersSpec())
+    fits = dict.fromkeys((first, second, third), 1)
+    assert alike(any_kind, fits, [first]) == {first: 1, second: 1}
+    assert alike(any_kind, fits, []) == alike(t4, fits, [first]) == fits
+    for node in fits:
+        nodes.lose(node)
 
 
 def pending() -> int:

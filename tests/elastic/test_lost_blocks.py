@@ -27,7 +27,7 @@ def spec(tmp_path: Path) -> FeedSpec:
     pq.write_table(to_table({"image": images}), tmp_path / "0.parquet", row_group_size=64, write_page_checksum=True)
     data = Dataset.open(str(tmp_path))
     plan = replace(Plan.of(data, seed=0, global_batch=64, slots=1), block_steps=2)
-    return FeedSpec(plan=plan, train=data, evaluation=data, transforms=(), begin=0, end=8, reading=(1.0, 1))
+    return FeedSpec(plan=plan, train=data, evaluation=data, transforms=(), begin=0, end=8, reading=(0.0, 1))
 
 
 @pytest.mark.ray
@@ -52,6 +52,10 @@ def test_a_block_on_a_node_that_is_gone_is_read_by_the_worker(spec: FeedSpec, mo
         addresses = [(0, block) for block in range(2)]
         references = ray.get(feeder.get.remote(addresses))
         assert len(ray.wait(references, num_returns=2, timeout=SOON_S, fetch_local=False)[0]) == 2
+        read = [*references, *ray.get(feeder.evaluation.remote(0))]
+        ray.wait(read, num_returns=3, timeout=SOON_S, fetch_local=False)
+        places = ray.experimental.get_object_locations(read).values()
+        assert [place["node_ids"] for place in places] == [[node]] * 3, "nothing is read on a head without work"
         nodes.lose(node)
         for address in addresses:
             arrays = worker.take(*address)

@@ -7,7 +7,8 @@ import ast
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
@@ -57,6 +58,7 @@ def test_two_modules_reach_into_ray_and_a_few_others_for_what_is_named_here() ->
         "cluster/security.py": {"ray._private.authentication", "ray._private.services", "ray._raylet"},
         "elastic/fake_nodes.py": {"ray._private", "ray._private.parameter"},  # in the autoscaler
         "data/feed.py": {"ray.data.block"},
+        "data/no_demand.py": {"ray.data._internal.cluster_autoscaler", "ray.data._internal.execution"},
         "data/pack.py": {"ray._private.utils"},
     }
     assert found == below, (
@@ -154,6 +156,45 @@ def test_the_status_of_a_cluster_tells_failed_launches_what_cannot_be_placed_and
     }
     for name, wanted in fields.items():
         assert wanted <= {field.name for field in types[name].fields}, f"{name} has other fields: ray_inner.autoscaler"
+
+
+def test_a_slow_head_leaves_what_its_autoscaler_said_and_is_asked_again_where_nothing_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray.core.generated import autoscaler_pb2
+    from ray.exceptions import RpcError
+
+    from elastrain.elastic import ray_inner
+    from elastrain.errors import ResourceError
+
+    message: Any = autoscaler_pb2.GetClusterStatusReply  # type: ignore[attr-defined] # made at import by protobuf
+    reply = message()
+    reply.autoscaling_state.autoscaler_state_version = 1
+    reply.cluster_resource_state.node_states.add(instance_id="i-1")
+
+    class Client:
+        address = "a-slow-head:6379"
+        answers: ClassVar[list[bytes]] = []
+
+        def get_cluster_status(self, timeout_s: float) -> bytes:
+            assert timeout_s
+            if not self.answers:
+                raise RpcError("Deadline Exceeded")
+            return self.answers.pop(0)
+
+    def asked() -> None:
+        Client.answers.append(reply.SerializeToString())
+
+    client = Client()
+    monkeypatch.setattr("ray._private.worker.global_worker", SimpleNamespace(gcs_client=client))
+    monkeypatch.setattr(ray_inner, "SLOW_S", 0.0)
+    with pytest.raises(ResourceError, match="the head at a-slow-head:6379 does not say what its cluster holds"):
+        ray_inner.autoscaler()
+    monkeypatch.setattr(ray_inner, "SLOW_S", 60.0)
+    monkeypatch.setattr("elastrain.elastic.ray_inner.time.sleep", lambda _: asked())
+    said = ray_inner.autoscaler()
+    assert said is not None
+    assert ray_inner.autoscaler() is said, "a slow head takes nothing back"
 
 
 def test_token_authentication_can_be_turned_on_by_a_client() -> None:
@@ -330,7 +371,7 @@ def test_the_helpers_that_a_cell_does_without_are_still_callbacks_of_their_own()
     assert shards.default is None, "a worker cannot be without a provider of dataset shards: trainer.HELPERS"
 
 
-# --- Ray Data: data/feed.py and data/pack.py
+# --- Ray Data: data/feed.py, data/no_demand.py and data/pack.py
 
 
 def test_a_dataset_gives_out_its_bundles_and_a_block_its_metadata() -> None:
@@ -341,6 +382,18 @@ def test_a_dataset_gives_out_its_bundles_and_a_block_its_metadata() -> None:
     assert takes(BlockMetadata.__init__, "num_rows", "size_bytes", "input_files", "exec_stats"), (
         "BlockMetadata has other fields: data.feed makes them for its read tasks"
     )
+
+
+def test_an_execution_makes_who_asks_for_nodes_by_a_name_of_its_module() -> None:
+    from ray.data._internal.cluster_autoscaler import ClusterAutoscaler
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+    assert says(
+        StreamingExecutor.execute,
+        "create_cluster_autoscaler( self._topology, self._resource_manager, self._data_context, execution_id=",
+    ), "executions ask for nodes otherwise: data.no_demand keeps ours from that"
+    asked = {"try_trigger_scaling", "on_executor_shutdown", "get_total_resources"}
+    assert ClusterAutoscaler.__abstractmethods__ == asked, "ClusterAutoscaler has changed: data.no_demand.AsItIs"
 
 
 def test_ray_counts_the_cpus_of_this_machine() -> None:

@@ -23,6 +23,7 @@ Address = tuple[int, int]
 INDEX = ("elastrain.epoch", "elastrain.step", "elastrain.slot", "elastrain.row")
 ERROR, MESSAGE = "elastrain.error", "elastrain.message"
 EVALUATION = -1  # the slot of evaluation blocks
+READERS = 2  # read tasks at once where no CPU is free for them, and the fewest where some are
 EVAL_BLOCK_BYTES = 8 << 20
 KEPT_EVAL_BYTES = 256 << 20
 
@@ -31,8 +32,8 @@ KEPT_EVAL_BYTES = 256 << 20
 class FeedSpec:
     """What the feeder reads: the training plan from step `begin` to `end`, and the evaluation data.
 
-    `reading` is (CPUs a read task, read tasks at once); a task of 0 CPUs runs where workers hold all of them. `cache`
-    is where nodes keep what they have read from remote storage.
+    `reading` is (CPUs a read task, read tasks at once) to begin with; a task of 0 CPUs runs where workers hold all of
+    them. `cache` is where nodes keep what they have read from remote storage.
     """
 
     plan: Plan
@@ -43,6 +44,15 @@ class FeedSpec:
     end: int
     reading: tuple[float, int]
     cache: Cache | None = None
+
+
+def reading_beside(workers: int, spare: float) -> tuple[float, int]:
+    """Return (CPUs a read task, read tasks at once) beside so many workers where so many CPUs are to spare.
+
+    >>> reading_beside(4, 16.0), reading_beside(4, 3.5), reading_beside(1, 16.0), reading_beside(4, 0.5)
+    ((1.0, 4), (1.0, 3), (1.0, 2), (0.0, 2))
+    """
+    return (1.0, min(int(spare), max(READERS, workers))) if spare >= 1 else (0.0, READERS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -41,16 +41,20 @@ from elastrain.data.blocks import (
     eval_task,
     keeps_evaluation,
     read_blocks,
+    reading_beside,
     task_of,
     train_tasks,
 )
 from elastrain.data.columns import Array
+from elastrain.data.no_demand import ask_nothing
 from elastrain.data.plan import AHEAD_BYTES, INDEX_BYTES
 from elastrain.data.transforms import delivered_bytes
 from elastrain.errors import DataError, ElastrainError, StorageError, ours
 
 LEASE = 512  # blocks of one Ray Data execution: the work of each is an object in the driver
 CLOSE_S = 10.0
+LOOK_S = 0.2  # between two looks for a node that tasks may run on
+HEAD, NODE_ID_LABEL = "node:__internal_head__", "ray.io/node-id"  # a resource of the head; a label of every node
 MAX_BLOCKS_A_TASK = 8
 PATIENCE_S = 1.0  # for a block that has been read to arrive; more where the slowest so far took long
 PATIENCE_FACTOR = 2.0
@@ -111,38 +115,61 @@ def execute(
 ) -> Generator[Any, None, None]:
     """Read blocks of up to `block_bytes` in one streaming Ray Data execution; yield a reference to each, in order."""
     num_cpus, at_once = reading
+    where = {} if num_cpus else off_idle_head()
     most = max(1, min(MAX_BLOCKS_A_TASK, ahead_bytes // (at_once * max(1, block_bytes))))
     tasks = grouped(blocks, at_once=at_once, most=most)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # each table is a block at once; one of a single row cannot be cut
     context.memory_usage_poll_interval_s = None  # reading /proc costs each task a tenth of its time
+    ask_nothing(context)
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
     context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=ahead_bytes)
     with ray.data.DataContext.current(context):
         dataset = ray.data.read_datasource(
-            PlannedRead(tasks), override_num_blocks=len(tasks), num_cpus=num_cpus, concurrency=at_once
+            PlannedRead(tasks),
+            override_num_blocks=len(tasks),
+            num_cpus=num_cpus,
+            concurrency=at_once,
+            **where,
         )
         for bundle in dataset.iter_internal_ref_bundles():
             for entry in bundle.blocks:
                 yield entry.ref
 
 
+def idle_head() -> str | None:
+    """Return the id of a head that lends no CPU, which is there for drivers; None where it does."""
+    heads = (node for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"])
+    return next((str(node["NodeID"]) for node in heads if not node["Resources"].get("CPU")), None)
+
+
+def off_idle_head() -> dict[str, Any]:
+    """Return the options of a task without CPUs that keep it off a head without work, unless nothing else is there."""
+    head = idle_head()
+    off = {"label_selector": {NODE_ID_LABEL: f"!in({head})"}, "fallback_strategy": [{"label_selector": {}}]}
+    return off if head is not None else {}
+
+
 class Stream:
-    """A pipeline running in a thread: holds up to `capacity` blocks that nobody has released."""
+    """A pipeline running in a thread: holds up to `capacity` blocks that nobody has released.
+
+    `reading` is asked anew for each lease, so that it may follow the run; the leases of a pipeline that found no CPU
+    free are short at first. On a cluster of nothing but a head without work it waits for the first node.
+    """
 
     def __init__(
         self,
         tasks: Iterable[tuple[Address, Callable[[], ReadBlock]]],
         *,
         capacity: int,
-        reading: tuple[float, int],
+        reading: Callable[[], tuple[float, int]],
         block_bytes: int,
         ahead_bytes: int,
     ) -> None:
-        self._capacity = capacity
-        self._execute = partial(execute, reading=reading, block_bytes=block_bytes, ahead_bytes=ahead_bytes)
+        self._capacity, self._reading = capacity, reading
+        self._execute = partial(execute, block_bytes=block_bytes, ahead_bytes=ahead_bytes)
         self._ready: dict[Address, Any] = {}
         self._error: ElastrainError | None = None
         self._closed = False
@@ -175,10 +202,17 @@ class Stream:
         self._thread.join(CLOSE_S)
 
     def _run(self, tasks: Iterator[tuple[Address, Callable[[], ReadBlock]]]) -> None:
+        size = min(LEASE, self._capacity)
         try:
-            while lease := list(itertools.islice(tasks, LEASE)):
+            self._wait_for_a_node()
+            while self._wait_for_room():
+                reading = self._reading()
+                lease = list(itertools.islice(tasks, LEASE if reading[0] else size))
+                size = min(LEASE, 2 * size)
+                if not lease:
+                    return
                 work = [make() for _, make in lease]
-                with contextlib.closing(self._execute(work)) as references:
+                with contextlib.closing(self._execute(work, reading=reading)) as references:
                     for (address, _), reference in zip(lease, references, strict=True):
                         if not self._hold(address, reference):
                             return
@@ -187,9 +221,20 @@ class Stream:
                 self._error = ours(error) or StorageError(f"reading the data failed: {error!r}"[:2000])
                 self._changed.notify_all()
 
-    def _hold(self, address: Address, reference: Any) -> bool:
+    def _wait_for_a_node(self) -> None:
+        while not self._closed and (head := idle_head()):
+            if any(node["Alive"] and node["NodeID"] != head for node in ray.nodes()):
+                return
+            time.sleep(LOOK_S)
+
+    def _wait_for_room(self) -> bool:
         with self._changed:
             self._changed.wait_for(lambda: self._closed or len(self._ready) < self._capacity)
+            return not self._closed
+
+    def _hold(self, address: Address, reference: Any) -> bool:
+        with self._changed:
+            self._wait_for_room()
             self._ready[address] = reference
             self._changed.notify_all()
             return not self._closed
@@ -206,18 +251,20 @@ class FeederLogic:
     def __init__(self, spec: FeedSpec) -> None:
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         self._spec = spec
+        self._beside: tuple[int, float] | None = None
         plan = spec.plan
         row_bytes = delivered_bytes(spec.transforms, spec.train.columns) + INDEX_BYTES
         block_bytes = plan.block_steps * row_bytes * -(-plan.global_batch // plan.slots)
         self._train = Stream(
             train_tasks(spec),
             capacity=2 * plan.slots,
-            reading=spec.reading,
+            reading=self._reading,
             block_bytes=block_bytes,
             ahead_bytes=max(AHEAD_BYTES, plan.slots * block_bytes),
         )
         # No CPU: workers hold theirs while they wait, and what reads ahead for training may hold all others.
         self._read: Any = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(read_block)
+        self._where: dict[str, Any] | None = None  # looked for when the first is read: workers are there by then
         self._keeps = spec.evaluation is not None and keeps_evaluation(spec.evaluation, spec.transforms)
         self._kept: dict[int, Any] = {}
         self._lock = threading.Lock()
@@ -229,10 +276,21 @@ class FeederLogic:
     def evaluation(self, index: int) -> list[Any]:
         """Return a reference to an evaluation block that is being read; kept, if the data are small, for all rounds."""
         with self._lock:
-            reference = self._kept.get(index) or self._read.remote(eval_task(self._spec, index))
+            self._where = off_idle_head() if self._where is None else self._where
+            reference = self._kept.get(index) or self._read.options(**self._where).remote(eval_task(self._spec, index))
             if self._keeps:
                 self._kept[index] = reference
         return [reference]
+
+    def read_beside(self, workers: int, kept: float) -> None:
+        """Read beside so many workers from the next lease on, and keep so many CPUs free for those that may come."""
+        self._beside = (workers, kept)
+
+    def _reading(self) -> tuple[float, int]:
+        if self._beside is None:
+            return self._spec.reading
+        workers, kept = self._beside
+        return reading_beside(workers, ray.available_resources().get("CPU", 0.0) - kept)
 
     def release_before(self, block: int) -> None:
         """Forget training blocks (slot, j) with j < `block`: every worker has committed past them."""

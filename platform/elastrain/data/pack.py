@@ -34,6 +34,7 @@ from elastrain.data.dataset import Dataset, fingerprint
 from elastrain.data.duplicates import KEY, HashReader, RowHashes
 from elastrain.data.lakes import pinned
 from elastrain.data.near_duplicates import Alike, SignatureReader
+from elastrain.data.no_demand import ask_nothing
 from elastrain.data.shards import ShardWriter
 from elastrain.data.sources import identity, open_source, parents, parquet_files, refuse_credentials
 from elastrain.data.tokens import DocumentReader, Windows
@@ -299,6 +300,7 @@ def _batches(split: Split) -> Iterator[Any]:
         return
     context = DataContext.get_current().copy()
     context.enable_progress_bars = context.enable_operator_progress_bars = context.print_on_execution_start = False
+    ask_nothing(context)
     context.target_max_block_size = BLOCK_BYTES
     cpus = int(ray.cluster_resources().get("CPU", 1))
     limits = ExecutionResources(object_store_memory=IN_FLIGHT_BYTES * (cpus + 2))

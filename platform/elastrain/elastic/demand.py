@@ -3,7 +3,8 @@
 The autoscaler packs them on nodes as it sees fit. One that has found a node holds the place until the cell that is
 started there has a placement group of its own: else the node might idle, and be ended. Pools whose launches fail are
 left out for a while by the label of their nodes, so that the next pool by priority is tried; Ray itself would try the
-same one again and again.
+same one again and again. Nodes with accelerators are left out for work that needs none, by the label of their kind:
+Ray only prefers others, and would start what costs a hundred times as much once those are full.
 """
 
 import time
@@ -13,11 +14,15 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from elastrain.elastic.ray_inner import NODE_ID_LABEL, Autoscaler, autoscaler
+from elastrain.elastic.ray_inner import NODE_ID_LABEL, Autoscaler, autoscaler, node_types
+from elastrain.spec.accelerators import ACCELERATORS
+from elastrain.spec.train import WorkersSpec
 
 OUT_S = 120.0  # a pool that could not launch is left out for so long
 HOPELESS_S = 30.0  # what an autoscaler cannot place for so long it never will, unless others hold the room
+ANSWER_S, LOOK_S = 8.0, 0.5  # Ray's autoscaler looks every 5 s and says then what it cannot place; how often we do
 POOL_LABEL = "ray.io/node-group"  # what `ClusterSpec` labels the nodes of a pool with
+KIND_LABEL = "ray.io/accelerator-type"
 
 
 class Demand:
@@ -30,15 +35,16 @@ class Demand:
         self._out: tuple[str, ...] = ()
         self._where: dict[str, tuple[str, ...]] = {}  # values of labels that no answer may have
         self._hopeful = time.monotonic()
+        self.spares = not {"GPU", "TPU"} & resources.keys()  # whether nodes with accelerators are no answer
 
     def __len__(self) -> int:
         """Count the workers that are asked for."""
         return len(self._asks)
 
     @property
-    def hopeless(self) -> bool:
-        """Whether the autoscaler has for long been unable to place any of them."""
-        return bool(self._asks) and time.monotonic() - self._hopeful > HOPELESS_S
+    def hopeless_s(self) -> float:
+        """Return for how long the autoscaler has been unable to place any of them; 0 where none is asked for."""
+        return time.monotonic() - self._hopeful if self._asks else 0.0
 
     def take(self) -> dict[str, list[PlacementGroup]]:
         """Return what has found room, by node: a place for one worker each, held until it is given to `free`."""
@@ -55,6 +61,7 @@ class Demand:
     def ask(self, workers: int, *, beside: Collection[str] = ()) -> None:
         """Ask for so many workers in all, more or fewer than before; room on the nodes `beside` is no answer."""
         where = {POOL_LABEL: self._out, NODE_ID_LABEL: tuple(sorted(beside))}
+        where[KIND_LABEL] = ACCELERATORS if self.spares else ()
         if where != self._where:
             self._where = where
             self._keep(0)
@@ -64,6 +71,7 @@ class Demand:
         """See what the autoscaler says; return the pools that are left out from the next `ask` on."""
         said = autoscaler() if self._asks else None
         if said is None:
+            self._hopeful = time.monotonic()  # nobody says that it cannot be placed
             return []
         self._hope(said)
         now, before = time.time(), self._out
@@ -90,6 +98,28 @@ class Demand:
         placed = [name for name in names if not any(name in text for text in said.infeasible)]
         if placed or self._out:
             self._hopeful = time.monotonic()
+
+
+def is_refused(workers: WorkersSpec, size: int) -> bool:
+    """Say whether an autoscaler, asked for one node that holds so many workers, keeps saying that it can add none."""
+    if node_types():
+        return False  # it is known what it can add
+    demand = Demand({name: size * need for name, need in workers.needs().items()})
+    demand.spares = False
+    begun = time.monotonic()
+    try:
+        demand.ask(1)
+        while time.monotonic() - begun < ANSWER_S or demand.hopeless_s > 2 * LOOK_S:
+            time.sleep(LOOK_S)
+            demand.look()
+            if demand.hopeless_s > HOPELESS_S:
+                return True
+            if found := demand.take():
+                free(place for places in found.values() for place in places)
+                return False
+    finally:
+        demand.close()
+    return False
 
 
 def free(places: Iterable[PlacementGroup]) -> None:

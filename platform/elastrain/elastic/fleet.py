@@ -17,17 +17,18 @@ from ray.util.placement_group import PlacementGroup
 
 from elastrain.elastic.cells import KILLED_S, Work, free_cell, start_cell, work_of_cell
 from elastrain.elastic.config import WorkerConfig
+from elastrain.elastic.demand import HOPELESS_S as UNPLACED_S
 from elastrain.elastic.demand import Demand, free
 from elastrain.elastic.policy import Outlook, more_workers, packed, room_beside
 from elastrain.elastic.ray_inner import draining_nodes, groups_of
-from elastrain.elastic.session import addable, fitting, room
+from elastrain.elastic.session import addable, alike, check_kind, fitting, room
 from elastrain.errors import ResourceError
 from elastrain.spec.train import WorkersSpec
 
 LOOK_S = 1.0
 START_S = 15.0  # from asking for a cell to its first member, until one has shown how long it takes here
 COMEBACK_S = 60.0  # a worker that is away for longer has left: it is not waited for
-HOPELESS_S = 600.0  # so long may a cell on a node that has room be without any member
+HOPELESS_S = 600.0  # so long may a cell on a node that has room be without any member; and a run that had enough wait
 FRUITLESS = 3  # cells in a row that broke before a worker of theirs became a member
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 AVOID_S = 60.0  # a node on which a cell broke is left alone for so long, then twice as long, and so on
@@ -103,6 +104,7 @@ class Fleet:
         self._told: dict[str, set[str]] = {}  # draining nodes, and who was asked to leave them
         self._avoid: dict[str, float] = {}
         self._fruitless, self._not_before, self._next_look = 0, 0.0, 0.0
+        self._patience_s = UNPLACED_S  # how long the run stands still though its autoscaler can add nothing
         self._start_s = START_S
 
     def start(self, sizes: Mapping[str, int]) -> list[Event]:
@@ -187,6 +189,8 @@ class Fleet:
 
     def _count(self, seen: Seen, now: float) -> None:
         """Note who has come and from where."""
+        if len(seen.members) >= self._workers.min:
+            self._patience_s = HOPELESS_S  # what was there once may come back
         for cell in self._cells:
             mine = [member for member in seen.members if member.cell == cell.name]
             if mine and not cell.came:
@@ -270,6 +274,8 @@ class Fleet:
             return []  # as long as nobody knows how long the run takes, what was asked for stays asked for
         events = [Event(kind="no_capacity", fields={"pool": pool}) for pool in self._demand.look()]
         found = self._demand.take()
+        if not self._cells:
+            check_kind(self._workers)  # an autoscaler does not say before which kinds it has
         fits = self._room(coming, found, now)
         could = addable(self._workers)
         more = self._more(seen, size, sum(fits.values()) + could)
@@ -279,7 +285,7 @@ class Fleet:
         free(place for places in found.values() for place in places)
         missing = max(0, min(more - sum(cells.values()), could))
         events += self._ask(missing if calm else min(missing, len(self._demand)), now)
-        self._check_hope(seen)
+        self._check_hope(seen, sum(coming.values()))
         return events
 
     def _ask(self, workers: int, now: float) -> list[Event]:
@@ -289,14 +295,23 @@ class Fleet:
         self._demand.ask(workers, beside={cell.node for cell in self._cells} | avoided)
         return [Event(kind="demand", fields={"workers": workers})] if workers != before else []
 
-    def _check_hope(self, seen: Seen) -> None:
-        """Raise ResourceError if the run cannot go on and an autoscaler cannot help, though nobody holds anything."""
-        if not self._demand.hopeless or len(seen.members) >= self._workers.min or self._cells:
+    def _check_hope(self, seen: Seen, coming: int) -> None:
+        """Raise ResourceError if the run cannot go on and an autoscaler cannot help, though nobody else holds anything.
+
+        Workers that have come and wait for others do not train: their nodes would be paid for without an end.
+        """
+        hopeless_s = self._demand.hopeless_s
+        if hopeless_s < UNPLACED_S or len(seen.members) >= self._workers.min or coming > seen.waiting:
             return
-        if fitting(self._workers, "free") == fitting(self._workers, "total"):
+        if self._demand.spares:
+            self._demand.spares = False  # rather a GPU that idles than a run that cannot begin
+            return
+        held, total = sum(cell.size for cell in self._cells), fitting(self._workers, "total")
+        if hopeless_s >= self._patience_s and fitting(self._workers, "free") + held == total:
             raise ResourceError(
-                f"workers.min {self._workers.min} of {self._workers.in_words()} each: the cluster's autoscaler can add "
-                "no node that holds one; lower workers.cpus or workers.gpus, or add a pool"
+                f"workers.min {self._workers.min} of {self._workers.in_words()} each: the cluster holds {total}, and "
+                "its autoscaler can add no node that holds one more; lower workers.min, workers.cpus or workers.gpus, "
+                "or add a pool"
             )
 
     def _more(self, seen: Seen, size: int, free: int) -> int:
@@ -316,6 +331,7 @@ class Fleet:
             if not cell.came:
                 taken[cell.node] = taken.get(cell.node, 0) + coming[cell.name]
         there = {node: max(n, len(found.get(node, ()))) for node, n in room(self._workers).items()}
+        there = alike(self._workers, there, {cell.node for cell in self._cells})
         return room_beside({node: n for node, n in there.items() if self._avoid.get(node, 0.0) <= now}, taken)
 
 

@@ -8,6 +8,7 @@ says what has changed when the next one differs.
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +24,9 @@ from ray.core.generated import autoscaler_pb2, gcs_pb2
 from ray.util.placement_group import PlacementGroup
 
 from elastrain.cluster.environment import NO_EXPORTERS
+from elastrain.errors import ResourceError
 
-STATUS_S = 10.0
+STATUS_S, SLOW_S, PAUSE_S = 10.0, 60.0, 1.0  # an answer of the GCS; how often it is asked again, and how soon
 NODE_ID_LABEL = "ray.io/node-id"  # what every raylet labels itself with
 NODE_TYPE_LABEL = "ray.io/node-group"  # and those that an autoscaler has started
 
@@ -76,15 +78,36 @@ class Autoscaler:
     infeasible: tuple[str, ...]  # each names a placement group
 
 
+_said: dict[str, Autoscaler | None] = {}  # by the address of the cluster, what its autoscaler said last
+
+
 def autoscaler() -> Autoscaler | None:
     """Return what the cluster's autoscaler says; None where there is none that could add a node.
+
+    A GCS that does not answer in time leaves what was said before; where nothing was, it is asked again, and after
+    SLOW_S that raises ResourceError: nobody knows whether there is an autoscaler.
 
     Stands on `GcsClient.get_cluster_status`, which holds what autoscaler v2 last reported. Nodes that an autoscaler
     manages say which instance they are; a Ray that was started by hand has an autoscaler that only looks on.
     """
     worker: Any = ray._private.worker.global_worker  # noqa: SLF001
+    client, deadline = worker.gcs_client, time.monotonic() + SLOW_S
+    while True:
+        try:
+            _said[client.address] = _autoscaler_in(client.get_cluster_status(timeout_s=STATUS_S))
+        except ray.exceptions.RayError as error:
+            if client.address not in _said and time.monotonic() > deadline:
+                raise ResourceError(
+                    f"the head at {client.address} does not say what its cluster holds: {error}"
+                ) from error
+        if client.address in _said:
+            return _said[client.address]
+        time.sleep(PAUSE_S)
+
+
+def _autoscaler_in(status: bytes) -> Autoscaler | None:
     message: Any = autoscaler_pb2.GetClusterStatusReply  # type: ignore[attr-defined] # made at import by protobuf
-    reply = message.FromString(worker.gcs_client.get_cluster_status(timeout_s=STATUS_S))
+    reply = message.FromString(status)
     state = reply.autoscaling_state
     managed = any(node.instance_id for node in reply.cluster_resource_state.node_states)
     if not managed or not state.autoscaler_state_version:

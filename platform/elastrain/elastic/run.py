@@ -263,7 +263,7 @@ def _attempt(job: Job, resume: int | None) -> dict[str, Any]:
         for kind, fields in (*begun, *(("quarantine", {"step": 0, **entry}) for entry in left_out)):
             host.event.remote(kind, fields)
         _ready(host)
-        result = _watched(job, host, fleet)
+        result = _watched(job, host, feeder, fleet)
         outcome = {"outcome": "interrupted" if result["stopped"] else "done", "result": result}
     except BaseException as error:
         outcome = {"outcome": "failed", "error": str(error)}
@@ -297,7 +297,16 @@ def _host(job: Job, size: int, first: int) -> Any:
     )
 
 
-def _watched(job: Job, host: Any, fleet: Fleet) -> dict[str, Any]:
+def _watched(job: Job, host: Any, feeder: Any, fleet: Fleet) -> dict[str, Any]:
+    told, most = 0, min(job.spec.workers.max, job.plan.slots)
+
+    def stepped(now: Mapping[str, Any]) -> None:
+        nonlocal told
+        _note_recovery(job, host, now)
+        if len(now["members"]) != told:  # what others that may come will hold is left to them
+            told = len(now["members"])
+            feeder.read_beside.remote(told, max(0, most - told) * job.spec.workers.cpus)
+
     return Watch(
         plan=job.plan,
         num_steps=job.num_steps,
@@ -307,7 +316,7 @@ def _watched(job: Job, host: Any, fleet: Fleet) -> dict[str, Any]:
         fleet=fleet,
         data=[job.train, *([job.evaluation] if job.evaluation else [])],
         stops=job.stop.is_set,
-        stepped=lambda now: _note_recovery(job, host, now),
+        stepped=stepped,
         script=job.script,
     ).run()
 

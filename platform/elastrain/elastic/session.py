@@ -10,12 +10,13 @@ import socket
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import ray
 
 from elastrain.cluster.doors import check_tls
+from elastrain.data.blocks import READERS, reading_beside
 from elastrain.elastic.policy import sizes_at_start
 from elastrain.elastic.ray_inner import (
     NODE_TYPE_LABEL,
@@ -29,11 +30,11 @@ from elastrain.elastic.ray_inner import (
     secure_new_cluster,
     without_monitors,
 )
-from elastrain.errors import ResourceError
+from elastrain.errors import ResourceError, SpecError
 from elastrain.spec.train import WorkersSpec
 
-READERS = 2
 CONNECT_S = 5.0
+KIND = "accelerator_type:"  # a resource of nodes on which Ray has found an accelerator
 
 
 @contextlib.contextmanager
@@ -121,8 +122,9 @@ def find_room(
     """Return how many workers to start on which nodes, min to max together; below min wait, saying so.
 
     {} where only an autoscaler can make the room: it must be asked for. Raises ResourceError if the cluster can never
-    hold min, InterruptedError if `stop` says so while waiting.
+    hold min, SpecError as `check_kind`, InterruptedError if `stop` says so while waiting.
     """
+    check_kind(workers)
     told = False
     while not (sizes := sizes_at_start(room(workers), workers.min, workers.max)):
         total = fitting(workers, "total")
@@ -141,6 +143,36 @@ def find_room(
     return sizes
 
 
+def check_kind(workers: WorkersSpec) -> None:
+    """Raise SpecError if a worker fits on several kinds of GPU and the run names none: it must not mix them."""
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    there += [dict(kind.resources) for kind in node_types()]
+    kinds = sorted({kind[0] for held in there if _fits(workers, held) and (kind := _gpus(held))})
+    if workers.gpus and workers.accelerator is None and len(kinds) > 1:
+        raise SpecError(
+            f"workers.accelerator: the cluster has {', '.join(kinds)}, and a run must not mix them: name one, as in "
+            f"--set workers.accelerator={kinds[0]}"
+        )
+
+
+def alike(workers: WorkersSpec, fits: Mapping[str, int], nodes: Collection[str]) -> dict[str, int]:
+    """Return what fits where, less nodes with another kind of GPU than `nodes` have, if the run names none."""
+    if not workers.gpus or workers.accelerator is not None or not nodes:
+        return dict(fits)
+    kinds = {node["NodeID"]: _gpus(node["Resources"]) for node in ray.nodes()}
+    ours = [kinds[node] for node in nodes if node in kinds]
+    return {node: n for node, n in fits.items() if kinds.get(node) in ours}
+
+
+def _gpus(held: Mapping[str, float]) -> tuple[str, ...]:
+    """Return the names that a node has for its kind of accelerator: one, unless somebody gave it more.
+
+    >>> _gpus({"CPU": 8.0, "GPU": 8.0, "accelerator_type:H100": 1.0})
+    ('H100',)
+    """
+    return tuple(sorted(name.removeprefix(KIND) for name in held if name.startswith(KIND)))
+
+
 def _never(workers: WorkersSpec) -> str:
     no_gpu = bool(workers.gpus) and not ray.cluster_resources().get("GPU")
     hint = "; Ray sees no GPU here: set workers.gpus: 0" if no_gpu else ""
@@ -152,9 +184,8 @@ def _never(workers: WorkersSpec) -> str:
 
 
 def reading_resources(workers: WorkersSpec, size: int) -> tuple[float, int]:
-    """Return (CPUs a read task, read tasks at once): what is free beside the workers; 0 CPUs where nothing is."""
-    spare = int(ray.available_resources().get("CPU", 0.0) - size * workers.cpus)
-    return (1.0, max(1, min(spare, max(READERS, size)))) if spare >= 1 else (0.0, READERS)
+    """Return (CPUs a read task, read tasks at once) beside `size` workers that are still to be started."""
+    return reading_beside(size, ray.available_resources().get("CPU", 0.0) - size * workers.cpus)
 
 
 def fitting(workers: WorkersSpec, kind: str) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from elastrain.elastic.cells import KILLED_S, end_cell, free_cell, start_cell
+from elastrain.elastic.demand import is_refused
 from elastrain.elastic.ray_inner import draining_nodes
 from elastrain.elastic.session import addable, largest, largest_addable, ray_session, room
 from elastrain.errors import ResourceError
@@ -192,8 +193,11 @@ class Pool:
 
 
 def check_room(workers: WorkersSpec, size: int) -> None:
-    """Raise ResourceError if no node can ever hold a trial, whose workers are all on one."""
-    if largest(workers) < size and largest_addable(workers) < size:
+    """Raise ResourceError if no node can ever hold a trial, whose workers are all on one.
+
+    An autoscaler that does not say what it can add is asked for such a node, for some seconds.
+    """
+    if largest(workers) < size and (largest_addable(workers) < size or is_refused(workers, size)):
         raise ResourceError(
             f"a trial of {size} workers of {workers.in_words()} each fits on no node (the largest holds "
             f"{largest(workers)}); lower workers.max, workers.cpus or workers.gpus under `set:`, or add nodes"
