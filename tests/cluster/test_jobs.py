@@ -347,9 +347,11 @@ def test_a_folder_that_another_machine_cannot_see_is_refused(
 
 
 def test_a_clouds_notice_drains_the_node_that_it_is_about(place: Place) -> None:
-    with metadata(gcp("TRUE")) as server, place.head.node(place.folder / "spot") as node:
+    """The node is not named: it is that of the instance which `ray up` tells the commands that it runs."""
+    instance = {"RAY_CLOUD_INSTANCE_ID": "i-spot"}
+    with metadata(gcp("TRUE")) as server, place.head.node(place.folder / "spot", **instance) as node:
         command = ("elastrain.cluster.preemption", "gcp", "--address", place.head.address, "--metadata", server)
-        done = cli(*command, "--node", node)
+        done = cli(*command, **instance)
         assert done.returncode == 0, done.stderr
         ray.init(place.head.address, log_to_driver=False, logging_level=logging.ERROR)
         try:
@@ -357,7 +359,7 @@ def test_a_clouds_notice_drains_the_node_that_it_is_about(place: Place) -> None:
             draining = draining_nodes()
         finally:
             ray.shutdown()
-    assert "GCP pre-empts this instance: draining node" in done.stderr
+    assert f"GCP pre-empts this instance: draining node {node[:12]}" in done.stderr
     # A node that is idle is gone as soon as it is drained.
     assert node in draining or not states[node]
     assert sum(states.values()) >= 1

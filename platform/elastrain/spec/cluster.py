@@ -16,6 +16,7 @@ from elastrain.spec.train import Model, NonNegativeInt, PositiveInt, WholeNumber
 
 LABEL_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 _LABEL_DOMAIN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
+_CLOSING = ("RAY_AUTH_", "RAY_USE_TLS", "RAY_TLS_", "RAY_ENABLE_K8S_TOKEN_AUTH")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PATH = r"^/[A-Za-z0-9._/-]*[A-Za-z0-9._-]$"
 AbsolutePath = Annotated[str, Field(pattern=_PATH)]
@@ -233,6 +234,10 @@ class ClusterSpec(Model):
             raise wrong("a pool cannot be called 'head'", f"pools.{names.index('head')}.name")
         if strange := next((name for name in self.env if not _VARIABLE.fullmatch(name)), None):
             raise wrong(f"env: {strange!r} is no name of a variable: letters, digits and _", f"env.{strange}")
+        if closing := next((name for name in self.env if name.startswith(_CLOSING)), None):
+            raise wrong(
+                f"env: {closing} says who is let in, which token and tls do here; remove the key", f"env.{closing}"
+            )
         return self
 
     @model_validator(mode="after")
