@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
+from typer.testing import CliRunner
 
+from elastrain.__main__ import app
 from elastrain.cluster import jobs
 from elastrain.cluster.jobs import Job, _failure, _is_lost, _Lost, _result, job_id, stop_job
 from elastrain.cluster.package import RUN_KEY
 from elastrain.errors import DataError, ElastrainError, Interrupted, ResourceError
 from elastrain.observe.actions import read_actions
+
+RUN = str(Path(__file__).parents[2] / "pipelines" / "digits_mlp" / "train.yaml")
 
 
 def ended(status: str = "FAILED", code: int | None = None, kind: str | None = None, message: str = "") -> JobDetails:
@@ -142,6 +146,18 @@ def test_a_job_that_was_killed_before_its_last_checkpoint_is_not_called_stopped(
         assert stop_job("job-1")["status"] == "stopped"
     assert told == ["job-1"]
     assert [(each["action"], each["job"]) for each in read_actions(str(tmp_path))] == [("stop", "job-1")]
+
+
+def test_a_job_that_dies_in_set_up_gives_its_exit_code_and_is_not_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = ended(kind="RUNTIME_ENV_SETUP_FAILURE", message="runtime_env setup failed\nno space left")
+    job_server(monkeypatch, tmp_path / "a", dead, log=[])
+    monkeypatch.setattr(jobs, "submit", lambda *_, **__: Job("job-1", str(tmp_path / "a"), "http://127.0.0.1:8265"))
+    done = CliRunner().invoke(app, ["submit", RUN, "--follow"])
+    assert isinstance(done.exception, ResourceError), done.output
+    assert str(done.exception) == "job-1 died in set-up: runtime_env setup failed (no space left)"
+    assert done.exception.exit_code == 6
 
 
 def test_a_way_that_breaks_often_costs_a_job_that_lives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ from elastrain.errors import DataError, ElastrainError, ResourceError, StorageEr
 from elastrain.keys import check_key
 from elastrain.lease import Hold
 from elastrain.lock import locked
+from elastrain.observe import actions
 from elastrain.urls import table_kind
 
 PACK_FORMAT = 1  # one more whenever the same source and options give other bytes than before
@@ -119,6 +120,8 @@ def _pack(
         job = _Job(source, options, progress, looked, facts)
         packed = {name: job.pack(place.shards(name), name, split) for name, split in splits.items()}
         hold.check()
+        if options.overwrite and any(held.finished for held in there.values()):
+            actions.note(out, "delete")
         return outcome.commit(place, packed)
 
 
