@@ -1,6 +1,6 @@
 """Which nodes Ray's autoscaler would start: its own scheduler, asked without a cluster. Ray's inner interface.
 
-`tests/cluster/test_plan.py` says what has changed when a new Ray breaks it.
+`tests/cluster/test_forecast.py` says what has changed when a new Ray breaks it.
 """
 
 import logging
