@@ -11,8 +11,7 @@ from typing import Any
 from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
-from ray.core.generated import autoscaler_pb2
-from ray.core.generated.common_pb2 import LabelSelectorOperator
+from ray.core.generated import autoscaler_pb2, common_pb2
 
 from elastrain.spec.accelerators import ACCELERATORS
 from elastrain.spec.cluster import KIND_LABEL, Pool
@@ -67,6 +66,7 @@ def _gang(cell: Cell, name: str) -> Any:
     """Return a placement group that is packed on one node, as Ray describes it to its autoscaler."""
     messages: Any = autoscaler_pb2  # made at run time, so unknown to types
     together = (ResourceRequestUtil.PlacementConstraintType.AFFINITY, "_PG", name)
-    without = [(KIND_LABEL, LabelSelectorOperator.LABEL_OPERATOR_NOT_IN, ACCELERATORS)]
+    operators: Any = common_pb2
+    without = [(KIND_LABEL, operators.LABEL_OPERATOR_NOT_IN, list(ACCELERATORS))]
     worker = ResourceRequestUtil.make(dict(cell.resources), [together], [without] if cell.plain else None)
     return messages.GangResourceRequest(requests=[worker] * cell.size)

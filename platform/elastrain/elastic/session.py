@@ -23,6 +23,7 @@ from elastrain.elastic.ray_inner import (
     NodeType,
     autoscaler,
     available_per_node,
+    check_token,
     deaths_untold,
     draining_nodes,
     enable_token_auth,
@@ -57,6 +58,8 @@ def ray_session(
         if target and target != "local":
             _reachable(target)
             enable_token_auth()
+            if target != "auto":
+                check_token(target)
             ray.init(address=target, **quiet)
         else:
             secure_new_cluster()
