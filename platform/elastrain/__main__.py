@@ -125,6 +125,7 @@ def train(
     spec: SpecPath,
     sets: Sets = None,
     address: Address = None,
+    shared: Annotated[list[str] | None, typer.Option(help="a folder that all its machines have mounted")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start over: remove what the run has written")] = False,
     attempt: Annotated[
         str | None, typer.Option("--attempt-of", metavar="JOB", help="end as an earlier attempt at this job did")
@@ -140,7 +141,7 @@ def train(
 
         asked = read_train(spec, sets or [])
         with attempt_of(attempt, asked):
-            result = dict(train_run(asked, address=address, fresh=fresh).result)
+            result = dict(train_run(asked, address=address, fresh=fresh, shared=shared or []).result)
         values = ((name, "not finite" if v is None else f"{v:.4f}") for name, v in result["metrics"].items())
         metrics = ", ".join(f"{name} {value}" for name, value in values)
         resumed = f" (resumed from step {result['resumed_from']})" if result["resumed_from"] else ""

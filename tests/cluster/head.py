@@ -28,7 +28,7 @@ class Head:
     folder: Path
 
     @contextlib.contextmanager
-    def node(self, folder: Path) -> Iterator[str]:
+    def node(self, folder: Path, **environment: str) -> Iterator[str]:
         """Start another node without CPUs, and yield its id."""
 
         def joined() -> list[str]:
@@ -36,7 +36,7 @@ class Head:
             return [node.hex() for node, info in nodes.items() if info.labels.get("kind") == "spot"]
 
         options = (f"--address={self.address}", "--num-cpus=0", "--labels=kind=spot", "--dashboard-agent-listen-port=0")
-        with _started(folder, *options) as wait:
+        with _started(folder, *options, **environment) as wait:
             yield wait(joined)[0]
 
 

@@ -12,6 +12,9 @@ from elastrain.errors import ElastrainError
 ROOT = Path(__file__).parents[2]
 AWS = str(ROOT / "clusters" / "aws.yaml")
 RUN = str(ROOT / "pipelines" / "digits_mlp" / "train.yaml")
+NAMES = ("a/b", "a;b", "../up")
+RUNS = "name: expected up to 128 letters, digits, dots, dashes and underscores; the run lives in <storage>/<name>, got "
+MACHINES = "small letters, digits and dashes, and begins with a letter, got "
 NOBODY = f"http://127.0.0.1:{free_port()}"
 
 
@@ -26,9 +29,12 @@ NOBODY = f"http://127.0.0.1:{free_port()}"
         (("stop", "a-job", "--address", NOBODY), 6, "no Ray cluster answers at"),
         (("submit", RUN, "--address", "head:6379"), 2, "a job is sent to the cluster's dashboard"),
         (("submit", RUN), 2, "no cluster is named"),
-        (("submit", RUN, "--address", NOBODY, "--set", "name=a/b"), 2, "name"),
-        (("submit", RUN, "--address", NOBODY, "--set", "name=a;b"), 2, "name"),
-        (("submit", RUN, "--address", NOBODY, "--set", "name=../up"), 2, "name"),
+        (("logs", "a-job", "--address", NOBODY), 6, "no Ray cluster answers at"),
+        (("logs", "a-job", "--address", NOBODY, "--follow"), 6, "no Ray cluster answers at"),
+        (("cluster", "why-up", "--address", NOBODY.removeprefix("http://")), 6, "no Ray answers at"),
+        *((("submit", RUN, "--address", NOBODY, "--set", f"name={name}"), 2, f"{RUNS}'{name}'") for name in NAMES),
+        *((("cluster", "check", AWS, "--set", f"name={name}"), 2, f"{MACHINES}'{name}'") for name in NAMES),
+        *((("cluster", "render", AWS, "--set", f"pools.0.name={name}"), 2, f"{MACHINES}'{name}'") for name in NAMES),
     ],
 )
 def test_a_mistake_is_a_sentence_and_an_exit_code(

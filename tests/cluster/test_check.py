@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from elastrain.cluster.kuberay import network_policy
+from elastrain.spec.cluster import ClusterSpec
 from elastrain.spec.source import parse
 
 CLUSTERS = Path(__file__).parents[2] / "clusters"
-SPECS = ("aws", "azure", "gcp", "kuberay", "onprem")
+SPECS = ("aws", "azure", "gcp", "kuberay", "onprem", "local-autoscaling/cluster")
 Find = Callable[..., list[str]]
-NUM_MUTATIONS = 20  # of each of the five specs
+NUM_MUTATIONS = 20  # of each of the six specs
 # Mappings whose keys are the user's own, so that a typo in one is another key and no mistake.
 FREE = ("labels", "env", "spot_nodes")
 
@@ -140,7 +142,7 @@ KINDS = (typo, typo, wrong_type, inverted, unknown_name)
 
 @pytest.mark.parametrize("name", SPECS)
 def test_each_mutation_is_caught_at_its_line(name: str, problems: Find) -> None:
-    """100 mutations by seed, 20 of each spec: typos at each level, wrong types, bounds, names that nobody knows."""
+    """120 mutations by seed, 20 of each spec: typos at each level, wrong types, bounds, names that nobody knows."""
     for seed in range(NUM_MUTATIONS):
         rng = random.Random(f"{name} {seed}")  # noqa: S311 -- a mutation, no key
         mutated, line, what = KINDS[seed % len(KINDS)](text_of(name), rng)
@@ -155,6 +157,13 @@ IDLE = "idle_timeout_minutes: 10"
 OPTIONS = "autoscalerOptions:\n    idleTimeoutSeconds: 600"
 SSH = "{FromPort: 22, ToPort: 22, IpProtocol: TCP, IpRanges: [{CidrIp: 0.0.0.0/0}]}"
 START = "name: onprem\noverride: {head_start_ray_commands: ['ray start --head --dashboard-host=0.0.0.0']}"
+TOKENS = "--env RAY_AUTH_MODE=token, --env RAY_AUTH_TOKEN_PATH=/x"
+DISABLED = "-e RAY_AUTH_MODE='disabled'"
+VARIABLE = "{name: RAY_AUTH_MODE, value: disabled}"
+REFERENCE = "{name: RAY_AUTH_MODE, valueFrom: {secretKeyRef: {name: x, key: mode}}}"
+OPEN = "RAY_AUTH_MODE is set to what would let strangers in"
+STRAY = "{labels: {elastrain/cluster: x}}"
+LABELS = "without the label elastrain/cluster=kuberay the NetworkPolicy does not hold this pod"
 WORKER = "    identity: arn:aws:iam::000000000000:instance-profile/elastrain-worker\n"
 
 
@@ -213,6 +222,16 @@ WORKER = "    identity: arn:aws:iam::000000000000:instance-profile/elastrain-wor
         ("kuberay", "\nimage:", "\ntls: {folder: x}\nimage:", "on kuberay tls has the key 'secret_name', and nothing"),
         ("aws", "\nimage:", "\ntls: {}\nimage:", "on aws tls has the key 'folder', and nothing else"),
         ("kuberay", "claim: datasets}", "claim: datasets, host: /x}", "give exactly one of host, claim, scratch_gib"),
+        ("kuberay", "\nhead:", "\nenv: {RAY_AUTH_MODE: disabled}\nhead:", "RAY_AUTH_MODE says who is let in"),
+        ("aws", "env: {NCCL_DEBUG: WARN}", "env: {RAY_USE_TLS: '0'}", "RAY_USE_TLS says who is let in"),
+        ("aws", IDLE, f"docker: {{run_options: [{TOKENS}, '--env RAY_AUTH_MODE=disabled']}}", OPEN),
+        ("aws", IDLE, "worker_start_ray_commands: ['RAY_AUTH_MODE=disabled ray start']", OPEN),
+        ("aws", IDLE, "setup_commands: [unset RAY_AUTH_MODE]", OPEN),
+        ("aws", "    override:\n", f"    override:\n      docker: {{worker_run_options: [{DISABLED}]}}\n", OPEN),
+        ("kuberay", "priorityClassName: research", f"containers: [{{name: ray-worker, env: [{VARIABLE}]}}]", OPEN),
+        ("kuberay", "priorityClassName: research", f"containers: [{{name: ray-worker, env: [{REFERENCE}]}}]", OPEN),
+        ("kuberay", OPTIONS, "autoscalerOptions: {env: [{name: RAY_USE_TLS, value: 'false'}]}", "RAY_USE_TLS is set"),
+        ("kuberay", "      template:\n", f"      template:\n        metadata: {STRAY}\n", LABELS),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_as_sentences(name: str, old: str, new: str, expected: str, problems: Find) -> None:
@@ -250,6 +269,40 @@ def test_a_secret_in_an_override_is_seen_and_a_reference_is_not(problems: Find) 
     literal, reference = "value: abc", "valueFrom: {secretKeyRef: {name: hf, key: token}}"
     assert problems(put("kuberay", "          priorityClassName", change % (variable % literal)))
     assert problems(put("kuberay", "          priorityClassName", change % (variable % reference))) == []
+
+
+Broken = Callable[[dict[str, Any]], Any]
+
+
+@pytest.mark.parametrize(
+    ("breaks", "text"),
+    [
+        (lambda spec: spec.update(podSelector={}), "must hold the pods with elastrain/cluster=kuberay"),
+        (lambda spec: spec["podSelector"]["matchLabels"].update(team="x"), "must hold the pods with"),
+        (lambda spec: spec["policyTypes"].remove("Egress"), "a way that is not named is open"),
+        (lambda spec: spec["ingress"][0].update({"from": [{"podSelector": {}}]}), "an empty podSelector is all"),
+        (lambda spec: spec["ingress"][1]["from"][0].update(namespaceSelector={}), "an empty namespaceSelector is all"),
+        (lambda spec: spec["ingress"][1].pop("from"), "without `from` lets everybody in"),
+        (lambda spec: spec["ingress"][1].update({"from": [{}]}), "an empty peer is everybody"),
+        (lambda spec: spec["ingress"].pop(0), "pods of the cluster must reach each other"),
+        (lambda spec: spec["egress"].append({}), "allows everything"),
+        (lambda spec: spec["egress"][1]["ports"][0].update(port=0), "a port has a number of 1 to 65535"),
+        (lambda spec: spec["egress"][1]["ports"][0].update(protocol="tcp"), "a port has a number of 1 to 65535"),
+        (lambda spec: spec.update(egres=[]), "unknown key 'egres'; did you mean 'egress'"),
+        (lambda spec: spec["ingress"][1].update(form=[]), "unknown key 'form'; did you mean 'from'"),
+    ],
+)
+def test_a_network_policy_that_is_open_is_caught(
+    breaks: Broken, text: str, monkeypatch: pytest.MonkeyPatch, problems: Find
+) -> None:
+    def broken(spec: ClusterSpec) -> dict[str, Any]:
+        made = network_policy(spec)
+        breaks(made["spec"])
+        return made
+
+    monkeypatch.setattr("elastrain.cluster.render.network_policy", broken)
+    found = problems(text_of("kuberay"))
+    assert any(text in each for each in found), found
 
 
 def test_overrides_of_the_command_line_are_to_blame_themselves(problems: Find) -> None:

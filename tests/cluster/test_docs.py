@@ -35,6 +35,9 @@ def test_what_needs_no_other_machine_works(command: list[str], tmp_path: Path, m
         there = {path.name: path.read_text() for path in (tmp_path / "rendered").iterdir()}
         assert there
         assert all((ROOT / "clusters" / "rendered" / name).read_text() == text for name, text in there.items())
+        dashboard = done.stdout.splitlines()[-1].partition(": ")[2].partition(" # ")[0].strip()
+        assert dashboard.startswith(("ray dashboard ", "kubectl "))
+        assert f"\n{dashboard}\n" in PAGE.read_text(), "what is printed to reach the dashboard is what the page says"
 
 
 def test_all_of_our_commands_and_options_exist() -> None:

@@ -124,6 +124,19 @@ def test_work_on_cpus_starts_no_gpus_where_other_pools_hold_it() -> None:
     assert any("for CPUs alone" in each for each in forced["warnings"])
 
 
+def test_work_on_cpus_is_put_on_no_accelerator_that_happens_to_be_there() -> None:
+    """As at run time, where it is asked for with a selector: Ray by itself would take what is up, or the next best."""
+    asked = [Cell(size=1, resources={"CPU": 1}, plain=plain) for plain in (True, False)]
+    pools = cluster("aws", "pools.1.min=1").pools
+    assert launches(pools, asked[:1] * 34).nodes == {"cpu-data": 2, "t4-dev": 1}
+    assert launches(pools, asked[1:] * 34).nodes == {"cpu-data": 1, "t4-dev": 1}
+    assert launches(pools, asked[:1] * 300).num_infeasible == 44
+    found = forecast_cluster(cluster("aws", "pools.1.min=1"), a_run(min=1, max=34))
+    assert nodes_of(found) == {"cpu-data": 2, "t4-dev": 1}
+    tpus = forecast_cluster(cluster("gcp"), a_run(min=1, max=1000))
+    assert nodes_of(tpus) == {"cpu-data": 8}, "a TPU is no CPU"
+
+
 def test_nodes_that_are_always_up_are_counted_and_warned_of() -> None:
     found = forecast_cluster(cluster("aws", "pools.0.min=2"), a_run(min=1, max=2))
     assert nodes_of(found) == {"cpu-data": 2}

@@ -328,12 +328,27 @@ def test_what_training_says_comes_through_with_its_exit_code(place: Place) -> No
     assert [job["exit_code"] for job in _jobs(place, str(place.folder / "runs" / "no-data"))] == [4]
 
 
-def test_without_the_clusters_token_nothing_is_submitted(place: Place) -> None:
-    done = cli("elastrain", "submit", place.spec("stranger"), "--address", place.head.url, RAY_AUTH_MODE="disabled")
+@pytest.mark.parametrize("command", ["submit", "train", "why-up", "none"])
+def test_without_the_clusters_token_nothing_is_done(place: Place, command: str) -> None:
+    """With a token of another cluster, and with none."""
+    path, spec = place.folder / "another", place.spec("stranger")
+    path.write_text("0" * 64)
+    path.chmod(0o600)
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+    if command in ("submit", "none"):
+        environment = {"RAY_AUTH_MODE": "disabled"} if command == "none" else wrong
+        done = cli("elastrain", "submit", spec, "--address", place.head.url, **environment)
+        assert "lets in only who has the cluster's token" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    else:
+        verb = ("train", spec) if command == "train" else ("cluster", "why-up")
+        done = cli("elastrain", *verb, "--address", place.head.address, **wrong)
+        assert done.stderr.splitlines()[-1].startswith("elastrain: error: "), done.stderr
+        assert "token" in done.stderr.splitlines()[-1]
+        assert command == "why-up" or "lets in only who has the cluster's token" in done.stderr
     assert done.returncode == 6
-    assert "lets in only who has the cluster's token" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
     assert not _jobs(place, str(place.folder / "runs" / "stranger"))
+    assert not list((place.folder / "runs").glob("stranger/checkpoints/*"))
 
 
 def test_a_folder_that_another_machine_cannot_see_is_refused(
@@ -347,9 +362,11 @@ def test_a_folder_that_another_machine_cannot_see_is_refused(
 
 
 def test_a_clouds_notice_drains_the_node_that_it_is_about(place: Place) -> None:
-    with metadata(gcp("TRUE")) as server, place.head.node(place.folder / "spot") as node:
+    """The node is not named: it is that of the instance which `ray up` tells the commands that it runs."""
+    instance = {"RAY_CLOUD_INSTANCE_ID": "i-spot"}
+    with metadata(gcp("TRUE")) as server, place.head.node(place.folder / "spot", **instance) as node:
         command = ("elastrain.cluster.preemption", "gcp", "--address", place.head.address, "--metadata", server)
-        done = cli(*command, "--node", node)
+        done = cli(*command, **instance)
         assert done.returncode == 0, done.stderr
         ray.init(place.head.address, log_to_driver=False, logging_level=logging.ERROR)
         try:
@@ -357,7 +374,7 @@ def test_a_clouds_notice_drains_the_node_that_it_is_about(place: Place) -> None:
             draining = draining_nodes()
         finally:
             ray.shutdown()
-    assert "GCP pre-empts this instance: draining node" in done.stderr
+    assert f"GCP pre-empts this instance: draining node {node[:12]}" in done.stderr
     # A node that is idle is gone as soon as it is drained.
     assert node in draining or not states[node]
     assert sum(states.values()) >= 1
@@ -383,9 +400,11 @@ def test_too_much_code_is_refused_and_nothing_is_sent(place: Place) -> None:
     for index in range(12):
         with (large / f"weights{index:02d}.bin").open("wb") as file:
             file.truncate((index + 1) << 20)
-    with pytest.raises(SpecError, match=r"the largest files: .*weights11\.bin") as refused:
-        submit(place.read("heavy", f"task={large}/task.py:DigitsMLP"), address=place.head.url)
-    assert str(refused.value).count("weights") == 10
+    task = f"task={large}/task.py:DigitsMLP"
+    done = cli("elastrain", "submit", place.spec("heavy"), "--set", task, "--address", place.head.url)
+    assert done.returncode == 2, done.stderr
+    assert re.match(r"elastrain: error: .*the largest files: .*weights11\.bin", done.stderr)
+    assert done.stderr.count("weights") == 10
     assert not _jobs(place, str(place.folder / "runs" / "heavy"))
 
 

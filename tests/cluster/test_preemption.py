@@ -1,16 +1,20 @@
 """Notices of three clouds, from a metadata server on loopback that answers as theirs do, headers required included."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from elastrain.cluster.preemption import Aws, Azure, Gcp, watch
+from elastrain.cluster import preemption
+from elastrain.cluster.preemption import Aws, Azure, Gcp, Notice, drain_in_time, watch
+from elastrain.errors import ResourceError
 
 Answers = dict[tuple[str, str], Callable[[Any], tuple[int, str]]]
 TOKEN = "a-token"  # noqa: S105 -- of a server that is ours
@@ -137,3 +141,48 @@ def test_a_server_that_fails_is_told_of_once_and_asked_again() -> None:
         assert watch(Gcp(server), said.append, poll_s=0.01).reason == "GCP pre-empts this instance"
     assert len(said) == 1
     assert "asking again every" in said[0]
+
+
+@pytest.mark.parametrize("node", ["abcd", None])
+def test_a_drain_that_fails_is_tried_again_until_the_deadline(
+    node: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The address answers on the second try only: it is a port at which nothing listens before."""
+    done: list[str] = []
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{door.getsockname()[1]}"
+
+        def drain_node(node: str, *_: Any) -> tuple[bool, str]:
+            done.append(node)
+            return len(done) > 1, "busy"
+
+        @contextmanager
+        def client(address: str) -> Iterator[Any]:
+            with _asking(address):
+                alive = SimpleNamespace(state=0, ALIVE=0, instance_id="i-1", node_manager_address="10.0.0.9")
+                yield SimpleNamespace(
+                    get_all_node_info=lambda timeout: {b"\xab\xcd": alive},  # noqa: ARG005
+                    drain_node=drain_node,
+                )
+
+        _asking = preemption._asking
+        monkeypatch.setattr(preemption, "_asking", client)
+        monkeypatch.setattr("ray._raylet.GcsClient", lambda address: address)
+        monkeypatch.setenv("RAY_CLOUD_INSTANCE_ID", "i-1")
+        said: list[str] = []
+
+        def say(text: str) -> None:
+            said.append(text)
+            door.listen()
+
+        drained = drain_in_time(Notice(time.time() + 30, "x"), say, address=address, node=node, pause_s=0.01)
+    assert drained == "abcd"
+    assert done == ["abcd", "abcd"], "what Ray does not take at first is asked for again, too"
+    assert len(said) == 1
+    assert "trying again until this machine is taken" in said[0]
+
+
+def test_after_the_deadline_nothing_is_tried() -> None:
+    with pytest.raises(ResourceError, match=r"127\.0\.0\.1:1 does not answer"):
+        drain_in_time(Notice(time.time(), "x"), lambda _: None, address="127.0.0.1:1", node="abc")

@@ -110,7 +110,7 @@ def test_names_are_those_that_the_operator_takes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sets", "document", "error", "text"),
     [
-        (("storage=/mnt/runs",), cluster(), SpecError, "not on a claim that head and all pools of kuberay"),
+        (("storage=/mnt/runs",), cluster(), SpecError, "not on one claim that head and all pools of kuberay"),
         (("data.train=/mnt/data/x",), cluster(), SpecError, "/mnt/data/x is a folder"),
         ((), cluster(name="aws"), SpecError, "a RayJob is for Kubernetes, and aws is on aws"),
         (("workers={cpus: 500}",), cluster(), ResourceError, "can ever hold a worker of 500 CPUs"),
@@ -124,11 +124,38 @@ def test_what_cannot_be_is_refused(
         rendered(tmp_path, *sets, document=document)
 
 
+def mounted(claims: str, other: str | None = None) -> ClusterDocument:
+    """The cluster with `claims` on the head and all pools, but `other` on the last pool."""
+    pools = [f"pools.{at}.mounts={claims}" for at in range(len(cluster().spec.pools))]
+    if other is not None:
+        pools[-1] = f"pools.{len(pools) - 1}.mounts={other}"
+    return cluster(f"head.mounts={claims}", *pools)
+
+
+CLAIM = "[{path: /mnt/all, claim: all}]"
+READ_ONLY = "[{path: /mnt/all, claim: all, read_only: true}]"
+
+
 def test_a_folder_on_a_claim_that_all_have_is_fine(tmp_path: Path) -> None:
-    claim = "[{path: /mnt/all, claim: all}]"
-    sets = [f"pools.{at}.mounts={claim}" for at in range(len(cluster().spec.pools))]
-    document = cluster(f"head.mounts={claim}", *sets)
-    assert rendered(tmp_path, "storage=/mnt/all/runs", document=document)
+    _, job = rendered(tmp_path, "storage=/mnt/all/runs", document=mounted(CLAIM))
+    assert " --shared /mnt/all --attempt-of " in job["spec"]["entrypoint"]
+    assert rendered(tmp_path, "data.train=/mnt/all/data", document=mounted(READ_ONLY))
+
+
+@pytest.mark.parametrize(
+    ("document", "text"),
+    [
+        (mounted(CLAIM, "[{path: /mnt/all, claim: others}]"), "not on one claim that head and all pools"),
+        (mounted(CLAIM, "[{path: /mnt, claim: all}]"), "not on one claim that head and all pools"),
+        (mounted(CLAIM, CLAIM[:-1] + ", {path: /mnt/all/runs, scratch_gib: 9}]"), "not on one claim that head"),
+        (mounted(CLAIM, READ_ONLY), "mounted read_only, and runs are written there"),
+    ],
+)
+def test_a_folder_that_only_seems_to_be_on_one_claim_is_refused(
+    tmp_path: Path, document: ClusterDocument, text: str
+) -> None:
+    with pytest.raises(SpecError, match=text):
+        rendered(tmp_path, "storage=/mnt/all/runs", document=document)
 
 
 def test_more_code_than_a_config_map_holds_names_the_largest_files(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_no_other_file_lies_there() -> None:
     assert {path.stem for path in CLUSTERS.glob("*.yaml")} >= set(SPECS)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [*SPECS, "local-autoscaling/cluster"])
 def test_a_spec_round_trips_through_yaml(name: str) -> None:
     spec = spec_of(name)
     assert cluster_spec(parse(dump(spec), name="dumped").data, nowhere) == spec

@@ -32,6 +32,7 @@ from elastrain.data.tokens import Windows
 from elastrain.errors import ConflictError, DataError, ElastrainError, SpecError, StorageError
 from elastrain.lease import Hold
 from elastrain.lock import locked
+from elastrain.observe.actions import read_actions
 
 WATCHED = """
 import json, sys, time
@@ -505,8 +506,10 @@ def test_an_overwrite_that_fails_leaves_the_old_dataset(table: Path, tmp_path: P
     killed.wait(timeout=30)
     killed.stdout.close()
     assert {name: data for name, data in files_of(out).items() if not name.startswith(".")} == before
+    assert not read_actions(str(tmp_path)), "nothing was replaced"
     assert not pack_dataset(f"csv:{table}", str(out), PackOptions(**SMALL, overwrite=True))["already"]
     assert files_of(out) == before
+    assert [(each["action"], each["run"]) for each in read_actions(str(tmp_path))] == [("delete", str(out))]
 
 
 @pytest.mark.ray

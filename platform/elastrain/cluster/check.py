@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from elastrain.cluster.document import ClusterDocument
-from elastrain.cluster.kuberay_rules import operator_findings
+from elastrain.cluster.kuberay_rules import operator_findings, policy_findings
 from elastrain.cluster.node_types import ESTIMATE, NodeTable, NodeType, node_table, type_of
 from elastrain.cluster.ray_up_rules import launcher_findings
 from elastrain.cluster.render import manifests
 from elastrain.cluster.schemas import kuberay_findings, ray_up_findings
+from elastrain.cluster.tokens import unlocked
 from elastrain.spec.cluster import ClusterSpec, Head, Pool
 from elastrain.spec.problems import Keys, Problem, nearest, refuse
 from elastrain.spec.providers import KubeRay
@@ -128,11 +129,11 @@ def _size_problems(spec: ClusterSpec, keys: Keys, machine: Head | Pool, kind: No
 def _problems(spec: ClusterSpec, data: Mapping[str, Any]) -> list[Problem]:
     """Return what is wrong with one rendered file; rules look only at what fits the schema."""
     if not isinstance(spec.provider, KubeRay):
-        found = list(ray_up_findings(data)) or list(launcher_findings(data))
+        found = list(ray_up_findings(data)) or [*launcher_findings(data), *unlocked(data)]
         return [Problem(keys=_in_ray_up(spec, path), text=text) for path, text in found]
     if data["kind"] == "NetworkPolicy":
-        return []
-    found = list(kuberay_findings(data)) or list(operator_findings(data))
+        return [Problem(keys=("provider",), text=text) for _, text in policy_findings(data)]
+    found = list(kuberay_findings(data)) or [*operator_findings(data), *unlocked(data)]
     return [Problem(keys=_in_kuberay(path), text=text) for path, text in found]
 
 

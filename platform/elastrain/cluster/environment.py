@@ -4,6 +4,11 @@
 # the dashboard's and the autoscaler's not start; a spec that has them scraped sets these in its `env`.
 NO_EXPORTERS = {"RAY_enable_metrics_collection": "false", "DASHBOARD_METRIC_PORT": "-1", "AUTOSCALER_METRIC_PORT": "-1"}
 
+LABEL = "elastrain/cluster"  # of all pods of a cluster on Kubernetes, with its name
+
+# The id of the head that `elastrain cluster local` starts, as Ray's own provider of fake nodes wants it.
+LOCAL_HEAD = "f" * 51 + "00000"
+
 # Where a node has the authority, and where it makes its own certificate from it (`cluster.certificates`).
 AUTHORITY_DIR, TLS_DIR = "/home/ray/.elastrain-authority", "/home/ray/.elastrain-tls"
 MAKE_CERTIFICATE = f"python -m elastrain cluster certificates {AUTHORITY_DIR} --out {TLS_DIR}"

@@ -31,11 +31,12 @@ def forecast_cluster(spec: ClusterSpec, run: TrainSpec) -> dict[str, Any]:
     workers = run.workers
     _check_kind(spec, workers)
     pools = _fitting(spec, workers)
+    plain = not any(pool.accelerator for pool in pools)
     from elastrain.cluster.scheduling import Cell, launches  # noqa: PLC0415 -- Ray, once the run is known to fit
 
     wanted, room = min(workers.max, run.num_slots), sum(fits(pool, workers) * pool.most for pool in pools)
     sizes = _cells(min(wanted, room), max(fits(pool, workers) for pool in pools))
-    asked = [Cell(size=1, resources=workers.needs())] * sum(sizes)
+    asked = [Cell(size=1, resources=workers.needs(), plain=plain)] * sum(sizes)
     found = launches(spec.pools, asked)
     held = sum(sizes) - found.num_infeasible
     if held < workers.min:
@@ -122,10 +123,10 @@ def _with_gpus(spec: ClusterSpec) -> list[Any]:
 def _fitting(spec: ClusterSpec, workers: WorkersSpec) -> list[Pool]:
     """Return the pools that a run's workers may be on, which hold at least one; raises ResourceError without any.
 
-    As in `elastic.session`: work on CPUs is not put where GPUs are, if the other pools hold `workers.min`.
+    As in `elastic.demand`: work on CPUs is not put where accelerators are, if the other pools hold `workers.min`.
     """
     found = [pool for pool in spec.pools if fits(pool, workers)]
-    plain = [pool for pool in found if not pool.resources().get(_GPUS)]
+    plain = [pool for pool in found if not pool.accelerator]
     if not workers.gpus and sum(fits(pool, workers) * pool.most for pool in plain) >= workers.min:
         found = plain
     if not found:
@@ -193,7 +194,7 @@ def _warnings(spec: ClusterSpec, workers: WorkersSpec, started: Sequence[Pool], 
     if lost:
         yield f"{lost} workers never fit: the pools that could hold them have reached their max"
     if not workers.gpus:
-        # Only where the pools without GPUs do not hold workers.min.
+        # Only where the pools without accelerators do not hold workers.min.
         idle = [pool.name for pool in started if pool.accelerator and not pool.least]
         if idle:
             yield f"nodes of {', '.join(idle)} would be started for CPUs alone; raise max of a pool without GPUs"

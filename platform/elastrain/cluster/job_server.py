@@ -22,6 +22,7 @@ from ray._private.authentication import authentication_token_setup as token
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from elastrain.cluster.folders import more_machines
 from elastrain.errors import ConflictError, ResourceError, SpecError
 
 CONNECT_S = 5.0
@@ -58,11 +59,13 @@ class JobServer(JobSubmissionClient):
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         return super()._do_request(method, endpoint, **{"timeout": REQUEST_S, **options})
 
-    def hosts(self) -> set[str]:
-        """Return the names of the machines that are in the cluster now."""
+    def more_machines(self) -> str | None:
+        """Say which machines beside this one the cluster has or may have, as `folders.more_machines` does."""
         with _told(self.url):
-            answer = self._do_request("GET", "/nodes?view=hostNameList")
-            return set(answer.json()["data"]["hostNameList"])
+            summary = self._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
+            nodes = [node["raylet"] for node in summary if node["raylet"].get("state") == "ALIVE"]
+            hosts, ids = ({node[key] for node in nodes} for key in ("nodeManagerHostname", "nodeId"))
+            return more_machines(hosts, ids, managed=any(node["instanceId"] for node in nodes))
 
     def send(self, *, job: str, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]) -> None:
         """Upload what is not there yet and start a job; raises ConflictError if there is one of this name."""
@@ -102,10 +105,10 @@ class JobServer(JobSubmissionClient):
         with _told(self.url, job):
             return str(self.get_job_logs(job))
 
-    def end(self, job: str) -> None:
-        """Ask a job to end; raises SpecError if there is none of this name."""
+    def end(self, job: str) -> bool:
+        """Ask a job to end and say whether it goes on still; raises SpecError if there is none of this name."""
         with _told(self.url, job):
-            self.stop_job(job)
+            return bool(self.stop_job(job))
 
     def lines(self, job: str) -> Iterator[str]:
         """Yield the lines that a job has written and writes, until it has ended."""

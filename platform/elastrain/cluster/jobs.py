@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import re
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,20 +18,20 @@ from typing import Any
 from ray.job_submission import JobDetails, JobStatus
 
 from elastrain import storage
+from elastrain.cluster.folders import refuse_unseen
 from elastrain.cluster.job_server import JobServer, ended
-from elastrain.cluster.package import ENTRYPOINT, ENVIRONMENT, RUN_KEY, STOP_S, places, stage
+from elastrain.cluster.package import ENVIRONMENT, RUN_KEY, STOP_S, entrypoint, stage
 from elastrain.errors import ConflictError, ElastrainError, Interrupted, ResourceError, SpecError, StorageError
 from elastrain.observe import actions
 from elastrain.observe.progress import LiveLine, Status, status_in
 from elastrain.spec.document import resolve
 from elastrain.spec.train import TrainSpec
-from elastrain.urls import table_kind
 
 RETRIES = 3
 PAUSE_S = 35.0  # a dead writer's lease of a run on S3 has ended by then
 POLL_S = 0.3
 NOT_FOUND = (126, 127)  # a shell's exit codes
-ERROR = "elastrain: error: "
+OURS, ERROR = "elastrain: ", "elastrain: error: "  # how the line begins by which a driver says why it ends
 SETUP = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_START", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE", "START_ERROR")
 
 
@@ -48,6 +47,7 @@ class Job:
     run: str
     address: str
     spec: TrainSpec | None = field(default=None, repr=False)
+    shared: tuple[str, ...] = ()  # folders that all machines have mounted
 
     def status(self) -> dict[str, Any]:
         """Return what `elastrain status JOB --json` prints; raises SpecError, ResourceError."""
@@ -60,27 +60,28 @@ class Job:
     def stop(self) -> dict[str, Any]:
         """End the job after a last checkpoint, wait for that, and return its status; raises SpecError, ResourceError.
 
-        A job that has not ended after STOP_S seconds is killed by Ray.
+        One that has ended already is left alone. One that has not after STOP_S seconds is killed by Ray: ResourceError.
         """
         return stop_job(self.id, address=self.address)
 
     def result(self, show: Callable[[Status], None] = lambda _: None) -> dict[str, Any]:
         """Wait for the end and return what `elastrain train --json` prints, and `job`; `show` is given each status.
 
-        A job whose machines were lost is submitted again, RETRIES times, and goes on from the last checkpoint.
+        A job whose machines were lost is submitted again, RETRIES times, and goes on from the last checkpoint. One that
+        lives is followed on, however often the way to it breaks.
 
         Raises what training raises, by its exit code; Interrupted if somebody stopped the job; ResourceError.
         """
-        for left in range(RETRIES, -1, -1):
+        left = RETRIES
+        while True:
             try:
                 return {**_followed(self, show), "job": self.id}
             except _Lost as loss:
-                if not left or self.spec is None:
-                    raise ResourceError(f"{self.id}: {loss}; submit it again, it goes on from its checkpoint") from loss
-                show(Status(phase="starting", message=f"{loss}; submitting again"))
-                time.sleep(PAUSE_S if not storage.is_local(self.run) else POLL_S)
-                self.id = _again(self, self.spec)
-        raise AssertionError("a run ends or is given up")
+                show(Status(phase="starting", message=f"{loss}; looking for the job"))
+                found = _again(self, loss, left)
+                left -= found != self.id  # else only the way to it was lost
+                self.id = found
+                time.sleep(POLL_S)
 
 
 def submit(spec: TrainSpec, *, address: str | None = None, shared: Sequence[str] = ()) -> Job:
@@ -94,22 +95,32 @@ def submit(spec: TrainSpec, *, address: str | None = None, shared: Sequence[str]
     """
     spec = resolve(spec, base=Path.cwd(), cwd=Path.cwd())
     server = JobServer(address)
-    _visible(spec, server, [storage.absolute(folder) for folder in shared])
+    shared = tuple(storage.absolute(folder) for folder in shared)
+    refuse_unseen(spec, server.more_machines(), shared)
     run = storage.absolute(storage.join(spec.storage, spec.name))
-    return Job(_sent(server, spec, run), run, server.url, spec)
+    return Job(_sent(server, spec, run, shared), run, server.url, spec, shared)
 
 
 def stop_job(job: str, *, address: str | None = None) -> dict[str, Any]:
-    """End a job after a last checkpoint, wait for that, and return its status; raises SpecError, ResourceError."""
+    """End a job after a last checkpoint, wait for that, and return its status.
+
+    One that has ended already is left alone, and `message` says so. Raises SpecError; ResourceError, also for a job
+    that was killed before its last checkpoint.
+    """
     server = JobServer(address)
-    run = (server.info(job).metadata or {}).get(RUN_KEY)
-    server.end(job)
-    _note(run, "stop", job)
+    info = server.info(job)
+    if ended(info):
+        found = described(info)
+        return {**found, "message": f"it had ended before. {found['message']}".strip()}
+    if server.end(job):
+        _note((info.metadata or {}).get(RUN_KEY), "stop", job)
     deadline = time.monotonic() + STOP_S + 30
     while not ended(info := server.info(job)):
         if time.monotonic() > deadline:
             raise ResourceError(f"{job} has not ended within {STOP_S + 30} s; look at it: elastrain logs {job}")
         time.sleep(POLL_S)
+    if info.status == JobStatus.STOPPED and _is_cut(server.log(job).splitlines()):
+        raise _killed(job)
     return described(info)
 
 
@@ -162,22 +173,11 @@ def described(job: JobDetails) -> dict[str, Any]:
     }
 
 
-def _visible(spec: TrainSpec, server: JobServer, shared: Sequence[str]) -> None:
-    """Raise SpecError for a folder of the run that not all machines of the cluster see."""
-    others = sorted(server.hosts() - {socket.gethostname()})
-    if not others:
-        return
-    for place in places(spec):
-        path = place.removeprefix(f"{table_kind(place)}:")
-        if storage.is_local(path) and not any(Path(path).is_relative_to(folder) for folder in shared):
-            raise SpecError(
-                f"{place} is a folder of this machine, and {others[0]} is in the cluster, too; give a URL such as "
-                f"s3://bucket/{spec.name}, or say --shared FOLDER if all its machines have that folder mounted"
-            )
+def _sent(server: JobServer, spec: TrainSpec, run: str, shared: Sequence[str]) -> str:
+    """Package a run, start its next job and return its name.
 
-
-def _sent(server: JobServer, spec: TrainSpec, run: str) -> str:
-    """Package a run and start its next job; raises ConflictError while there is one, SpecError for too much code."""
+    Raises ConflictError while there is one, SpecError for too much code.
+    """
     before = [job for job in server.jobs() if (job.metadata or {}).get(RUN_KEY) == run]
     running = next((str(job.submission_id) for job in before if not ended(job)), None)
     if running:
@@ -186,15 +186,15 @@ def _sent(server: JobServer, spec: TrainSpec, run: str) -> str:
             f"elastrain stop {running}"
         )
     # Two who submit at once choose the same name, and Ray takes only one of them.
-    job = job_id(spec.name, run, 1 + max((_attempt(str(job.submission_id)) for job in before), default=0))
+    name = job_id(spec.name, run, 1 + max((_attempt(str(job.submission_id)) for job in before), default=0))
     with tempfile.TemporaryDirectory(prefix="elastrain-") as scratch:
         folder = Path(scratch).resolve()
         stage(spec, folder)
-        told = {**ENVIRONMENT, actions.ASKED_BY: actions.asking(), actions.JOB: job}
+        told = {**ENVIRONMENT, actions.ASKED_BY: actions.asking(), actions.JOB: name}
         runtime_env = {"working_dir": str(folder), "env_vars": told}
-        server.send(job=job, entrypoint=ENTRYPOINT, runtime_env=runtime_env, metadata={RUN_KEY: run})
-    _note(run, "submit", job)
-    return job
+        server.send(job=name, entrypoint=entrypoint(shared), runtime_env=runtime_env, metadata={RUN_KEY: run})
+    _note(run, "submit", name)
+    return name
 
 
 def _note(run: str | None, action: str, job: str) -> None:
@@ -223,26 +223,32 @@ def _attempt(job: str) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def _again(job: Job, spec: TrainSpec) -> str:
+def _again(job: Job, loss: _Lost, left: int) -> str:
     """Return the name of the job to go on with: the same if it lives, a new one if its machines were lost.
 
-    A head that does not answer is given time to come back; then ResourceError.
+    A head that does not answer is given time to come back. Raises ResourceError after that, or if none is `left`.
     """
     deadline = time.monotonic() + 2 * PAUSE_S
     while True:
         try:
             server = JobServer(job.address)
             known = server.known(job.id)
-            return job.id if known is not None and not _is_lost(known) else _sent(server, spec, job.run)
-        except ResourceError:
+            if known is not None and not _is_lost(known):
+                return job.id
+            if left and job.spec is not None:
+                time.sleep(PAUSE_S if not storage.is_local(job.run) else POLL_S)
+                return _sent(server, job.spec, job.run, job.shared)
+        except ResourceError as error:
             if time.monotonic() > deadline:
-                raise
+                raise ResourceError(f"{error} {job.id} may go on: elastrain logs {job.id} --follow") from error
             time.sleep(POLL_S * 10)
+        else:
+            raise ResourceError(f"{job.id}: {loss}; submit it again, it goes on from its checkpoint") from loss
 
 
 def _followed(job: Job, show: Callable[[Status], None]) -> dict[str, Any]:
     """Show what a job tells until its end and return its result; raises _Lost, and what the job ended with."""
-    status = Status(phase="starting", message="")
+    first = status = Status(phase="starting", message="")
     found: dict[str, Any] | None = None
     said = last = ""
     show(status)
@@ -250,7 +256,7 @@ def _followed(job: Job, show: Callable[[Status], None]) -> dict[str, Any]:
         server = JobServer(job.address)
         for line in server.lines(job.id):
             found = _result(line) or found
-            said = line if line.startswith("elastrain: ") else said
+            said = line if line.startswith(OURS) else said
             last = line if line.strip() else last
             if (told := status_in(line)) is not None:
                 status = told
@@ -258,9 +264,11 @@ def _followed(job: Job, show: Callable[[Status], None]) -> dict[str, Any]:
         info = server.info(job.id)
     except (ResourceError, SpecError) as error:  # a head that has started anew knows no job of before
         raise _Lost(str(error)) from error
-    if info.status == JobStatus.SUCCEEDED and found is not None:
+    if info.status in (JobStatus.SUCCEEDED, JobStatus.STOPPED) and found is not None:
         return found
-    raise _failure(job.id, info, said.removeprefix(ERROR).removeprefix("elastrain: "), last)
+    if info.status == JobStatus.STOPPED and status is not first and not said:
+        raise _killed(job.id)
+    raise _failure(job.id, info, said.removeprefix(ERROR).removeprefix(OURS), last)
 
 
 def _result(line: str) -> dict[str, Any] | None:
@@ -272,6 +280,18 @@ def _result(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return found if isinstance(found, dict) and "weights_sha256" in found else None
+
+
+def _is_cut(lines: Sequence[str]) -> bool:
+    """Say whether a driver that had begun ended before it could say what came of it."""
+    begun = any(status_in(line) is not None for line in lines)
+    return begun and not any(line.startswith(OURS) or _result(line) for line in lines)
+
+
+def _killed(job: str) -> ResourceError:
+    return ResourceError(
+        f"{job} was killed before it could make a last checkpoint; submit it again, it goes on from the one before"
+    )
 
 
 def _failure(job: str, info: JobDetails, said: str, last: str) -> Exception:

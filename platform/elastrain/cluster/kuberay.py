@@ -7,13 +7,12 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from elastrain.cluster.environment import AUTHORITY_DIR, MAKE_CERTIFICATE, NO_EXPORTERS, TLS_DIR, tls_variables
+from elastrain.cluster.environment import AUTHORITY_DIR, LABEL, MAKE_CERTIFICATE, NO_EXPORTERS, TLS_DIR, tls_variables
 from elastrain.cluster.merging import merged
 from elastrain.spec.cluster import Accelerator, ClusterSpec, Head, Mount, Pool
 from elastrain.spec.providers import Job, KubeRay
 
 RAY_VERSION = "2.60.0"
-LABEL = "elastrain/cluster"
 # Ray drains for so long when a pod is told to end, and Kubernetes kills it after the latter.
 _DRAIN_S, _GRACE_S = 100, 120
 _GPU = {"AMD": "amd.com/gpu", "Intel": "gpu.intel.com/xe"}

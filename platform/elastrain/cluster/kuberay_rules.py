@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from elastrain.cluster.environment import LABEL
 from elastrain.cluster.schemas import Finding
 from elastrain.spec.cluster import LABEL_NAME
-from elastrain.spec.problems import Keys
+from elastrain.spec.problems import Keys, nearest
 
 _MAX_NAME = {"RayCluster": 53, "RayJob": 47}
 _DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
@@ -30,8 +31,59 @@ def operator_findings(manifest: Mapping[str, Any]) -> Iterator[Finding]:
         yield ("metadata", "name"), f"a {kind} has a name of up to {_MAX_NAME[kind]} small letters, digits and dashes"
     here: Keys = ("spec",) if kind == "RayCluster" else ("spec", "rayClusterSpec")
     body = manifest["spec"] if kind == "RayCluster" else manifest["spec"]["rayClusterSpec"]
-    for path, text in (*_cluster(body), *_auth(body), *_groups(body)):
+    for path, text in (*_cluster(body), *_auth(body), *_groups(body), *_held(body, manifest["metadata"]["labels"])):
         yield (*here, *path), text
+
+
+def policy_findings(policy: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield what is wrong with a NetworkPolicy (networking.k8s.io/v1): unknown keys, and whom it lets in by mistake."""
+    if (policy.get("apiVersion"), policy.get("kind")) != ("networking.k8s.io/v1", "NetworkPolicy"):
+        yield ("apiVersion",), "a NetworkPolicy is of networking.k8s.io/v1"
+    body, here = policy["spec"], ("spec",)
+    yield from _known(body, here, ("podSelector", "policyTypes", "ingress", "egress"))
+    name = {LABEL: policy["metadata"]["labels"][LABEL]}
+    if body.get("podSelector") != {"matchLabels": name}:
+        yield (*here, "podSelector"), f"the NetworkPolicy must hold the pods with {_words(name)}, and no others"
+    if sorted(body.get("policyTypes", [])) != ["Egress", "Ingress"]:
+        yield (*here, "policyTypes"), "policyTypes are Ingress and Egress: a way that is not named is open"
+    for way, peers in (("ingress", "from"), ("egress", "to")):
+        for at, rule in enumerate(body.get(way, [])):
+            yield from _rule((*here, way, at), rule, peers)
+    if not any({"podSelector": {"matchLabels": name}} in rule.get("from", []) for rule in body.get("ingress", [])):
+        yield (*here, "ingress"), "pods of the cluster must reach each other"
+
+
+def _rule(here: Keys, rule: Mapping[str, Any], peers: str) -> Iterator[Finding]:
+    yield from _known(rule, here, (peers, "ports"))
+    if peers == "from" and not rule.get("from"):
+        yield (*here, "from"), "an ingress rule without `from` lets everybody in"
+    if not rule.get(peers) and not rule.get("ports"):
+        yield here, "a rule without peers and ports allows everything"
+    for at, peer in enumerate(rule.get(peers, [])):
+        yield from _known(peer, (*here, peers, at), ("podSelector", "namespaceSelector", "ipBlock"))
+        for key in ("podSelector", "namespaceSelector"):
+            if key in peer and not peer[key].get("matchLabels"):
+                yield (*here, peers, at, key), f"an empty {key} is all of them; name labels"
+        if not peer:
+            yield (*here, peers, at), "an empty peer is everybody; name labels"
+    for at, port in enumerate(rule.get("ports", [])):
+        yield from _port((*here, "ports", at), port)
+
+
+def _port(here: Keys, port: Mapping[str, Any]) -> Iterator[Finding]:
+    yield from _known(port, here, ("port", "endPort", "protocol"))
+    if port.get("protocol") not in ("TCP", "UDP", "SCTP") or not 0 < int(port.get("port", 0)) < 65536:
+        yield here, "a port has a number of 1 to 65535, and the protocol TCP, UDP or SCTP"
+
+
+def _known(data: Mapping[str, Any], here: Keys, known: tuple[str, ...]) -> Iterator[Finding]:
+    for key in data:
+        if key not in known:
+            yield (*here, key), f"unknown key {key!r}{nearest(key, known)}"
+
+
+def _words(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in labels.items())
 
 
 def _cluster(body: Mapping[str, Any]) -> Iterator[Finding]:
@@ -92,6 +144,18 @@ def _groups(body: Mapping[str, Any]) -> Iterator[Finding]:
             yield (*here, "idleTimeoutSeconds"), "idleTimeoutSeconds must not be negative"
         if group.get("suspend"):
             yield (*here, "suspend"), "a group cannot be suspended where an autoscaler runs"
+
+
+def _held(body: Mapping[str, Any], labels: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield which pods the NetworkPolicy does not hold: it tells them by a label."""
+    groups: list[tuple[Keys, Any]] = [
+        (("workerGroupSpecs", at), each) for at, each in enumerate(body["workerGroupSpecs"])
+    ]
+    wanted = {LABEL: labels[LABEL]}
+    for here, group in ((("headGroupSpec",), body["headGroupSpec"]), *groups):
+        if not wanted.items() <= group["template"].get("metadata", {}).get("labels", {}).items():
+            path = (*here, "template", "metadata", "labels", LABEL)
+            yield path, f"without the label {_words(wanted)} the NetworkPolicy does not hold this pod; keep it"
 
 
 def _group(here: Keys, group: Mapping[str, Any]) -> Iterator[Finding]:

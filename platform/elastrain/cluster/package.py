@@ -12,10 +12,11 @@ Never in it: data, runs, environments, hidden files. The same run makes the same
 import importlib.util
 import io
 import os
+import shlex
 import shutil
 import sysconfig
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,11 @@ def archive(folder: Path, *, limit: int) -> bytes:
 def places(spec: TrainSpec) -> list[str]:
     """Return the paths and URLs of the run's data and of its storage."""
     return [place for place in (spec.data.train, spec.data.eval, spec.storage) if place is not None]
+
+
+def entrypoint(shared: Sequence[str], *more: str) -> str:
+    """Return the command of a job whose machines all have mounted the folders `shared`."""
+    return shlex.join([*ENTRYPOINT.split(), *(part for folder in shared for part in ("--shared", folder)), *more])
 
 
 def _names(spec: TrainSpec) -> list[str]:

@@ -10,13 +10,16 @@ leaves its run at the next step boundary, so no step is lost. Where notices stan
 """
 
 import argparse
+import contextlib
 import json
 import math
+import os
+import socket
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -27,6 +30,8 @@ from elastrain.errors import ElastrainError, ResourceError, SpecError
 POLL_S = 2.0  # notices come with 30 seconds or more
 REQUEST_S = 2.0
 TOKEN_S = 21600
+ANSWER_S = 5.0  # of Ray
+PAUSE_S = 1.0  # before a drain that failed is tried again
 NOTICE_S = 30.0  # where the cloud does not say until when
 LINK_LOCAL = "http://169.254.169.254"
 
@@ -121,31 +126,78 @@ def watch(cloud: Aws | Gcp | Azure, say: Callable[[str], None], *, poll_s: float
         time.sleep(poll_s)
 
 
-def drain(notice: Notice, *, address: str, node: str | None = None) -> str:
-    """Tell the Ray cluster at `address` that a node will be gone at the notice's deadline; return the node's id.
+def node_here(address: str) -> str:
+    """Return the id of this machine's node in the Ray at `address`, in hex; raises ResourceError where none is told.
 
-    `node` is the id of the node in hex; the one on this machine where unset. Raises ResourceError if no Ray answers or
-    Ray does not take it. Stands on `GcsClient.drain_node`, as `ray drain-node` does.
+    It is the one of the instance that `ray up` names to the commands that it runs, else of this machine's address.
     """
-    import ray  # noqa: PLC0415 -- a second that a watcher's start need not take
-    from ray._private.authentication import authentication_token_setup as token  # noqa: PLC0415
-    from ray._raylet import GcsClient  # type: ignore[attr-defined] # noqa: PLC0415 -- compiled
+    from ray.util import get_node_ip_address  # noqa: PLC0415
+
+    instance = os.environ.get("RAY_CLOUD_INSTANCE_ID")
+    with _asking(address) as client:
+        infos = client.get_all_node_info(timeout=ANSWER_S)
+        alive = {node.hex(): info for node, info in infos.items() if info.state == info.ALIVE}
+        here = get_node_ip_address()
+    found = [node for node, info in alive.items() if instance and info.instance_id == instance]
+    found = found or [node for node, info in alive.items() if info.node_manager_address == here]
+    if len(found) != 1:
+        raise ResourceError(f"the Ray at {address} has {len(found)} nodes on this machine ({here}); name one: --node")
+    return str(found[0])
+
+
+def drain(notice: Notice, *, address: str, node: str) -> None:
+    """Tell the Ray cluster at `address` that a node, by its id in hex, will be gone at the notice's deadline.
+
+    Raises ResourceError if no Ray answers or Ray does not take it. Stands on `GcsClient.drain_node`, as `ray
+    drain-node` does.
+    """
     from ray.core.generated import autoscaler_pb2  # noqa: PLC0415
 
-    token.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     messages: Any = autoscaler_pb2  # made at import by protobuf
     preempted = messages.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    try:
-        if node is None:
-            ray.init(address, log_to_driver=False)
-            node = str(ray.get_runtime_context().get_node_id())
-        client = GcsClient(address=address)
+    with _asking(address) as client:
         taken, why = client.drain_node(node, preempted, notice.reason, math.floor(notice.deadline * 1000))
-    except Exception as error:  # Ray raises bare ones
-        raise ResourceError(f"the node could not be drained by the Ray at {address}: {error}") from error
     if not taken:
         raise ResourceError(f"the Ray at {address} does not drain node {node}: {why}")
-    return str(node)
+
+
+def drain_in_time(
+    notice: Notice, say: Callable[[str], None], *, address: str, node: str | None, pause_s: float = PAUSE_S
+) -> str:
+    """Drain a node, the one on this machine where it is None, and return its id; what fails is tried again.
+
+    Raises ResourceError once the notice's deadline has passed.
+    """
+    told = False
+    while True:
+        try:
+            node = node or node_here(address)
+            drain(notice, address=address, node=node)
+        except ResourceError as error:
+            if time.time() + pause_s > notice.deadline:
+                raise
+            if not told:
+                say(f"{error}; trying again until this machine is taken")
+            told = True
+            time.sleep(pause_s)
+        else:
+            return node
+
+
+@contextlib.contextmanager
+def _asking(address: str) -> Iterator[Any]:
+    """Yield a client of the Ray at `address`; raises ResourceError for whatever goes wrong with it."""
+    from ray._private.authentication import authentication_token_setup as token  # noqa: PLC0415
+    from ray._raylet import GcsClient  # type: ignore[attr-defined] # noqa: PLC0415 -- compiled
+
+    token.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    host, _, port = address.rpartition(":")
+    try:
+        # Where nothing listens, Ray's client would try for 40 seconds.
+        socket.create_connection((host, int(port)), timeout=REQUEST_S).close()
+        yield GcsClient(address=address)
+    except Exception as error:  # Ray raises bare ones
+        raise ResourceError(f"the Ray at {address} does not answer as it should: {error}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -164,8 +216,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     if not 0 < asked.poll_s < NOTICE_S:
         raise SpecError(f"--poll-s {asked.poll_s:g}: a notice may leave 30 seconds; give less")
+    node = asked.node
+    try:  # now, while all is well
+        node = node or node_here(asked.address)
+    except ResourceError as error:
+        say(f"{error}; asking again at a notice")
     notice = watch(cloud, say, poll_s=asked.poll_s)
-    node = drain(notice, address=asked.address, node=asked.node)
+    node = drain_in_time(notice, say, address=asked.address, node=node)
     say(f"{notice.reason}: draining node {node[:12]}, {max(0.0, notice.deadline - time.time()):.0f} s left")
 
 
@@ -186,4 +243,5 @@ if __name__ == "__main__":
     try:
         main()
     except ElastrainError as error:
-        sys.exit(f"elastrain: error: {error}")
+        sys.stderr.write(f"elastrain: error: {error}\n")
+        sys.exit(error.exit_code)

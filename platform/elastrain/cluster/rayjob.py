@@ -17,17 +17,18 @@ from typing import Any
 from elastrain import storage
 from elastrain.cluster.check import check_cluster, check_manifest
 from elastrain.cluster.document import ClusterDocument
+from elastrain.cluster.environment import LABEL
+from elastrain.cluster.folders import local_folders
 from elastrain.cluster.forecast import forecast_cluster
-from elastrain.cluster.kuberay import LABEL, rayjob
+from elastrain.cluster.kuberay import rayjob
 from elastrain.cluster.merging import merged
-from elastrain.cluster.package import ENTRYPOINT, ENVIRONMENT, RUN_KEY, archive, places, stage
+from elastrain.cluster.package import ENVIRONMENT, RUN_KEY, archive, entrypoint, stage
 from elastrain.cluster.render import as_yaml
 from elastrain.errors import SpecError
-from elastrain.spec.cluster import ClusterSpec
+from elastrain.spec.cluster import ClusterSpec, Head, Mount, Pool
 from elastrain.spec.document import resolve
 from elastrain.spec.providers import KubeRay
 from elastrain.spec.train import TrainSpec
-from elastrain.urls import table_kind
 
 LIMIT = 1_000_000  # Kubernetes takes no ConfigMap of more than a MiB
 FOLDER, FILE = "/etc/elastrain", "code.zip"
@@ -54,7 +55,7 @@ def run_manifests(spec: TrainSpec, document: ClusterDocument) -> dict[str, dict[
             "send the run to it with --address"
         )
     forecast_cluster(cluster, spec)
-    _visible(spec, cluster)
+    shared = _shared(spec, cluster)
     run = storage.absolute(storage.join(spec.storage, spec.name))
     name = rayjob_name(spec.name, run)
     code = _code(spec)
@@ -63,7 +64,7 @@ def run_manifests(spec: TrainSpec, document: ClusterDocument) -> dict[str, dict[
     job = _with_code(rayjob(cluster), config)
     job["metadata"]["name"] = name
     job["spec"] |= {
-        "entrypoint": f"{ENTRYPOINT} --attempt-of {name}-{uuid.uuid4().hex[:8]}",
+        "entrypoint": entrypoint(shared, "--attempt-of", f"{name}-{uuid.uuid4().hex[:8]}"),
         "runtimeEnvYAML": json.dumps({"working_dir": f"file://{FOLDER}/{FILE}", "env_vars": ENVIRONMENT}),
         "metadata": {RUN_KEY: run},
     }
@@ -88,17 +89,27 @@ def rayjob_name(name: str, run: str) -> str:
     return f"{slug}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
 
 
-def _visible(spec: TrainSpec, cluster: ClusterSpec) -> None:
-    """Raise SpecError for a folder of the run that is not on a mount of all the cluster's pods."""
-    seen = [{mount.path for mount in machine.mounts if mount.claim} for machine in cluster.machines.values()]
-    shared = set.intersection(*seen)
-    for place in places(spec):
-        path = place.removeprefix(f"{table_kind(place)}:")
-        if storage.is_local(path) and not any(Path(path).is_relative_to(folder) for folder in shared):
+def _shared(spec: TrainSpec, cluster: ClusterSpec) -> list[str]:
+    """Return where all pods have mounted the claims that hold the run's folders; raises SpecError for any other."""
+    found = []
+    for place, folder in local_folders(spec).items():
+        mounts = [_mount_of(folder, machine) for machine in cluster.machines.values()]
+        claims = {(mount.path, mount.claim) if mount and mount.claim else None for mount in mounts}
+        if len(claims) > 1 or None in claims:
             raise SpecError(
-                f"{place} is a folder, and not on a claim that head and all pools of {cluster.name} have mounted; give "
-                f"a URL such as s3://bucket/{spec.name}, or mount the same claim on each of them"
+                f"{place} is a folder, and not on one claim that head and all pools of {cluster.name} have mounted "
+                f"there; give a URL such as s3://bucket/{spec.name}, or mount the same claim on each of them"
             )
+        if place == spec.storage and any(mount and mount.read_only for mount in mounts):
+            raise SpecError(f"{place}: the claim is mounted read_only, and runs are written there; mount it without")
+        found += [mount.path for mount in mounts if mount]
+    return list(dict.fromkeys(found))
+
+
+def _mount_of(folder: Path, machine: Head | Pool) -> Mount | None:
+    """Return the mount that a pod sees at `folder`: of those above it the nearest."""
+    above = [mount for mount in machine.mounts if folder.is_relative_to(mount.path)]
+    return max(above, key=lambda mount: len(Path(mount.path).parts), default=None)
 
 
 def _code(spec: TrainSpec) -> bytes:

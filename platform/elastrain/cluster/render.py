@@ -1,7 +1,8 @@
 """A spec as files: what `ray up` or `kubectl apply` is given, by file name, as plain data and as YAML."""
 
 import io
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,18 @@ def as_yaml(data: Mapping[str, Any], *, spec_name: str, command: str = "elastrai
     stream = io.StringIO()
     yaml.dump(dict(data), stream)
     return f"# Made by `{command}` from the spec of {spec_name}; change that and render again.\n" + (stream.getvalue())
+
+
+def next_steps(spec: ClusterSpec, paths: Sequence[str]) -> list[str]:
+    """Return the commands that start what was rendered to `paths`, and the tunnel to its dashboard."""
+    if not isinstance(spec.provider, KubeRay):
+        (path,) = (shlex.quote(path) for path in paths)
+        return [f"ray up --no-config-cache {path}", f"ray dashboard {path}"]
+    lasting = [shlex.quote(path) for path in paths if not path.endswith("-rayjob.yaml")]
+    return [
+        f"kubectl apply {' '.join(f'-f {path}' for path in lasting)}",
+        f"kubectl -n {spec.provider.namespace} port-forward service/{spec.name}-head-svc 8265:8265",
+    ]
 
 
 def write(spec: ClusterSpec, folder: str) -> list[str]:

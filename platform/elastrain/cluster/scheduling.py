@@ -1,6 +1,6 @@
 """Which nodes Ray's autoscaler would start: its own scheduler, asked without a cluster. Ray's inner interface.
 
-`tests/cluster/test_plan.py` says what has changed when a new Ray breaks it.
+`tests/cluster/test_forecast.py` says what has changed when a new Ray breaks it.
 """
 
 import logging
@@ -11,17 +11,19 @@ from typing import Any
 from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
-from ray.core.generated import autoscaler_pb2
+from ray.core.generated import autoscaler_pb2, common_pb2
 
-from elastrain.spec.cluster import Pool
+from elastrain.spec.accelerators import ACCELERATORS
+from elastrain.spec.cluster import KIND_LABEL, Pool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """So many workers of so much each, all on one node."""
+    """So many workers of so much each, all on one node; `plain` if none with an accelerator will do."""
 
     size: int
     resources: Mapping[str, float]
+    plain: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,5 +66,7 @@ def _gang(cell: Cell, name: str) -> Any:
     """Return a placement group that is packed on one node, as Ray describes it to its autoscaler."""
     messages: Any = autoscaler_pb2  # made at run time, so unknown to types
     together = (ResourceRequestUtil.PlacementConstraintType.AFFINITY, "_PG", name)
-    worker = ResourceRequestUtil.make(dict(cell.resources), [together])
+    operators: Any = common_pb2
+    without = [(KIND_LABEL, operators.LABEL_OPERATOR_NOT_IN, list(ACCELERATORS))]
+    worker = ResourceRequestUtil.make(dict(cell.resources), [together], [without] if cell.plain else None)
     return messages.GangResourceRequest(requests=[worker] * cell.size)

@@ -71,7 +71,7 @@ def cluster_render(
     def run() -> tuple[dict[str, Any], str]:
         from elastrain.cluster.check import check_cluster
         from elastrain.cluster.document import read_cluster
-        from elastrain.cluster.render import as_yaml, manifests, write
+        from elastrain.cluster.render import as_yaml, manifests, next_steps, write
 
         document = read_cluster(spec, sets or [])
         check_cluster(document)
@@ -79,7 +79,9 @@ def cluster_render(
             raise SpecError(f"{spec}: there is nothing to render; start it: elastrain cluster local {spec}")
         if out is not None:
             paths = write(document.spec, out)
-            return {"files": paths}, "\n".join(paths)
+            start, dashboard = next_steps(document.spec, paths)
+            told = (*paths, f"start it:      {start}", f"its dashboard: {dashboard}    # http://127.0.0.1:8265")
+            return {"files": paths, "start": start, "dashboard": dashboard}, "\n".join(told)
         files = manifests(document.spec)
         texts = (as_yaml(data, spec_name=document.spec.name) for data in files.values())
         return {"files": files}, "---\n".join(texts).rstrip()

@@ -42,6 +42,7 @@ from elastrain.errors import DataError, ElastrainError, ResourceError, StorageEr
 from elastrain.keys import check_key
 from elastrain.lease import Hold
 from elastrain.lock import locked
+from elastrain.observe import actions
 from elastrain.urls import table_kind
 
 PACK_FORMAT = 1  # one more whenever the same source and options give other bytes than before
@@ -123,6 +124,8 @@ def _pack(
             splits, facts["looked_for"] = _without_alike(splits, options, progress)
         job = _Job(source, options, progress, looked, facts)
         packed = {name: job.pack(place, name, split) for name, split in splits.items()}
+        if options.overwrite and any(held.finished for held in there.values()):
+            actions.note(out, "delete")
         return outcome.commit(place, packed)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elastrain.cluster.environment import LOCAL_HEAD
 from elastrain.elastic import keep
 from elastrain.elastic.fake_nodes import ADDRESS, NO_CAPACITY, FakeNodes
 from elastrain.elastic.ray_inner import secure_new_cluster
@@ -31,7 +32,6 @@ START_S = 120.0
 LOOP_S = 1  # between two looks of the autoscaler; Ray's own default of 5 s is for machines that take minutes
 STORE_BYTES = 100 << 20  # of each node's object store
 HEAD_TYPE = "ray.head.default"  # the only name that Ray's provider of fake nodes gives its head
-HEAD_ID = "f" * 51 + "00000"
 LOOPBACK = "127.0.0.1"
 POLL_S = 0.1
 
@@ -66,7 +66,7 @@ def autoscaler_config(spec: ClusterSpec, folder: Path) -> dict[str, Any]:
         "type": "external",
         "module": f"{FakeNodes.__module__}.{FakeNodes.__name__}",
         "folder": str(folder),
-        "head_node_id": HEAD_ID,
+        "head_node_id": LOCAL_HEAD,
         **dict.fromkeys(("use_node_id_as_ip", "disable_node_updaters", "launch_multiple"), True),
         "disable_launch_config_check": True,
     }
@@ -190,8 +190,8 @@ def _environment(metrics_port: int) -> dict[str, str]:
         "AUTH_MODE": "token",
         "FAKE_CLUSTER": "1",
         "enable_autoscaler_v2": "1",
-        "CLOUD_INSTANCE_ID": HEAD_ID,
-        "OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+        "CLOUD_INSTANCE_ID": LOCAL_HEAD,
+        "OVERRIDE_NODE_ID_FOR_TESTING": LOCAL_HEAD,
     }
     loop = {"AUTOSCALER_UPDATE_INTERVAL_S": str(LOOP_S), "AUTOSCALER_METRIC_PORT": str(metrics_port)}
     return kept | {f"RAY_{name}": value for name, value in ray.items()} | loop | {"PATH": path, FAKE_GPUS: "1"}

@@ -20,6 +20,7 @@ import ray._private.parameter
 import ray._private.state
 import ray._private.worker
 from ray._private.authentication import authentication_token_setup as token
+from ray._raylet import GcsClient  # type: ignore[attr-defined] # compiled
 from ray.core.generated import autoscaler_pb2, gcs_pb2
 from ray.util.placement_group import PlacementGroup
 
@@ -147,6 +148,21 @@ def enable_token_auth() -> None:
     Stands on `ray._private.authentication`.
     """
     token.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def check_token(address: str) -> None:
+    """Raise ConnectionError where the Ray at HOST:PORT does not take this process's token.
+
+    Ray itself would try for long and not say why. Stands on `GcsClient`.
+    """
+    try:
+        GcsClient(address=address).get_all_node_info(timeout=STATUS_S)
+    except Exception as error:  # Ray raises bare ones; what else is wrong connecting to it tells
+        if "token" in str(error).lower():
+            raise ConnectionError(
+                "it lets in only who has the cluster's token; put it into ~/.ray/auth_token, or name its file in "
+                "RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token"
+            ) from error
 
 
 def secure_new_cluster() -> None:

@@ -5,7 +5,7 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -103,11 +103,18 @@ class Job:
         self.line.show(Status(phase="starting", message=message))
 
 
-def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, script: Script | None = None) -> Run:
+def train(
+    spec: TrainSpec,
+    *,
+    address: str | None = None,
+    fresh: bool = False,
+    shared: Sequence[str] = (),
+    script: Script | None = None,
+) -> Run:
     """Train as the spec says, going on from the newest whole checkpoint of the run unless `fresh`.
 
-    `address` is a Ray to use; without it `RAY_ADDRESS` is honoured, and without either a local Ray starts and ends
-    with the call. A `script` decides how many workers train, up to `workers.max`, which all are started.
+    `address` is a Ray to use, else `RAY_ADDRESS` is, else a local one starts and ends with the call. Several machines
+    need URLs, or folders under one that is `shared`. A `script` decides how many workers train; `workers.max` start.
 
     Raises SpecError, ConflictError, DataError, StorageError, ResourceError, DivergedError; Interrupted
     after a commit if the user stopped it (SIGINT or SIGTERM).
@@ -153,16 +160,21 @@ def train(spec: TrainSpec, *, address: str | None = None, fresh: bool = False, s
         if resume is not None and resume.step >= steps and _is_end(resume, evaluation):
             return _finished(job, resume)
         # Ray takes SIGTERM for itself when it starts, so ours comes after it
-        with ray_session(address, cpus=embedded_cpus(spec.workers)), stopping(job.stop):
+        with ray_session(address, cpus=embedded_cpus(spec.workers), run=spec, shared=shared), stopping(job.stop):
             _placed(job)  # what cannot be placed removes nothing
-            hold.check()
-            if fresh or not is_same(run_url, spec, plan):
-                end_holder(run_url)
-            else:
-                recall(run_url, plan.identity(), warn=job.warn, settle=hold.check)
-            _note(run_url, resume, fresh=fresh)
-            begin(run_url, spec, plan, left_out, fresh=fresh)
+            _begun(job, resume, left_out, fresh=fresh)
             return _attempts(job)
+
+
+def _begun(job: Job, resume: Resume | None, left_out: Mapping[str, Note], *, fresh: bool) -> None:
+    """Take over what snapshots there are, or end who holds them, and write the run as it is begun."""
+    job.hold.check()
+    if fresh or not is_same(job.run_url, job.spec, job.plan):
+        end_holder(job.run_url)
+    else:
+        recall(job.run_url, job.plan.identity(), warn=job.warn, settle=job.hold.check)
+    _note(job.run_url, resume, fresh=fresh)
+    begin(job.run_url, job.spec, job.plan, left_out, fresh=fresh)
 
 
 def _note(run: str, resume: Resume | None, *, fresh: bool) -> None:

@@ -10,12 +10,13 @@ import socket
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
 
 from elastrain.cluster.doors import check_tls
+from elastrain.cluster.folders import more_machines, refuse_unseen
 from elastrain.data.blocks import READERS, reading_beside
 from elastrain.elastic.policy import sizes_at_start
 from elastrain.elastic.ray_inner import (
@@ -23,6 +24,7 @@ from elastrain.elastic.ray_inner import (
     NodeType,
     autoscaler,
     available_per_node,
+    check_token,
     deaths_untold,
     draining_nodes,
     enable_token_auth,
@@ -31,19 +33,23 @@ from elastrain.elastic.ray_inner import (
     without_monitors,
 )
 from elastrain.errors import ResourceError, SpecError
-from elastrain.spec.train import WorkersSpec
+from elastrain.spec.train import TrainSpec, WorkersSpec
 
 CONNECT_S = 5.0
 KIND = "accelerator_type:"  # a resource of nodes on which Ray has found an accelerator
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None, *, cpus: float) -> Iterator[None]:
+def ray_session(
+    address: str | None, *, cpus: float, run: TrainSpec | None = None, shared: Sequence[str] = ()
+) -> Iterator[None]:
     """Connect to `address`, else `RAY_ADDRESS`, else start a local Ray with at least `cpus` logical CPUs.
 
-    An open connection of this process is used as it is. Raises ResourceError if no Ray answers at the address.
+    An open connection of this process is used as it is. Raises ResourceError if no Ray answers at the address,
+    SpecError if it has machines that do not see the folders of `run`; all of them have mounted those under `shared`.
     """
     if ray.is_initialized():
+        _check_folders(run, shared)
         yield
         return
     target = address or os.environ.get("RAY_ADDRESS")
@@ -53,6 +59,8 @@ def ray_session(address: str | None, *, cpus: float) -> Iterator[None]:
         if target and target != "local":
             _reachable(target)
             enable_token_auth()
+            if target != "auto":
+                check_token(target)
             ray.init(address=target, **quiet)
         else:
             secure_new_cluster()
@@ -62,6 +70,7 @@ def ray_session(address: str | None, *, cpus: float) -> Iterator[None]:
         where = f"no Ray answers at {target}" if target else "a local Ray did not start"
         raise ResourceError(f"{where}: {error}") from error
     try:
+        _check_folders(run, shared)
         with deaths_untold():
             yield
     finally:
@@ -103,6 +112,13 @@ def _reachable(address: str) -> None:
         check_tls(host, int(port))
     elif address != "auto":
         raise ConnectionError("not auto and not HOST:PORT")
+
+
+def _check_folders(run: TrainSpec | None, shared: Sequence[str]) -> None:
+    if run is not None:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        hosts, ids = ({node[key] for node in nodes} for key in ("NodeManagerHostname", "NodeID"))
+        refuse_unseen(run, more_machines(hosts, ids, managed=autoscaler() is not None), shared)
 
 
 def _quoted() -> dict[str, Any]:

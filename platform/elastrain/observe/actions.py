@@ -27,12 +27,13 @@ ASKED_BY, JOB = "ELASTRAIN_ASKED_BY", "ELASTRAIN_JOB"
 """Variables by which a job on a cluster knows who submitted it, and its name."""
 
 Action = dict[str, Any]
-"""`at` (UTC, ISO 8601), `action` (submit, start, resume, stop, delete), `run` (its URL), `user`, `host`, `pid`; beside
-that `attempt`, `step`, `job` where there is one, and `asked_by`, USER@HOST, where a job does what somebody wanted."""
+"""`at` (UTC, ISO 8601), `action` (submit, start, resume, stop, delete), `run` (its URL, or the dataset's that `pack
+--overwrite` replaced), `user`, `host`, `pid`; beside that `attempt`, `step`, `job` where there is one, and `asked_by`,
+USER@HOST, where a job does what somebody wanted."""
 
 
 def note(run: str, action: str, *, patient: bool = True, **fields: Any) -> None:
-    """Add an entry for a run or sweep at `run`, `<storage>/<name>`, to its storage's.
+    """Add an entry for a run, sweep or dataset at `run`, `<storage>/<name>`, to its storage's.
 
     Raises StorageError; where not `patient`, at the first failure of S3.
     """

@@ -14,8 +14,10 @@ from elastrain.spec.problems import nearest
 from elastrain.spec.providers import Aws, Azure, Gcp, KubeRay, Local, OnPrem, Text
 from elastrain.spec.train import Model, NonNegativeInt, PositiveInt, WholeNumber, wrong
 
+KIND_LABEL = "ray.io/accelerator-type"  # of nodes that have accelerators, with their kind
 LABEL_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 _LABEL_DOMAIN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
+_CLOSING = ("RAY_AUTH_", "RAY_USE_TLS", "RAY_TLS_", "RAY_ENABLE_K8S_TOKEN_AUTH")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PATH = r"^/[A-Za-z0-9._/-]*[A-Za-z0-9._-]$"
 AbsolutePath = Annotated[str, Field(pattern=_PATH)]
@@ -189,7 +191,7 @@ class Pool(Model):
     def node_labels(self) -> dict[str, str]:
         """Return the labels of the pool's nodes: Ray's names for what they are, and the user's own."""
         known = {"ray.io/node-group": self.name, "ray.io/market-type": "spot" if self.spot else "on-demand"}
-        kind = {"ray.io/accelerator-type": self.accelerator.type} if self.accelerator else {}
+        kind = {KIND_LABEL: self.accelerator.type} if self.accelerator else {}
         return {**kind, **known, **self.labels}
 
     def resources(self) -> dict[str, int]:
@@ -233,6 +235,10 @@ class ClusterSpec(Model):
             raise wrong("a pool cannot be called 'head'", f"pools.{names.index('head')}.name")
         if strange := next((name for name in self.env if not _VARIABLE.fullmatch(name)), None):
             raise wrong(f"env: {strange!r} is no name of a variable: letters, digits and _", f"env.{strange}")
+        if closing := next((name for name in self.env if name.startswith(_CLOSING)), None):
+            raise wrong(
+                f"env: {closing} says who is let in, which token and tls do here; remove the key", f"env.{closing}"
+            )
         return self
 
     @model_validator(mode="after")
