@@ -7,7 +7,7 @@ import pytest
 
 from elastrain.data.columns import Column
 from elastrain.data.dataset import MANIFEST, Dataset, fingerprint
-from elastrain.data.quarantine import events, find_bad, fits, without
+from elastrain.data.quarantine import QUARANTINE, events, find_bad, left_out, without
 from elastrain.data.shards import ShardWriter
 from elastrain.data.sources import PackOptions
 from elastrain.errors import DataError, StorageError
@@ -44,8 +44,17 @@ def test_whole_data_are_left_as_they_are(dataset: Dataset) -> None:
     note = find_bad(dataset)
     assert note == {"fingerprint": dataset.fingerprint, "shards": []}
     assert without(dataset, note) is dataset
-    assert fits(note, dataset)
-    assert not fits(None, dataset)
+
+
+def test_what_a_run_began_without_stays_so_while_its_data_are_the_same(dataset: Dataset, tmp_path: Path) -> None:
+    noted = {"fingerprint": dataset.fingerprint, "shards": [{"file": "x", "rows": 1, "why": "then"}]}
+    put_json(f"{tmp_path}/run/{QUARANTINE}", {"train": noted})
+    run = f"{tmp_path}/run"
+    assert left_out({"train": dataset}, run, fresh=False) == {"train": noted}
+    whole = {"train": {"fingerprint": dataset.fingerprint, "shards": []}}
+    assert left_out({"train": dataset}, run, fresh=True) == whole
+    put_json(f"{tmp_path}/run/{QUARANTINE}", {"train": noted | {"fingerprint": "another"}})
+    assert left_out({"train": dataset}, run, fresh=False) == whole
 
 
 @pytest.mark.parametrize("place", [200, -20], ids=["a page", "the footer"])

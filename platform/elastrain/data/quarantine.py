@@ -59,9 +59,18 @@ def without(dataset: Dataset, note: Note) -> Dataset:
     return replace(dataset, shards=shards, fingerprint=fingerprint(dataset.columns, shards))
 
 
-def fits(note: Note | None, dataset: Dataset) -> bool:
-    """Say whether a note is about this dataset."""
-    return note is not None and note["fingerprint"] == dataset.fingerprint
+def left_out(datasets: Mapping[str, Dataset], run: str, *, fresh: bool) -> dict[str, Note]:
+    """Return what a run leaves out: what it began without, or, of data that it did not begin with, what is bad now.
+
+    Raises as `find_bad` does.
+    """
+    before = {} if fresh else noted(run)
+    return {name: _known(before.get(name), found) or find_bad(found) for name, found in datasets.items()}
+
+
+def _known(note: Note | None, dataset: Dataset) -> Note | None:
+    """Return a note if it is about this dataset."""
+    return note if note is not None and note["fingerprint"] == dataset.fingerprint else None
 
 
 def events(datasets: Mapping[str, Dataset], notes: Mapping[str, Note]) -> list[dict[str, Any]]:

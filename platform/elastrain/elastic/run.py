@@ -16,11 +16,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastrain import storage
 from elastrain.data.blocks import FeedSpec
-from elastrain.data.cache import cache_of
+from elastrain.data.cache import Cache, cache_of
 from elastrain.data.dataset import Dataset
 from elastrain.data.feed import FeederLogic
 from elastrain.data.plan import Plan
-from elastrain.data.quarantine import Note, events, find_bad, fits, noted, without
+from elastrain.data.quarantine import Note, events, left_out, without
 from elastrain.data.transforms import check_transforms
 from elastrain.elastic.config import LEASE_S, WorkerConfig
 from elastrain.elastic.fleet import Fleet
@@ -126,16 +126,17 @@ def train(
     train_data = Dataset.open(spec.data.train).select(spec.data.columns)
     evaluation = Dataset.open(spec.data.eval).select(spec.data.columns) if spec.data.eval else None
     cache = cache_of(spec.data.cache, train_data, evaluation)
-    if spec.data.on_bad_shard == "error":
-        check_transforms(spec.data.transforms, train_data, evaluation)
     with locked(run_url, remedy="give this run another name") as hold, LiveLine() as line:
         revoke(run_url)
         abort(storage.join(run_url, name) for name in ("checkpoints", "audit", "metrics"))
         data = {"train": train_data} | ({"eval": evaluation} if evaluation else {})
-        left_out: dict[str, Note] = {}
+        bad: dict[str, Note] = {}
         if spec.data.on_bad_shard == "quarantine":
-            left_out = _left_out(data, run_url, line, fresh=fresh)
-            train_data, evaluation = _sound(spec, data, left_out)
+            line.show(Status(phase="checking the data"))
+            bad = left_out(data, run_url, fresh=fresh)
+            kept = {name: without(data[name], note) for name, note in bad.items()}
+            train_data, evaluation = kept["train"], kept.get("eval")
+        check_transforms(spec.data.transforms, train_data, evaluation)
         asked = spec.workers.max
         spec, plan = prepare(spec, train_data, run_url, fresh=fresh)
         steps = spec.budget.steps or (spec.budget.epochs or 0) * plan.steps_per_epoch
@@ -149,24 +150,29 @@ def train(
             num_steps=steps,
             line=line,
             script=script,
-            left_out=events(data, left_out),
+            left_out=events(data, bad),
         )
-        doubts = [None if cache is None else cache.doubt(), *(held.doubt() for held in data.values())]
-        for doubt in filter(None, doubts):
-            job.warn(doubt)
-        if asked > plan.slots:
-            job.warn(f"the run was begun with {plan.slots} slots, so no more than that many workers can be used")
+        _doubts(job, [cache, *data.values()], asked)
         resume = None if fresh else resumable(run_url, warn=job.warn)
         if resume is not None and resume.step >= steps and _is_end(resume, evaluation):
             return _finished(job, resume)
         # Ray takes SIGTERM for itself when it starts, so ours comes after it
         with ray_session(address, cpus=embedded_cpus(spec.workers), run=spec, shared=shared), stopping(job.stop):
             _placed(job)  # what cannot be placed removes nothing
-            _begun(job, resume, left_out, fresh=fresh)
+            _begun(job, resume, bad, fresh=fresh)
             return _attempts(job)
 
 
-def _begun(job: Job, resume: Resume | None, left_out: Mapping[str, Note], *, fresh: bool) -> None:
+def _doubts(job: Job, sources: Sequence[Cache | Dataset | None], asked: int) -> None:
+    """Warn of what the cache and the data cannot do, and of workers `asked` for that the plan has no use for."""
+    for doubt in [source.doubt() for source in sources if source is not None]:
+        if doubt is not None:
+            job.warn(doubt)
+    if asked > job.plan.slots:
+        job.warn(f"the run was begun with {job.plan.slots} slots, so no more than that many workers can be used")
+
+
+def _begun(job: Job, resume: Resume | None, bad: Mapping[str, Note], *, fresh: bool) -> None:
     """Take over what snapshots there are, or end who holds them, and write the run as it is begun."""
     job.hold.check()
     if fresh or not is_same(job.run_url, job.spec, job.plan):
@@ -174,7 +180,7 @@ def _begun(job: Job, resume: Resume | None, left_out: Mapping[str, Note], *, fre
     else:
         recall(job.run_url, job.plan.identity(), warn=job.warn, settle=job.hold.check)
     _note(job.run_url, resume, fresh=fresh)
-    begin(job.run_url, job.spec, job.plan, left_out, fresh=fresh)
+    begin(job.run_url, job.spec, job.plan, bad, fresh=fresh)
 
 
 def _note(run: str, resume: Resume | None, *, fresh: bool) -> None:
@@ -183,22 +189,6 @@ def _note(run: str, resume: Resume | None, *, fresh: bool) -> None:
         actions.note(run, "delete")
     attempt = 0 if fresh else Ledger.next_attempt(run)
     actions.note(run, "resume" if resume else "start", attempt=attempt, step=resume.step if resume else 0)
-
-
-def _left_out(data: Mapping[str, Dataset], run: str, line: LiveLine, *, fresh: bool) -> dict[str, Note]:
-    """Return what the run leaves out of its data: what it began without, or what cannot be read now."""
-    before = {} if fresh else noted(run)
-    line.show(Status(phase="checking the data"))
-    return {name: before[name] if fits(before.get(name), found) else find_bad(found) for name, found in data.items()}
-
-
-def _sound(
-    spec: TrainSpec, data: Mapping[str, Dataset], left_out: Mapping[str, Note]
-) -> tuple[Dataset, Dataset | None]:
-    """Return the data to train and to evaluate on without what is left out; raises as `check_transforms` does."""
-    kept = {name: without(data[name], note) for name, note in left_out.items()}
-    check_transforms(spec.data.transforms, kept["train"], kept.get("eval"))
-    return kept["train"], kept.get("eval")
 
 
 def _attempts(job: Job) -> Run:
