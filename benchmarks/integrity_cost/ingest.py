@@ -50,7 +50,8 @@ def main() -> None:
             measures[f"{name}_{kind}"] = best(one["measures"][measure] for one in passes)
     alone, rows, _ = in_turn(given["urls"], given["turns"])
     for kind in KINDS:
-        measures[f"share_{kind}"] = (alone[f"cpu_{kind}"] - alone["cpu_unchecked"]) / measures[f"cpu_{kind}"]
+        more = alone[f"cpu_{kind}"] - alone["cpu_unchecked"]
+        measures[f"share_{kind}"] = more / max(measures[f"cpu_{kind}"], 1e-9)  # few rows may take less than a tick
     digests = {one["digest"] for passes in found.values() for one in passes}
     assert len(digests) == 1
     finish(measures, {"rows": rows}, f"{digests.pop():016x}")

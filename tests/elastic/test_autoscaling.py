@@ -273,9 +273,9 @@ def events_of(workspace: Path, name: str, kind: str) -> list[dict[str, Any]]:
 
 def wait_for(what: Callable[[], object], process: "subprocess.Popen[str] | None" = None) -> None:
     deadline = time.monotonic() + 300
-    while not what():
+    while not (found := what()):
         assert process is None or process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "waited too long"
+        assert time.monotonic() < deadline, f"waited too long; now it is {found!r}"
         time.sleep(0.1)
 
 

@@ -302,7 +302,7 @@ def test_a_metric_that_is_never_reported_ends_the_sweep_at_its_first_evaluation(
     sweep_of: Callable[..., Any], workspace: Path
 ) -> None:
     with pytest.raises(ResourceError, match="a trial of 1 workers of 9 CPUs each fits on no node"):
-        elastrain.sweep(sweep_of("huge", "set.workers={min: 1, max: 1, cpus: 9}"))
+        elastrain.sweep(sweep_of("wide", "set.workers={min: 1, max: 1, cpus: 9}"))
     sentence = "objective.metric: the metrics are val_loss, accuracy, not 'perplexity'"
     with pytest.raises(SpecError, match=sentence):
         elastrain.sweep(sweep_of("unheard", "objective.metric=perplexity", "budget.per_arm=64"))
