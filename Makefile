@@ -6,7 +6,7 @@
 # test    check, then the tests that start Ray or take long; JOBS files side by side, 3 unless told: they often wait
 # test-gpu the tests that need a GPU
 # format  lets ruff rewrite what it can
-# bench   runs the benchmarks
+# bench   runs the benchmarks, at their smallest first
 # soak    plays histories by chance, then repeats the tests that start Ray or take long: make soak ROUNDS=50, or SEED=7
 # CI and the README use these and nothing else. Every target installs what it needs.
 
@@ -71,7 +71,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
-	$(SIDE_BY_SIDE) -m 'not ray and not slow and not gpu'
+	$(SIDE_BY_SIDE) -m 'not ray and not slow and not gpu and not bench'
 
 test: check
 	$(SIDE_BY_SIDE) -m 'ray or slow'
@@ -84,6 +84,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 bench: setup
+	$(TEST) -m bench
 	$(BIN)/python -m benchmarks
 
 # Runs on processes that are killed, stopped and joined; the protocol alone, far more often; flipped bits and killed
@@ -96,5 +97,5 @@ soak: setup
 	FLIPS=400 KILLS=100 SEED=$$seed $(TEST) -x tests/test_integrity.py
 	@for round in $$(seq $(ROUNDS)); do \
 	  echo "soak: round $$round of $(ROUNDS)"; \
-	  $(TEST) -x -m 'ray or slow'; \
+	  SOAK=1 $(TEST) -x -m 'ray or slow or bench'; \
 	done

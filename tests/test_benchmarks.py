@@ -255,7 +255,7 @@ def small(case: str, work: Path) -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 @pytest.mark.timeout(600)
 def test_loop_does_the_same_steps_on_both_sides(work: Path) -> None:
     for series in small("loop", work).values():
@@ -263,8 +263,7 @@ def test_loop_does_the_same_steps_on_both_sides(work: Path) -> None:
         assert len({side["digest"] for side in series.values()}) == 1
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.bench
 @pytest.mark.timeout(600)
 def test_cold_start_reaches_a_first_step_on_all_sides(work: Path) -> None:
     (series,) = small("cold_start", work).values()
@@ -303,8 +302,7 @@ def test_bitwise_comes_to_the_same_bits_at_any_number_of_workers(work: Path) -> 
     assert sums["2 workers"]["counters"]["peak_bytes_adding_24_slots"] == 5 * gradient_bytes
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.bench
 @pytest.mark.timeout(900)
 def test_recovery_goes_on_after_a_kill_on_all_sides(work: Path) -> None:
     (series,) = small("recovery", work).values()
@@ -314,8 +312,7 @@ def test_recovery_goes_on_after_a_kill_on_all_sides(work: Path) -> None:
         assert 0.05 <= side["measures"]["step_s"] < 0.5
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.bench
 @pytest.mark.timeout(1800)
 def test_sweep_comes_to_the_same_losses_on_all_sides_and_leaves_nothing(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
@@ -341,8 +338,7 @@ def test_autoscale_submits_a_run_for_which_two_nodes_come_and_go(work: Path) -> 
     assert series["ours"]["measures"]["allowed_up_s"] == 12.0
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.bench
 @pytest.mark.timeout(900)
 def test_goodput_counts_the_steps_of_a_window_with_a_kill(work: Path) -> None:
     (series,) = small("goodput", work).values()

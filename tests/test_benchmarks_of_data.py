@@ -6,8 +6,7 @@ import pytest
 from tests.test_benchmarks import small
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.bench
 @pytest.mark.timeout(900)
 def test_ingest_delivers_every_row_once_an_epoch(work: Path) -> None:
     from benchmarks.ingest.case import SMALL_EPOCHS, SMALL_ROWS
@@ -21,8 +20,7 @@ def test_ingest_delivers_every_row_once_an_epoch(work: Path) -> None:
         assert ours["digest"] == raw["digest"]
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.bench
 @pytest.mark.timeout(900)
 def test_s3_ingest_asks_for_each_row_group_in_one_epoch_and_for_nothing_in_the_next(work: Path) -> None:
     from benchmarks.s3_ingest.case import SMALL_ROWS
@@ -34,8 +32,7 @@ def test_s3_ingest_asks_for_each_row_group_in_one_epoch_and_for_nothing_in_the_n
     assert ours["measures"]["requests"] >= ours["counters"]["row_groups"]
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.bench
 @pytest.mark.timeout(900)
 def test_pack_writes_every_row_on_all_sides(work: Path) -> None:
     from benchmarks.pack.case import SMALL_FILES
