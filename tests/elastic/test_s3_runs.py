@@ -1,13 +1,18 @@
 """Data and runs on a real S3 server, by the command line: the same bits as on a local folder, whatever is killed."""
 
+import contextlib
+import itertools
 import json
+import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.elastic.test_run import BITWISE, SPEC, losses, result, wait_for
+from tests.fault_proxy import Proxy, proxying
 from tests.s3_server import SECRET_KEY
 from tests.test_uploads import abandon
 
@@ -18,6 +23,7 @@ from elastrain.uploads import unfinished
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
+FAULTS = ("503", "500", "reset", "truncate", "lost")
 TWO = (*BITWISE, "--set", "workers={min: 2, max: 2}", "--set", "audit=true", "--set", "budget={epochs: 20}")
 
 
@@ -27,9 +33,45 @@ def files_of(url: str) -> dict[str, bytes]:
     return {re.sub(r"-[0-9a-f]{8}(?=\.parquet)", "", path): storage.read_bytes(f"{url}/{path}") for path in files}
 
 
+@contextlib.contextmanager
+def disturbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], dict[str, int]]]:
+    """Have a fifth of all requests fail, each half second in another way; yield what counts them by kind."""
+    ended = threading.Event()
+
+    told = threading.Lock()  # one asks the proxy at a time
+
+    def disturb(proxy: Proxy) -> None:
+        for number, kind in enumerate(itertools.cycle(FAULTS)):
+            with told:
+                proxy.fault(kind, share=0.2, seed=number)
+            if ended.wait(0.5):
+                return
+
+    with proxying(dict(os.environ)) as proxy, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.environment["AWS_ENDPOINT_URL"])
+        thread = threading.Thread(target=disturb, args=(proxy,))
+        thread.start()
+
+        def counts() -> dict[str, int]:
+            with told:
+                found = proxy.counts()
+            return {kind: found.get(kind, 0) for kind in FAULTS}
+
+        try:
+            yield counts
+        finally:
+            ended.set()
+            thread.join()
+
+
 def test_a_run_on_s3_that_is_killed_goes_on_to_the_bits_of_one_on_a_local_folder(
-    cli: Callable[..., Any], start: Callable[..., Any], workspace: Path, s3_bucket: str
+    cli: Callable[..., Any],
+    start: Callable[..., Any],
+    workspace: Path,
+    s3_bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And the network fails it in all ways, again and again."""
     packed = cli("pack", "digits", f"{s3_bucket}/digits", "--json")
     assert result(packed)["splits"]["train"]["rows"] == 1442
     assert files_of(f"{s3_bucket}/digits") == files_of(str(workspace / "data" / "digits"))
@@ -43,7 +85,10 @@ def test_a_run_on_s3_that_is_killed_goes_on_to_the_bits_of_one_on_a_local_folder
     out, said = process.communicate()
     assert not out, "it had to be killed before its end"
     abandon(f"{run}/checkpoints/step-00000999/model.safetensors", f"{run}/audit/00000999.parquet")
-    went_on = result(cli("train", SPEC, *TWO, *there))
+    with disturbed(monkeypatch) as hit:
+        went_on = result(cli("train", SPEC, *TWO, *there))
+        counts = hit()
+    assert min(counts.values()) > 0, counts
     assert went_on["resumed_from"] >= 100, said
     assert (went_on["step"], went_on["workers"]) == (460, 2)
     assert unfinished(run) == [], "what killed writers were sending is ended"

@@ -26,6 +26,8 @@ class Distinct:
 
     def __init__(self) -> None:
         self._smallest: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
+        self._waiting: list[npt.NDArray[np.uint64]] = []  # hashes that may be among them: sorted in, many at a time
+        self._bound = np.uint64(2**64 - 1)  # none above it is among them
 
     def add(self, values: Array) -> None:
         """Take numbers of any type and shape into account."""
@@ -36,14 +38,22 @@ class Distinct:
         words = np.ascontiguousarray(values).reshape(-1).view(np.uint64)
         for start in range(0, len(words), AT_ONCE):
             hashes = mix64(words[start : start + AT_ONCE])
-            if self.estimated:
-                hashes = hashes[hashes < self._smallest[-1]]
+            hashes = hashes[hashes <= self._bound]
             if hashes.size:
-                self._smallest = np.unique(np.concatenate([self._smallest, hashes]))[:SKETCHED]
+                self._waiting.append(hashes)
+            if sum(map(len, self._waiting)) >= SKETCHED:
+                self._sort_in()
+
+    def _sort_in(self) -> None:
+        self._smallest = np.unique(np.concatenate([self._smallest, *self._waiting]))[:SKETCHED]
+        self._waiting = []
+        if len(self._smallest) == SKETCHED:
+            self._bound = self._smallest[-1]
 
     @property
     def estimated(self) -> bool:
         """Whether `count` is an estimate."""
+        self._sort_in()
         return len(self._smallest) == SKETCHED
 
     @property
