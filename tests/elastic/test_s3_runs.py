@@ -91,9 +91,9 @@ def test_a_run_on_s3_that_is_killed_goes_on_to_the_bits_of_one_on_a_local_folder
     assert min(counts.values()) > 0, counts
     assert went_on["resumed_from"] >= 100, said
     assert (went_on["step"], went_on["workers"]) == (460, 2)
-    assert unfinished(run) == [], "what killed writers were sending is ended"
 
     again = result(cli("train", SPEC, *TWO, *there))
+    assert unfinished(run) == [], "what killed writers were sending is ended, by the next one where requests fail"
     assert (again["resumed_from"], again["weights_sha256"]) == (460, went_on["weights_sha256"])
 
     told = [(each["action"], each["attempt"]) for each in read_actions(f"{s3_bucket}/runs") if each["run"] == run]
