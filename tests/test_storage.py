@@ -5,10 +5,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from elastrain import storage
 from elastrain.errors import StorageError
+
+
+class AccountError(Exception):
+    """What packages of fsspec raise: nothing that Python knows."""
 
 
 def listed(folder: Path, **options: Any) -> list[str]:
@@ -131,3 +137,43 @@ def test_moving_replaces_and_leaves_nothing(store: str, tmp_path: Path) -> None:
     storage.remove(root)
     storage.remove(root)
     assert not storage.exists(root)
+
+
+class Closed(MemoryFileSystem):  # type: ignore[misc] # fsspec has no types
+    """A store whose package has errors of its own."""
+
+    protocol = "closed"
+
+    def __init__(self, *, account: bool = True, **options: Any) -> None:
+        if not account:
+            raise AccountError("no account\nis known here")
+        super().__init__(**options)
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise AccountError("Server failed to authenticate the request.\nRequestId:17")
+
+    cat_file = pipe_file = find = exists = _refuse
+
+
+@pytest.mark.parametrize("operation", ["read", "write", "list", "look up"])
+def test_errors_that_only_a_stores_package_knows_are_one_sentence(operation: str) -> None:
+    fsspec.register_implementation("closed", Closed, clobber=True)
+    call: dict[str, Callable[[str], Any]] = {
+        "read": storage.read_bytes,
+        "write": lambda url: storage.put(url, b""),
+        "list": storage.list_files,
+        "look up": storage.exists,
+    }
+    with pytest.raises(StorageError) as error:
+        call[operation]("closed://data/x")
+    assert str(error.value) == (
+        f"cannot {operation} closed://data/x: Server failed to authenticate the request.; "
+        "check the store's address, its credentials and the network"
+    )
+
+
+def test_a_store_whose_package_finds_no_account_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("closed", Closed, clobber=True)
+    monkeypatch.setitem(fsspec.config.conf, "closed", {"account": False})
+    with pytest.raises(StorageError, match=r"cannot open closed://data/x: no account; check what its package needs"):
+        storage.read_bytes("closed://data/x")

@@ -326,8 +326,10 @@ def _remote(url: str) -> tuple[Any, str]:
     _refuse_credentials(url)
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
         raise StorageError(f"{url}: no file system for this kind of URL ({error})") from error
+    except Exception as error:  # each package has errors of its own for credentials that are missing or wrong
+        raise StorageError(f"cannot open {url}: {_first_line(error)}; check what its package needs to know") from error
     return filesystem, str(path)
 
 
@@ -364,5 +366,17 @@ def _tried(operation: str, url: str, action: Callable[[], T]) -> T:
             if is_local(url) or isinstance(error, FINAL_ERRORS) or attempt == ATTEMPTS - 1:
                 with _named(operation, url):
                     raise
-            time.sleep(0.2 * 4**attempt)
+        except StorageError:
+            raise
+        except Exception as error:  # fsspec's packages have errors of their own, and try again themselves
+            if is_local(url):
+                raise
+            remedy = "check the store's address, its credentials and the network"
+            raise StorageError(f"cannot {operation} {url}: {_first_line(error)}; {remedy}") from error
+        time.sleep(0.2 * 4**attempt)
     raise AssertionError("unreachable")
+
+
+def _first_line(error: Exception) -> str:
+    """Return what an error says in a line; some say nothing but their name."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
