@@ -101,6 +101,7 @@ def test_half_precision_learns_and_on_a_single_node_nobody_holds_snapshots(
     assert ended[-1] - ended[0] > SNAPSHOT_S, "time enough"
     assert not any("snapshot" in record["kind"] for record in read_ledger(run.url))
     assert run.metrics["accuracy"] > 0.9
+    assert not Path(run.url, "audit").exists(), "nobody asked for one"
 
 
 def test_a_finished_run_is_found_finished(spec_of: Callable[..., Any]) -> None:
