@@ -58,12 +58,17 @@ def test_survivors_go_on_in_their_processes_and_the_dead_are_replaced(
     fast = slow_task.with_name("fast")
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(elastrain.train, spec)
+
+        def reach(what: Callable[[], object]) -> None:
+            wait_for(lambda: training.done() or what())
+            assert not training.done(), training.result()
+
         try:
-            wait_for(lambda: training.done() or len(_workers(run)) == 3)
-            wait_for(lambda: training.done() or committed(run))
+            reach(lambda: len(_workers(run)) == 3)
+            reach(lambda: committed(run))
             first = [int(name.rsplit("-", 1)[1]) for name in _workers(run)]
             os.kill(first[0], signal.SIGKILL)
-            wait_for(lambda: training.done() or _events(run, "resize"))  # the one in its place has joined
+            reach(lambda: _events(run, "resize"))  # the one in its place has joined
             alive = [pid for pid in first[1:] if Path(f"/proc/{pid}").exists()]
         finally:
             fast.touch()
@@ -123,7 +128,7 @@ def test_a_run_that_is_stopped_then_killed_then_wiped_out_comes_to_the_same_bits
 
     process = disturbed.begin(2, "--address", running_ray.address)
     before_the_end = committed(run)
-    wait_for(lambda: len(_workers(run, attempt=2)) == 2)
+    wait_for(lambda: process.poll() is not None or len(_workers(run, attempt=2)) == 2)
     pids = [int(name.rsplit("-", 1)[1]) for name in _workers(run, attempt=2)]
     assert set(pids) <= set(descendants(running_ray.process.pid)), "it was joined"
     for pid in pids:
