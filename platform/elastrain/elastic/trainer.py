@@ -88,7 +88,8 @@ class CellGroup(WorkerGroup):
 
     def _init_train_context(self, workers: Any, sync_actor: Any) -> None:
         del sync_actor
-        super()._init_train_context(workers, None)
+        nobody: Any = None
+        super()._init_train_context(workers, nobody)
 
     def replace_replica_group(self, replica_group_index: int) -> None:
         """Replace one worker; what goes wrong is tried again, less what has been replaced since the last look."""
