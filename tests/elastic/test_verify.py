@@ -262,10 +262,9 @@ def test_a_difference_ends_with_1_after_the_result(monkeypatch: pytest.MonkeyPat
 
 
 FIRST_SEED, CELL_HISTORIES = (int(os.environ.get(name, "0")) for name in ("FIRST_SEED", "CELL_HISTORIES"))
-STEPS = 200
 HISTORIES = [
-    "3, kill@20, 2, 3, stop@60, drain@100, 1, 2, node@140",
-    *(str(random_history(seed, slots=4, steps=STEPS)) for seed in range(FIRST_SEED, FIRST_SEED + CELL_HISTORIES)),
+    "3, kill@40, 2, 3, stop@100, drain@180, 1, 2, node@260",
+    *(str(random_history(seed, slots=4, steps=400)) for seed in range(FIRST_SEED, FIRST_SEED + CELL_HISTORIES)),
 ]
 
 
@@ -280,7 +279,7 @@ def test_a_disturbed_run_is_equal_to_the_bit(cli: Callable[..., Any], history: s
     sets = [
         "precision=fp32",
         "data.slots=4",
-        f"budget={{steps: {STEPS}}}",
+        "budget={steps: 400}",
         "workers.timeout_s=5",
         f"name=proof-{HISTORIES.index(history)}",
     ]
