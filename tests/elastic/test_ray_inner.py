@@ -303,6 +303,20 @@ def test_a_replica_group_can_be_shut_down_by_itself() -> None:
     assert says(ReplicaGroup.shutdown, "self._active = False"), "a group that is shut down stays active: CellGroup"
 
 
+def test_a_worker_group_makes_an_actor_for_a_barrier_and_ends_it_by_names_of_its_modules() -> None:
+    from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState, WorkerGroupStateBuilder
+    from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
+
+    said = "trainer.NoBarrier stands in for it, which saves a process a cell"
+    assert says(WorkerGroup._start_impl, "sync_actor = SynchronizationActor.options(", ").remote("), said
+    assert says(WorkerGroup._replace_replica_group_impl, "ray.get(sync_actor.reset.remote())"), said
+    for owner in (WorkerGroupState, WorkerGroupStateBuilder):
+        assert says(owner.shutdown, "_shutdown_sync_actor(self.sync_actor)"), said
+    for method in (WorkerGroup._start_impl, WorkerGroup._replace_replica_group_impl):
+        assert says(method, "workers, sync_actor)"), "workers are told of it otherwise: trainer.CellGroup"
+    assert takes(WorkerGroup._init_train_context, "workers", "sync_actor"), "trainer.CellGroup overrides another name"
+
+
 def test_each_poll_makes_a_new_status_and_a_worker_is_its_own_replica_group() -> None:
     from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 
@@ -394,6 +408,20 @@ def test_an_execution_makes_who_asks_for_nodes_by_a_name_of_its_module() -> None
     ), "executions ask for nodes otherwise: data.no_demand keeps ours from that"
     asked = {"try_trigger_scaling", "on_executor_shutdown", "get_total_resources"}
     assert ClusterAutoscaler.__abstractmethods__ == asked, "ClusterAutoscaler has changed: data.no_demand.AsItIs"
+
+
+def test_an_execution_tells_its_numbers_by_two_methods_of_a_name_of_its_module() -> None:
+    from ray.data._internal.execution import streaming_executor
+    from ray.data._internal.stats import _StatsManager
+
+    source = inspect.getsource(streaming_executor)
+    said = "data.no_demand keeps ours from starting a process that keeps them for Ray's dashboard"
+    for name in ("register_dataset_to_stats_actor", "update_execution_metrics"):
+        assert source.count(f"_StatsManager.{name}(") == 1, said
+    assert source.count("_StatsManager.") == 2, f"an execution tells something else: {said}"
+    assert takes(_StatsManager.register_dataset_to_stats_actor, "data_context"), said
+    assert says(streaming_executor.StreamingExecutor, "register_dataset_to_stats_actor( self._dataset_id,"), said
+    assert says(streaming_executor.StreamingExecutor, "update_execution_metrics( self._dataset_id,"), said
 
 
 def test_ray_counts_the_cpus_of_this_machine() -> None:

@@ -32,7 +32,7 @@ from elastrain.training import loop as loop_module
 from elastrain.training.loop import Loop, choose_device, fix_threads
 from elastrain.training.manifests import read_manifests
 from elastrain.training.reduce import Group, GroupLost, Solo
-from elastrain.training.state import TrainState
+from elastrain.training.state import TrainState, digest
 from elastrain.training.task import Batch, DataInfo, Loss, Losses, Task, make_task
 
 
@@ -62,8 +62,11 @@ def test_the_audit_has_every_sample_once_and_before_its_step_counts(size: int) -
         assert log[-1] == "audited", "after the sum a worker may be dead"
 
 
-def test_nothing_is_handed_over_without_audit() -> None:
-    assert "audit" not in " ".join(recorder_of(train_alone(Setup(spec=make_spec(), kind=Classifier))[0]).log)
+def test_without_an_audit_nothing_is_handed_over_and_nothing_else_changes() -> None:
+    plain, audited = (train_alone(Setup(spec=make_spec(audit=on), kind=Classifier))[0] for on in (False, True))
+    assert "audit" not in " ".join(recorder_of(plain).log)
+    assert "audited" in recorder_of(audited).log
+    assert digest(plain.state.tensors()) == digest(audited.state.tensors())
 
 
 def test_blocks_are_taken_once_and_released_when_all_are_past_them() -> None:

@@ -4,8 +4,10 @@ This is the only module that stands on Ray Train's inner interfaces; `tests/elas
 """
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import ray
@@ -18,6 +20,7 @@ from ray.train.v2._internal.execution.callback import RayTrainCallback  # type: 
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -52,6 +55,26 @@ class ReplacementFailed(WorkerGroupStartupFailedError):  # noqa: N818 -- an even
     """A replacement died before it worked, or another worker did meanwhile; the others go on."""
 
 
+class NoBarrier:
+    """In the place of the actor at which Ray Train's workers wait for each other: a process that ours never ask."""
+
+    reset = SimpleNamespace(remote=lambda: ray.put(None))  # called before a worker is replaced: nobody waits
+
+    def options(self, **_: Any) -> "NoBarrier":
+        """Return what is to be started."""
+        return self
+
+    def remote(self, **_: Any) -> "NoBarrier":
+        """Start nothing."""
+        return self
+
+
+def without_barrier() -> None:
+    """Have the worker groups of this process, a cell's, start no such actor and end none."""
+    made, ended = (sys.modules[owner.__module__] for owner in (WorkerGroup, WorkerGroupState))
+    vars(made)["SynchronizationActor"], vars(ended)["_shutdown_sync_actor"] = NoBarrier(), lambda _: None
+
+
 class CellGroup(WorkerGroup):
     """A worker group in which any number of workers may die at any moment without a healthy one being harmed.
 
@@ -62,6 +85,11 @@ class CellGroup(WorkerGroup):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._replaced: dict[int, Any] = {}  # which look at the group each replacement answered
+
+    def _init_train_context(self, workers: Any, sync_actor: Any) -> None:
+        del sync_actor
+        nobody: Any = None
+        super()._init_train_context(workers, nobody)
 
     def replace_replica_group(self, replica_group_index: int) -> None:
         """Replace one worker; what goes wrong is tried again, less what has been replaced since the last look."""
@@ -156,11 +184,11 @@ class CellTrainer(DataParallelTrainer):
     """A DataParallelTrainer whose controller runs in this process, which must be an actor.
 
     A controller of its own would cost the start a process and its imports; so would the one that shares out Ray's
-    datasets, of which there are none. The third helper, the detached process that frees the placement group after a
-    controller's death, without Ray's dashboard also holds up the end of every run for 12 s (it asks the dashboard's
-    state API whether the controller is alive). Ray itself frees the group only when the whole job ends, so whoever ends
-    the actor frees it: `cells.end_cell`. It also takes back what the run has asked of the autoscaler, under the actor's
-    id.
+    datasets, of which there are none, and `NoBarrier`'s. Another helper, the detached process that frees the placement
+    group after a controller's death, without Ray's dashboard also holds up the end of every run for 12 s (it asks the
+    dashboard's state API whether the controller is alive). Ray itself frees the group only when the whole job ends, so
+    whoever ends the actor frees it: `cells.end_cell`. It also takes back what the run has asked of the autoscaler,
+    under the actor's id.
     """
 
     def __init__(self, work: Callable[[dict[str, Any]], None], config: Any, *, run: Any, scaling: Any) -> None:
@@ -176,6 +204,7 @@ class CellTrainer(DataParallelTrainer):
 
     def _initialize_and_run_controller(self, **parts: Any) -> Result:
         ours = {"failure_policy": self._patience, "scaling_policy": self._scaling}
+        without_barrier()
         controller: Any = CellController(**(parts | ours))
         asyncio.run(controller.run())
         result: Result = controller.get_result()
