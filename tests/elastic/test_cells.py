@@ -52,10 +52,8 @@ def start(node: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start
 
     started: list[Running] = []
 
-    def begin(size: int, *touched: str, node: str | None = node, **beside: float) -> Running:
+    def begin(size: int, *, node: str | None = node, **beside: float) -> Running:
         folder = tmp_path_factory.mktemp("cell")
-        for name in touched:
-            (folder / name).touch()
         actor, name, resources = start_cell(), folder.name, {"CPU": 1.0, **beside}
         config = Config(run_url=str(folder), cell="one")
         ended = actor.run.remote(config, name=name, size=size, resources=resources, node=node, work=stand_in())
@@ -77,6 +75,13 @@ def node(nodes: Nodes) -> str:
 def trio(start: Start) -> Running:
     """A cell of three workers, which the tests treat one after the other, ever more roughly."""
     return start(3)
+
+
+@pytest.fixture(scope="module")
+def special(start: Start, nodes: Nodes) -> Running:
+    """A cell of one worker that needs an accelerator, which the node that came last has."""
+    nodes.add(1, **{"accelerator_type:H100": 1.0})
+    return start(1, node=None, **{"accelerator_type:H100": 0.001})
 
 
 def test_all_workers_of_a_cell_are_on_the_node_that_was_asked_for(trio: Running, node: str) -> None:
@@ -156,21 +161,18 @@ def test_ending_a_cell_that_waits_for_room_takes_its_demand_back(start: Start) -
     until(lambda: not groups() and not ongoing())
 
 
-def test_a_cell_whose_worker_breaks_again_and_again_gives_up_and_says_why(start: Start) -> None:
+def test_workers_of_a_cell_are_on_a_node_of_the_accelerator_that_they_need(special: Running, nodes: Nodes) -> None:
+    """What `WorkersSpec.needs` asks for is what Ray's autoscaler and scheduler tell kinds of nodes by."""
+    special.pids(1)
+    assert {where for _, where, _ in present(special.folder).values()} == {nodes.ids[-1]}
+
+
+def test_a_cell_whose_worker_breaks_again_and_again_gives_up_and_says_why(special: Running) -> None:
     import ray
 
-    cell = start(1, "raise-all")
-    assert "the train function broke" in ray.get(cell.ended, timeout=300)
-    assert len(list(cell.folder.glob("one-*"))) == 3
-
-
-def test_workers_of_a_cell_are_on_a_node_of_the_accelerator_that_they_need(start: Start, nodes: Nodes) -> None:
-    """What `WorkersSpec.needs` asks for is what Ray's autoscaler and scheduler tell kinds of nodes by."""
-    special = nodes.add(1, **{"accelerator_type:H100": 1.0})
-    cell = start(1, node=None, **{"accelerator_type:H100": 0.001})
-    cell.pids(1)
-    assert {where for _, where, _ in present(cell.folder).values()} == {special}
-    end(cell)
+    (special.folder / "raise-all").touch()
+    assert "the train function broke" in ray.get(special.ended, timeout=300)
+    assert len(list(special.folder.glob("one-*"))) == 3
 
 
 def test_failures_in_a_row_are_answered_later_and_later_and_a_cell_with_survivors_is_never_given_up(
