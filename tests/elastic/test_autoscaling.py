@@ -255,7 +255,8 @@ def test_a_run_leaves_a_node_that_is_drained(cloud: Cloud, story: Story) -> None
     (notice,) = story.events("drain")
     assert (notice["node"], notice["workers"]) == (drained, left["left"])
     story.until(lambda: drained not in cloud.now)
-    story.until(lambda: story.events("snapshot") and story.events("snapshot")[-1]["step"] > left["step"])
+    held = len(story.events("snapshot"))  # maybe there, as may be the one that was under way
+    story.until(lambda: len(story.events("snapshot")) >= held + 2)
 
 
 def test_when_a_driver_is_killed_only_the_holder_of_its_snapshots_stays(story: Story) -> None:
