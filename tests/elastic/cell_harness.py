@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-WAIT_S = 90.0  # on a busy machine
+WAIT_S = 300.0  # on a busy machine
+DRAIN_S = 600  # from a notice to the end of a node
 
 
 def stand_in() -> Callable[[dict[str, Any]], None]:
@@ -133,21 +134,24 @@ class Nodes:
         """Announce that a node will be taken away, as a cloud's notice does."""
         ray_command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", self.cluster.address]
         reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-        until_then = ["--deadline-remaining-seconds", "60"]
+        until_then = ["--deadline-remaining-seconds", f"{DRAIN_S}"]
         subprocess.run([*ray_command, "--node-id", node, *reason, *until_then], check=True, capture_output=True)
         self.ids.remove(node)
 
 
 @contextlib.contextmanager
 def several_nodes(*, looks_ms: int = 300) -> Iterator[Nodes]:
-    """A head without CPUs, which looks at the others every `looks_ms` and takes one for dead the third time."""
+    """A head without CPUs, which looks at the others every `looks_ms` and takes one that is gone for dead at the third.
+
+    One that is there but answers late, as on a busy machine, is not dead.
+    """
     import ray
     from ray.cluster_utils import Cluster
 
     from elastrain.elastic.ray_inner import secure_new_cluster
 
     secure_new_cluster()  # as `ray.init` does: a process that has had a Ray with tokens cannot do without them
-    quick = {"health_check_period_ms": looks_ms, "health_check_failure_threshold": 3, "health_check_timeout_ms": 1000}
+    quick = {"health_check_period_ms": looks_ms, "health_check_failure_threshold": 3, "health_check_timeout_ms": 60_000}
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:

@@ -31,9 +31,9 @@ def command(*arguments: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `data/digits`, packed as a user packs it."""
-    folder = tmp_path_factory.mktemp("workspace")
+    folder = tmp_path_factory.mktemp("packed")
     done = subprocess.run(
         command("pack", "digits", "data/digits", "--json"),
         cwd=folder,
@@ -48,7 +48,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def workspace(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data/digits` and with the runs of one module, whose names no other module knows."""
+    folder = tmp_path_factory.mktemp("workspace")
+    (folder / "data").symlink_to(packed / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def cli(workspace: Path) -> Cli:
     """Run `elastrain …` in the workspace and return what it printed and its exit code."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.elastic.cell_harness import Nodes, alive, groups, kill, ongoing, present, several_nodes, stand_in, until
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,8 @@ def start(node: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start
 
     started: list[Running] = []
 
-    def begin(size: int, *touched: str, node: str | None = node, **beside: float) -> Running:
+    def begin(size: int, *, node: str | None = node, **beside: float) -> Running:
         folder = tmp_path_factory.mktemp("cell")
-        for name in touched:
-            (folder / name).touch()
         actor, name, resources = start_cell(), folder.name, {"CPU": 1.0, **beside}
         config = Config(run_url=str(folder), cell="one")
         ended = actor.run.remote(config, name=name, size=size, resources=resources, node=node, work=stand_in())
@@ -79,6 +77,13 @@ def trio(start: Start) -> Running:
     return start(3)
 
 
+@pytest.fixture(scope="module")
+def special(start: Start, nodes: Nodes) -> Running:
+    """A cell of one worker that needs an accelerator, which the node that came last has."""
+    nodes.add(1, **{"accelerator_type:H100": 1.0})
+    return start(1, node=None, **{"accelerator_type:H100": 0.001})
+
+
 def test_all_workers_of_a_cell_are_on_the_node_that_was_asked_for(trio: Running, node: str) -> None:
     trio.pids(3)
     assert {where for _, where, _ in present(trio.folder).values()} == {node}
@@ -91,12 +96,6 @@ def test_a_cell_starts_no_process_that_it_does_not_need(trio: Running) -> None:
     found = {actor["ActorClassName"] for actor in ray._private.state.actors().values()}
     assert "RayTrainWorker" in found
     assert not {"DatasetManager", "PlacementGroupCleaner"} & found
-
-
-def test_one_of_three_is_killed_and_replaced_while_the_others_go_on(trio: Running) -> None:
-    victim, *others = trio.pids(3)
-    kill(victim)
-    assert trio.pids(3) > set(others)
 
 
 def test_two_of_three_are_killed_at_once_and_replaced_while_the_third_goes_on(trio: Running) -> None:
@@ -137,7 +136,7 @@ def test_a_cell_goes_on_when_a_worker_leaves_and_returns_when_all_have_left(trio
     assert not ray.wait([trio.ended], timeout=1.0)[0]
     assert present(trio.folder).keys() > set(others)
     (trio.folder / "leave").touch()
-    assert ray.get(trio.ended, timeout=20) == ""
+    assert ray.get(trio.ended, timeout=300) == ""
     until(lambda: not present(trio.folder))
     end(trio)
 
@@ -150,7 +149,7 @@ def test_ending_a_cell_leaves_nothing_though_a_worker_hangs_and_ray_waits_for_it
     kill(victim)
     time.sleep(0.6)  # Ray wants to replace the victim, and asks the hung one first
     end(cell)
-    until(lambda: not groups() and not ongoing() and not present(cell.folder) and free(node) == 3.0, timeout=15)
+    until(lambda: not groups() and not ongoing() and not present(cell.folder) and free(node) == 3.0)
 
 
 def test_ending_a_cell_that_waits_for_room_takes_its_demand_back(start: Start) -> None:
@@ -159,24 +158,21 @@ def test_ending_a_cell_that_waits_for_room_takes_its_demand_back(start: Start) -
     assert (group["state"], group["strategy"]) == ("PENDING", "STRICT_PACK")
     assert not ongoing()
     end(cell)
-    until(lambda: not groups() and not ongoing(), timeout=15)
+    until(lambda: not groups() and not ongoing())
 
 
-def test_a_cell_whose_worker_breaks_again_and_again_gives_up_and_says_why(start: Start) -> None:
+def test_workers_of_a_cell_are_on_a_node_of_the_accelerator_that_they_need(special: Running, nodes: Nodes) -> None:
+    """What `WorkersSpec.needs` asks for is what Ray's autoscaler and scheduler tell kinds of nodes by."""
+    special.pids(1)
+    assert {where for _, where, _ in present(special.folder).values()} == {nodes.ids[-1]}
+
+
+def test_a_cell_whose_worker_breaks_again_and_again_gives_up_and_says_why(special: Running) -> None:
     import ray
 
-    cell = start(1, "raise-all")
-    assert "the train function broke" in ray.get(cell.ended, timeout=60)
-    assert len(list(cell.folder.glob("one-*"))) == 3
-
-
-def test_workers_of_a_cell_are_on_a_node_of_the_accelerator_that_they_need(start: Start, nodes: Nodes) -> None:
-    """What `WorkersSpec.needs` asks for is what Ray's autoscaler and scheduler tell kinds of nodes by."""
-    special = nodes.add(1, **{"accelerator_type:H100": 1.0})
-    cell = start(1, node=None, **{"accelerator_type:H100": 0.001})
-    cell.pids(1)
-    assert {where for _, where, _ in present(cell.folder).values()} == {special}
-    end(cell)
+    (special.folder / "raise-all").touch()
+    assert "the train function broke" in ray.get(special.ended, timeout=300)
+    assert len(list(special.folder.glob("one-*"))) == 3
 
 
 def test_failures_in_a_row_are_answered_later_and_later_and_a_cell_with_survivors_is_never_given_up(

@@ -1,170 +1,109 @@
-"""Runs whose nodes come and go, whose host dies, and whose workers raise: what goes on, and what ends the run."""
+"""A run whose worker and host die, and workers that raise: what goes on, and what ends the run.
 
-import json
+Runs whose nodes come and go are in `test_autoscaling.py`, and, to the bit, in `test_verify.py`.
+"""
+
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.elastic.conftest import SPEC
+from tests.elastic.reference import begin_reference
 
-from elastrain.elastic.keep import descendants
-from elastrain.elastic.local_cluster import LocalCluster, start_cluster
-from elastrain.observe.ledger import read_ledger, read_steps
-from elastrain.observe.report import read_report
+import elastrain
+from elastrain.observe.ledger import read_ledger
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[2]
-SPEC = str(ROOT / "pipelines" / "digits_mlp" / "train.yaml")
-FIXED = ("--set", "precision=fp32", "--set", "consistency=bitwise", "--set", "data.slots=4", "--json")
 
-
-def events_of(run: str, kind: str) -> list[dict[str, Any]]:
+def events_of(run: str | Path, kind: str) -> list[dict[str, Any]]:
     """The events of a kind that the ledger holds so far."""
-    return [record for record in read_ledger(run) if record["kind"] == kind] if Path(run, "ledger").exists() else []
+    there = Path(run, "ledger").exists()
+    return [record for record in read_ledger(str(run)) if record["kind"] == kind] if there else []
 
 
-def wait_for(what: Callable[[], object], *, seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
+def wait_for(what: Callable[[], Any]) -> Any:
+    """Return what it comes to once it is true."""
+    deadline = time.monotonic() + 300
+    while not (found := what()):
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.05)
+    return found
 
 
-@pytest.fixture
-def cluster() -> Iterator[LocalCluster]:
-    with start_cluster(nodes=1, cpus=1) as made:
-        yield made
+RAISES = """
+
+def is_first(marker):
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
-def test_a_run_grows_onto_a_node_that_comes_and_leaves_one_that_goes(
-    cluster: LocalCluster, start: Callable[..., Any], workspace: Path
-) -> None:
-    import ray
-
-    changed = ("name=nodes", "audit=true", "budget={steps: 400000}", "workers={min: 1, max: 2}")
-    sets = [part for change in changed for part in ("--set", change)]
-    process = start("train", SPEC, *FIXED, *sets, "--address", cluster.address)
-    run = str(workspace / "runs" / "nodes")
-
-    def told(kind: str, count: int = 1) -> list[dict[str, Any]]:
-        wait_for(lambda: process.poll() is not None or len(events_of(run, kind)) >= count)
-        assert process.poll() is None, process.communicate()
-        return events_of(run, kind)
-
-    told("checkpoint")
-    cluster.add()
-    (grown,) = told("resize")
-    assert (grown["before"], grown["workers"]) == (1, 2)
-    first, second = told("cell")
-    assert first["node"] != second["node"]
-    cluster.drain(first["node"])
-    (left,) = told("preemption")
-    assert (left["before"], left["workers"], left["steps_redone"]) == (2, 1, 0)
-    assert set(left["left"]).isdisjoint(grown["joined"])
-    cluster.add()
-    told("resize", 2)
-    third = told("cell", 3)[-1]
-    assert third["node"] in {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    cluster.lose(third["node"])
-    (loss,) = told("worker_lost")
-    assert loss["node"] == third["node"]
-    process.send_signal(signal.SIGINT)
-    out, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
-    assert read_report(run)["restarts"] == 0
-    audit = read_steps(f"{run}/audit")
-    lines = [*zip(audit["epoch"].to_pylist(), audit["row"].to_pylist(), strict=True)]
-    assert len(lines) == len(set(lines)), "nothing was trained on twice"
-    steps = audit["step"].to_pylist()
-    assert set(steps) == set(range(max(steps) + 1))
-    assert out == ""
-
-
-def test_below_its_minimum_a_run_waits_and_when_the_host_dies_it_goes_on_from_the_last_checkpoint(
-    cli: Callable[..., Any], start: Callable[..., Any], workspace: Path
-) -> None:
-    arguments = ("train", SPEC, *FIXED, "--set", "budget={epochs: 120}")
-    process = start(*arguments, "--set", "name=hostless", "--set", "workers={min: 2, max: 2}")
-    run = workspace / "runs" / "hostless"
-    wait_for(lambda: list((run / "checkpoints").glob("*/manifest.json")))
-    names = [record["worker"] for record in events_of(str(run), "seconds")]
-    os.kill(int(names[0].rsplit("-", 1)[1]), signal.SIGKILL)
-    wait_for(lambda: process.poll() is not None or events_of(str(run), "worker_lost"))
-    hosts = [
-        pid for pid in descendants(process.pid) if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Host")
-    ]
-    os.kill(hosts[0], signal.SIGKILL)
-    out, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-    assert "waiting for 1 more worker" in said
-    (loss,) = events_of(str(run), "worker_lost")
-    assert loss["workers"] == 2
-    found = json.loads(out.splitlines()[-1])
-    assert (found["restarts"], found["step"]) == (1, 2760), "for the host, not for the worker"
-    reference = json.loads(cli(*arguments, "--set", "name=hosted", "--set", "workers={min: 1, max: 1}").stdout)
-    assert found["weights_sha256"] == reference["weights_sha256"]
-
-
-TASK = f'''
-import builtins
-import importlib.util
-import os
-
-spec = importlib.util.spec_from_file_location("digits_task", {str(ROOT / "pipelines" / "digits_mlp" / "task.py")!r})
-digits = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(digits)
-
-
-class Raises(digits.DigitsMLP):
-    """Raises once in step 40 or so: as an exception named `error`, and again and again where it is to."""
-
-    def __init__(self, data, *, error, marker, always, **arguments):
-        super().__init__(data, **arguments)
-        self.error, self.marker, self.always, self.calls = error, marker, always, 0
-
-    def is_first(self):
-        try:
-            open(self.marker, "x").close()
-        except FileExistsError:
-            return False
-        return True
+class Raises(Slow):
+    calls = 0
 
     def losses(self, model, batch):
         self.calls += model.training
-        if self.calls > 80 and (self.always or self.is_first()):
-            raise getattr(builtins, self.error)("the machine, or a mistake")
+        if self.calls > 80 and is_first(Path(__file__).with_name("raised")):  # in step 40 or so
+            raise OSError("the machine")
         return super().losses(model, batch)
-'''
+"""
 
 
-def raising(folder: Path, error: str, *, always: bool) -> tuple[str, ...]:
-    """Arguments of a run on two workers whose task raises."""
-    task = folder / "raises.py"
-    task.write_text(TASK)
-    marker = folder / f"{error}-{always}"
-    arguments = f"task_args={{hidden: 16, error: {error}, marker: {marker}, always: {str(always).lower()}}}"
-    fixed = ("--set", "workers={min: 1, max: 2}", "--set", f"name={error}-{always}".lower())
-    return ("train", SPEC, *FIXED, *fixed, "--set", f"task={task}:Raises", "--set", arguments)
+def disturb(run: Path, fast: Path) -> None:
+    """Once the worker that raised is made up for, kill the host; then the run need not take its time."""
+    import ray
+
+    try:
+        wait_for(lambda: events_of(run, "worker_lost"))
+        (started,) = events_of(run, "start")
+        os.kill(ray._private.state.actors()[started["id"]]["Pid"], signal.SIGKILL)
+    finally:
+        fast.touch()
 
 
-def test_an_exception_of_one_worker_costs_a_step(cli: Callable[..., Any], workspace: Path) -> None:
-    done = cli(*raising(workspace, "OSError", always=False))
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert (found["restarts"], found["step"]) == (0, 690)
-    (event,) = events_of(found["run"], "exception")
-    assert "OSError: the machine, or a mistake" in event["message"]
-    assert len(events_of(found["run"], "worker_lost")) == 1
-
-
-def test_an_exception_that_comes_again_ends_the_run_with_its_traceback(
-    cli: Callable[..., Any], workspace: Path
+@pytest.mark.usefixtures("local_ray")
+def test_a_run_waits_for_a_worker_in_place_of_one_that_raised_and_when_the_host_dies_goes_on_from_the_last_checkpoint(
+    spec_of: Callable[..., Any], workspace: Path, slow_task: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    done = cli(*raising(workspace, "TypeError", always=True))
-    assert done.returncode == 2
-    assert "TypeError: the machine, or a mistake" in done.stderr
-    assert "raises.py" in done.stderr
+    slow_task.write_text(slow_task.read_text() + RAISES)
+    fixed = ("precision=fp32", "consistency=bitwise", "data.slots=4", "budget={epochs: 10}", "task_args={hidden: 16}")
+    slow = (f"task={slow_task}:Raises", "task_args.pause=0.1", "checkpoint={every_steps: 20}", "eval.every_steps=1000")
+    spec = spec_of("hostless", *fixed, *slow, "workers={min: 2, max: 2}")
+    reference = begin_reference(SPEC, [*fixed, "workers.max=1"], cwd=workspace)
+    with ThreadPoolExecutor() as pool:
+        disturbed = pool.submit(disturb, workspace / "runs" / "hostless", slow_task.with_name("fast"))
+        found = elastrain.train(spec)
+        disturbed.result()
+    assert "waiting for 1 more worker" in capfd.readouterr().err
+    (exception,) = events_of(found.url, "exception")
+    assert "OSError: the machine" in exception["message"]
+    (loss,) = events_of(found.url, "worker_lost")
+    assert loss["workers"] == 2
+    assert (found.result["restarts"], found.step) == (1, 230), "for the host, not for the worker"
+    assert max(event["step"] for event in events_of(found.url, "start")) >= 20, "from a checkpoint"
+    assert found.weights_sha256 == reference.weights_sha256()
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [(OSError(), True), (RuntimeError(), True), (TypeError(), False), (NotImplementedError(), False)],
+)
+def test_another_process_may_fare_better_only_where_steps_have_gone_well_and_nobody_made_a_mistake(
+    error: Exception, *, passes: bool
+) -> None:
+    """That a mistake then ends the run, with its own lines, is in `test_bad_input.py`."""
+    from elastrain.elastic.worker import RunWorker
+
+    worker = RunWorker.__new__(RunWorker)
+    for stepped in (True, False):
+        worker._seat = SimpleNamespace(has_stepped=stepped)  # type: ignore[assignment]
+        assert worker.may_pass(error) is (passes and stepped)

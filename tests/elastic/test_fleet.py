@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.elastic.cell_harness import Nodes, groups, ongoing, present, several_nodes, stand_in, until
+from tests.elastic.cell_harness import DRAIN_S, Nodes, groups, ongoing, present, several_nodes, stand_in, until
 
+from elastrain.elastic.cells import KILLED_S
 from elastrain.elastic.fleet import Event, Fleet, Seated, Seen
 from elastrain.errors import ResourceError
 from elastrain.spec.train import WorkersSpec
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_workers_of_a_node_that_drains_are_named_and_nobody_is_placed_there_agai
     nodes.drain(node)
     notice = run.until(lambda: run.happened("preemption", node=node))
     assert set(notice.drain) == {str(pid) for pid in run.at(node)}
-    assert 0 < notice.fields["deadline"] - time.time() <= 60
+    assert 0 < notice.fields["deadline"] - time.time() <= DRAIN_S
     for name in notice.drain:
         (run.folder / f"leave-{name}").touch()
     end = run.until(lambda: run.happened("cell_end", node=node))
@@ -163,7 +164,7 @@ def test_members_that_are_enough_end_cells_that_have_none(nodes: Nodes, run: Run
 def test_a_closed_fleet_leaves_nothing_and_no_look_kept_the_driver_waiting(run: Run) -> None:
     run.fleet.close(grace_s=0.0)
     until(lambda: not groups() and not ongoing() and not present(run.folder))
-    assert run.slowest < 2.0
+    assert run.slowest < KILLED_S, "it waited for a cell's death"
 
 
 def test_a_type_of_which_all_nodes_are_up_adds_none(nodes: Nodes) -> None:
@@ -266,10 +267,10 @@ def test_work_on_cpus_asks_for_nodes_without_accelerators_and_for_others_only_if
     monkeypatch.setattr(fleet, "LOOK_S", 0.0)
     looks = iter([40.0])  # seconds for which nothing could be placed; what is asked for anew counts from 0
     monkeypatch.setattr(demand.Demand, "hopeless_s", property(lambda _: next(looks, 0.0)))
-    with autoscaler_offering(cpus=1, most=3):
+    there = session.fitting(WorkersSpec(), "total")  # of the tests before, and on nodes that are lost but count yet
+    with autoscaler_offering(cpus=1, most=there + 1):
         one = Run(tmp_path, most=1)
         one.fleet.start({})
-        until(lambda: session.addable(WorkersSpec(min=1, max=1)))  # nodes that are lost count for a while
         events = one.look(), one.look()
         one.fleet.close(grace_s=0.0)
     assert len(asked) == 2, events

