@@ -83,6 +83,10 @@ class Holder:
         held.manifest = manifest
         self._whole.append(held)
 
+    def node(self) -> str:
+        """Return the id of the node that this is on."""
+        return str(ray.get_runtime_context().get_node_id())
+
     def held(self) -> list[tuple[int, str, bytes]]:
         """Return step, attempt and manifest of each whole snapshot, the newest first."""
         self._heard = time.monotonic()
@@ -106,13 +110,14 @@ class HolderVault:
     def __init__(self, host: Any, run: str) -> None:
         self._host, self._run = host, run
         self._holder: Any = None
+        self._node = ""  # where it is
         self._lock = threading.Lock()
         self._looks, self._closed = False, False
         self._next_look = 0.0
 
     def ready(self) -> bool:
-        """See `Vault.ready`: a holder is looked for, or made, in a thread."""
-        if self._holder is None and not self._looks and time.monotonic() >= self._next_look:
+        """See `Vault.ready`: a holder is looked for, made, or moved off a node that goes, in a thread."""
+        if not self._looks and time.monotonic() >= self._next_look:
             self._looks, self._next_look = True, time.monotonic() + LOOK_S
             threading.Thread(target=self._look, daemon=True, name="holder").start()
         return self._holder is not None
@@ -147,6 +152,8 @@ class HolderVault:
 
     def _look(self) -> None:
         try:
+            if self._holder is not None and self._node not in draining_nodes():
+                return
             driver, busy = ray.get(self._host.nodes.remote(), timeout=ANSWER_S)
             node = node_for_holder(driver, busy)
             if node is None:
@@ -154,8 +161,11 @@ class HolderVault:
             with self._lock:
                 if self._closed:
                     return
+                if self._holder is not None:  # it would keep its node, and go with it
+                    self._holder = None
+                    end_holder(self._run)
                 holder = _made(self._run, node)
-            ray.get(holder.held.remote(), timeout=ANSWER_S)
+            self._node = ray.get(holder.node.remote(), timeout=ANSWER_S)
             self._holder = holder
         except (ray.exceptions.RayError, ValueError):  # looked for again in a while
             pass
