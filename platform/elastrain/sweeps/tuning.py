@@ -234,19 +234,23 @@ class PerStudy(TrialScheduler):
                 scheduler.on_trial_result(seen, trial, result)
             return TrialScheduler.CONTINUE
         decision = scheduler.on_trial_result(seen, trial, result)
-        if decision == TrialScheduler.STOP:
-            self._leave(trial.trial_id, "pruned")
-        elif decision == TrialScheduler.PAUSE or trial.status == TuneTrial.PAUSED:
+        if decision == TrialScheduler.PAUSE or trial.status == TuneTrial.PAUSED:
             self._leave(trial.trial_id, "")
-        else:
+        elif decision != TrialScheduler.STOP:  # which Tune follows at once, by `on_trial_complete`
             self._went_on(trial.trial_id, result)
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
-        """Hand on; without a value it counts as one that is no more."""
+        """Hand on; without a value it counts as one that is no more.
+
+        One that comes without an end has been pruned: by its own result, or by another one's while its pause is not
+        complete, for which it counts as running.
+        """
         scheduler = self._of(trial)
         seen = self._seen(tune_controller, scheduler)
-        if result.get("outcome", "") in ("", "finished", "pruned"):
+        if not (outcome := result.get("outcome", "")):
+            self._leave(trial.trial_id, "pruned")
+        if outcome in ("", "finished", "pruned"):
             scheduler.on_trial_complete(seen, trial, result)
         else:
             scheduler.on_trial_remove(seen, trial)

@@ -1,0 +1,76 @@
+"""In whatever order Ray Tune's actors, the cells and the desk are heard, each trial of a sweep ends, and once."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from tests.sweeps.texts import SEARCH
+from tests.sweeps.tune_stage import Theatre, quiet
+
+from elastrain.observe.ledger import read_ledger
+from elastrain.spec.sweep import SweepSpec
+
+pytestmark = pytest.mark.usefixtures("quiet")
+__all__ = ["quiet"]
+
+BANDS = ("early_stop={method: hyperband, grace: 20, factor: 2}", "objective.every=20", "objective.max_steps=60")
+DEEP = ("early_stop={method: hyperband, grace: 20, factor: 3}", "objective.every=20", "objective.max_steps=180")
+ASHA = ("early_stop={method: asha, grace: 20, factor: 2}", "objective.every=20", "objective.max_steps=100")
+MEDIAN = ("early_stop={method: median, grace: 20}", "objective.every=20", "objective.max_steps=100")
+
+Stage = Callable[[int, Sequence[str], int], Theatre]
+
+
+@pytest.fixture
+def stage(read: Callable[..., SweepSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    def made(seed: int, sets: Sequence[str], trials: int) -> Theatre:
+        spec = read(SEARCH, *sets, "confirm=null", f"budget.per_arm={trials}")
+        return Theatre(spec, tmp_path / f"sweep-{seed}", seed, monkeypatch)
+
+    return made
+
+
+def outcomes(on: Theatre) -> dict[str, str]:
+    ended = Counter(event["trial"] for event in read_ledger(on.url) if event["kind"] == "ended")
+    assert set(ended.values()) == {1}, "an end twice"
+    return {trial.id: trial.outcome for trial in on.trials()}
+
+
+@pytest.mark.parametrize(("sets", "trials", "finish"), [(BANDS, 4, {0, 2, 3}), (DEEP, 9, {0})])
+def test_hyperband_ends_each_trial_and_the_same_ones_finish_in_any_order(
+    stage: Stage, sets: Sequence[str], trials: int, finish: set[int]
+) -> None:
+    for seed in range(20):
+        on = stage(seed, sets, trials)
+        assert on.play()
+        found = outcomes(on)
+        assert len(found) == trials
+        assert {int(trial[-4:]) for trial, outcome in found.items() if outcome == "finished"} == finish, (seed, found)
+        assert set(found.values()) <= {"finished", "pruned"}, (seed, found)
+
+
+@pytest.mark.parametrize("sets", [BANDS, DEEP, ASHA, MEDIAN], ids=["bands", "deep", "asha", "median"])
+def test_trials_that_diverge_and_cells_that_break_off_keep_nobody_from_ending(stage: Stage, sets: Sequence[str]) -> None:
+    for seed in range(10):
+        on = stage(seed, sets, 7)
+        on.crashes = 0.1
+        on.diverges = {f"search-{number:04d}": on.chance.choice((20, 40, 60)) for number in range(7) if number % 3 == 0}
+        assert on.play()
+        found = outcomes(on)
+        assert len(found) == 7
+        assert set(found.values()) <= {"finished", "pruned", "diverged", "failed"}, (seed, found)
+
+
+@pytest.mark.parametrize("sets", [BANDS, DEEP, ASHA, MEDIAN], ids=["bands", "deep", "asha", "median"])
+def test_a_sweep_that_is_killed_goes_on_to_its_end(stage: Stage, sets: Sequence[str]) -> None:
+    """Twice, at any time; what was not yet in the ledger is done again."""
+    for seed in range(10):
+        on = stage(seed, sets, 7)
+        for _ in range(2):
+            on.play(until=on.chance.randrange(200))
+        assert on.play()
+        found = outcomes(on)
+        assert len(found) == 7
+        assert set(found.values()) <= {"finished", "pruned"}, (seed, found)
+        assert found["search-0000"] == "finished", "the best of all"
