@@ -17,6 +17,7 @@ __all__ = ["quiet"]
 BANDS = ("early_stop={method: hyperband, grace: 20, factor: 2}", "objective.every=20", "objective.max_steps=60")
 DEEP = ("early_stop={method: hyperband, grace: 20, factor: 3}", "objective.every=20", "objective.max_steps=180")
 ASHA = ("early_stop={method: asha, grace: 20, factor: 2}", "objective.every=20", "objective.max_steps=100")
+PBT = ("search.method=pbt", "early_stop=null", "space={optimizer.lr: {log: [1.0e-4, 0.1]}}", "objective.max_steps=100")
 MEDIAN = ("early_stop={method: median, grace: 20}", "objective.every=20", "objective.max_steps=100")
 
 Stage = Callable[[int, Sequence[str], int], Theatre]
@@ -41,7 +42,7 @@ def outcomes(on: Theatre) -> dict[str, str]:
 def test_hyperband_ends_each_trial_and_the_same_ones_finish_in_any_order(
     stage: Stage, sets: Sequence[str], trials: int, finish: set[int]
 ) -> None:
-    for seed in range(20):
+    for seed in range(8):
         on = stage(seed, sets, trials)
         assert on.play()
         found = outcomes(on)
@@ -50,11 +51,13 @@ def test_hyperband_ends_each_trial_and_the_same_ones_finish_in_any_order(
         assert set(found.values()) <= {"finished", "pruned"}, (seed, found)
 
 
-@pytest.mark.parametrize("sets", [BANDS, DEEP, ASHA, MEDIAN], ids=["bands", "deep", "asha", "median"])
-def test_trials_that_diverge_and_cells_that_break_off_keep_nobody_from_ending(stage: Stage, sets: Sequence[str]) -> None:
-    for seed in range(10):
+@pytest.mark.parametrize("sets", [BANDS, DEEP, ASHA, MEDIAN, PBT], ids=["bands", "deep", "asha", "median", "pbt"])
+def test_trials_that_diverge_and_cells_that_break_off_keep_nobody_from_ending(
+    stage: Stage, sets: Sequence[str]
+) -> None:
+    for seed in range(5):
         on = stage(seed, sets, 7)
-        on.crashes = 0.1
+        on.crashes, on.moves = 0.1, 0.02
         on.diverges = {f"search-{number:04d}": on.chance.choice((20, 40, 60)) for number in range(7) if number % 3 == 0}
         assert on.play()
         found = outcomes(on)
@@ -65,7 +68,7 @@ def test_trials_that_diverge_and_cells_that_break_off_keep_nobody_from_ending(st
 @pytest.mark.parametrize("sets", [BANDS, DEEP, ASHA, MEDIAN], ids=["bands", "deep", "asha", "median"])
 def test_a_sweep_that_is_killed_goes_on_to_its_end(stage: Stage, sets: Sequence[str]) -> None:
     """Twice, at any time; what was not yet in the ledger is done again."""
-    for seed in range(10):
+    for seed in range(5):
         on = stage(seed, sets, 7)
         for _ in range(2):
             on.play(until=on.chance.randrange(200))
@@ -74,3 +77,16 @@ def test_a_sweep_that_is_killed_goes_on_to_its_end(stage: Stage, sets: Sequence[
         assert len(found) == 7
         assert set(found.values()) <= {"finished", "pruned"}, (seed, found)
         assert found["search-0000"] == "finished", "the best of all"
+
+
+@pytest.mark.parametrize("sets", [DEEP, PBT], ids=["deep", "pbt"])
+def test_trials_that_pause_follow_the_cells_that_there_are(stage: Stage, sets: Sequence[str]) -> None:
+    on = stage(0, sets, 9)
+    on.cells = 1
+    assert on.play()
+    assert on.actors.peak <= 1 + 2, "what waits for a cell has no process of its own"
+    on = stage(1, sets, 9)
+    on.cells = 1
+    on.later = 4
+    assert on.play()
+    assert 4 <= on.actors.peak <= 4 + 2

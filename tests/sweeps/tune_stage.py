@@ -51,11 +51,12 @@ class Call:
 
 
 class Actors:
-    """Tune's manager of actors: they start, and their calls come back, when fate says so; at most `slots` are there."""
+    """Tune's manager of actors: they start, and their calls come back, when fate says so."""
 
-    def __init__(self, chance: random.Random, slots: int) -> None:
-        self._chance, self._slots = chance, slots
+    def __init__(self, chance: random.Random) -> None:
+        self._chance = chance
         self._count, self.killed = 0, False
+        self.peak = 0  # of those there were, or were to be, at a time
         self._live_actors_to_ray_actors_resources: dict[TrackedActor, tuple[Any, Any]] = {}
         self._pending: dict[TrackedActor, Any] = {}
         self._objects: dict[TrackedActor, TrialActor] = {}
@@ -68,6 +69,7 @@ class Actors:
         self._count += 1
         tracked = TrackedActor(self._count, **on)
         self._pending[tracked], self._calls[tracked] = kwargs, []
+        self.peak = max(self.peak, len(self._pending) + self.num_live_actors)
         return tracked
 
     def schedule_actor_task(
@@ -134,7 +136,7 @@ class Actors:
     def next(self, timeout: float) -> bool:
         """Let one thing happen, if anything does."""
         del timeout
-        if self._pending and self.num_live_actors < self._slots and self._chance.random() < 0.7:
+        if self._pending and self._chance.random() < 0.7:
             tracked = self._chance.choice(list(self._pending))
             self._objects[tracked] = TrialActor(**self._pending.pop(tracked))
             seen = SimpleNamespace(get_auto_filled_metrics=SimpleNamespace(remote=lambda **_: {}))
@@ -192,7 +194,7 @@ class Theatre:
     """A sweep in a folder, of which one attempt after the other is played.
 
     `value(trial, step)` is the objective; a trial diverges after the step that `diverges` has of it. `crashes` is how
-    likely a cell breaks off in an evaluation.
+    likely a cell breaks off in an evaluation, and `moves` how likely nodes come or go, at each turn of Tune.
     """
 
     def __init__(self, spec: SweepSpec, folder: Path, seed: int, patch: pytest.MonkeyPatch) -> None:
@@ -200,8 +202,10 @@ class Theatre:
         self.chance = random.Random(seed)  # noqa: S311 -- no secret
         self.value: Callable[[str, int], float] = lambda trial, step: int(trial.rsplit("-", 1)[-1]) + 1 / step
         self.diverges: dict[str, int] = {}
-        self.crashes = 0.0
+        self.crashes = self.moves = 0.0
+        self.later: int | None = None  # how many cells there are after 20 turns
         self.cells = self.chance.choice((1, 2, 3, 4))
+        self._made = 0
         self.saved: dict[str, int] = {}
         self.at, self.saves = decisions(spec)
 
@@ -228,10 +232,10 @@ class Theatre:
         blueprint = Blueprint(arms=arms, objective=aim, folder=f"{self.url}/trials")
         self._desk = Desk(Hold(self.url), Ledger.next_attempt(self.url), blueprint, self._newest)
         self._handle = handle = Handle(self._desk, loop)
-        self._actors = Actors(self.chance, self.cells if self.saves else 1000)
+        self.actors = Actors(self.chance)
         self._stub()
-        for number in range(self.cells):
-            loop.create_task(self._cell(f"cell-{number}"))
+        self._places: dict[str, asyncio.Task[None]] = {}
+        self.come_to(self.cells)
         nothing: Any = None
         job = run._Job(
             spec=self.spec,
@@ -271,10 +275,14 @@ class Theatre:
         assert turn < MOST_TURNS, f"it does not come to an end: {[(t.id, t.outcome) for t in self.trials()]}"
         for _ in range(self.chance.randrange(12)):
             self._loop.run_until_complete(asyncio.sleep(0))
+        if self.later and turn == 20:
+            self.come_to(self.later)
+        if self.chance.random() < self.moves:
+            self.come_to(self.chance.choice((1, 2, 3, 4)))
         if self.chance.random() < 0.1:
             self._loop.run_until_complete(self._desk.settled())
-        self._actors.killed = turn >= until
-        return self._actors.killed
+        self.actors.killed = turn >= until
+        return self.actors.killed
 
     def _newest(self, run_url: str) -> int | None:
         return self.saved.get(run_url.rsplit("/", 1)[-1])
@@ -286,7 +294,7 @@ class Theatre:
             if isinstance(what, list):
                 return [get(each) for each in what]
             if isinstance(what, Call):
-                return self._actors.answer(what)
+                return self.actors.answer(what)
             for trial, task in list(self._handle.waiting.items()):
                 if task is what:
                     if not task.done():
@@ -302,12 +310,23 @@ class Theatre:
         self.patch.setattr(ray, "get_actor", lambda _: self._handle)
         self.patch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "n"))
         self.patch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.1")
-        self.patch.setattr(tune_controller, "RayActorManager", lambda **_: self._actors)
+        self.patch.setattr(tune_controller, "RayActorManager", lambda **_: self.actors)
         self.patch.setattr(tune_controller, "PlacementGroupResourceManager", lambda: None)
         self.patch.setattr(storage, "_get_ray_train_session_dir", lambda: f"{self.url}/session")
         self.patch.setattr(run, "_newest", self._newest)
 
     # --- cells
+
+    def come_to(self, cells: int) -> None:
+        """Have so many cells from now on; those that go leave what they do."""
+        self.cells = cells
+        while len(self._places) < cells:
+            self._made += 1
+            self._places[f"cell-{self._made}"] = self._loop.create_task(self._cell(f"cell-{self._made}"))
+        while len(self._places) > cells:
+            name, task = self._places.popitem()
+            task.cancel()
+            self._loop.create_task(self._desk.drop(name, "its node is gone"))
 
     async def _cell(self, name: str) -> None:
         await self._while()

@@ -8,7 +8,6 @@ This module and `schedulers` alone stand on Tune's developer interfaces; `tests/
 
 import contextlib
 import logging
-import math
 import os
 import random
 import tempfile
@@ -95,7 +94,14 @@ class TrialActor(tune.Trainable):
 
 
 class Controller(TuneController):
-    """Tune's controller without its snapshots."""
+    """Tune's controller without its snapshots, which gives `most()` trials an actor at a time, or hardly more."""
+
+    most: Callable[[], int]
+
+    def _maybe_add_actors(self) -> None:
+        """Give actors to trials that wait for one, as long as there are cells for them."""
+        if len(self._trial_to_actor) < self.most():
+            super()._maybe_add_actors()
 
     def checkpoint(self, force: bool = False, wait: bool = False) -> None:  # noqa: FBT001, FBT002 -- Tune's signature
         """Store nothing: the ledger tells all, and whoever goes on reads it."""
@@ -119,12 +125,11 @@ class Proposals(SearchAlgorithm):
         node: str,
     ) -> None:
         self._agenda, self._storage, self._begin, self._capacity = agenda, storage, begin, capacity
-        # Trials that pause wait for others to come: all begin, and as many as there are cells get an actor at a time.
+        # Trials that pause wait for others to come: all begin, though the controller gives only some an actor.
         self._pauses = pauses
         self._trials: dict[str, TuneTrial] = {}
-        share = max(0.001, math.floor(1e4 / capacity()) / 1e4) if pauses else 0.001
         # Beside the driver, by the node's id since nodes may share an address: one that goes takes cells, not trials.
-        bundle = {f"node:{ray.util.get_node_ip_address()}": share}
+        bundle = {f"node:{ray.util.get_node_ip_address()}": 0.001}
         self._resources = PlacementGroupFactory([bundle], bundle_label_selector=[{"ray.io/node-id": node}])
 
     def next_trial(self) -> TuneTrial | None:
@@ -323,6 +328,7 @@ def tune_trials(
             callbacks=[],
             metric="objective",
         )
+        controller.most = capacity
         try:
             while not controller.is_finished() and not look():  # type: ignore[no-untyped-call] # Tune's
                 controller.step()  # type: ignore[no-untyped-call] # Tune's
