@@ -31,7 +31,7 @@ from elastrain.sweeps.agenda import Agenda, Proposal
 from elastrain.sweeps.trials import Outcome
 
 NAME = "elastrain-trial"
-BEGIN = ("arm", "phase", "point", "seed", "resume", "decided", "spent_s")  # what the desk is told of a trial
+BEGIN = ("arm", "phase", "point", "seed", "resume", "untold", "decided", "spent_s")  # what the desk is told of a trial
 WORST = 1e30  # what counts for a trial that diverged or failed: infinity would spoil Tune's percentiles
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -89,7 +89,7 @@ class TrialActor(tune.Trainable):
         """Go on from a checkpoint of a trial: this one, after a pause, or another one that did better."""
         assert checkpoint is not None
         self._given["resume"] = (checkpoint["run"], checkpoint["step"])
-        self._given["spent_s"] = checkpoint["spent_s"]
+        self._given |= {"untold": False, "spent_s": checkpoint["spent_s"]}
         self._begun = False
 
 
