@@ -19,7 +19,7 @@ SMALL = (
     "objective={metric: val_loss, every: 23, max_steps: 46, target: 2.0}",
     "early_stop=null",
     "confirm={seeds: 2, studies: true}",
-    "budget.per_arm=2",
+    "budget.per_arm=4",
 )
 MEASURES = ("steps", "speed_up", "value")
 
