@@ -3,7 +3,8 @@
 A trial of Tune is an actor that holds nothing but a place in the line: it speaks with the desk, and the cells compute.
 Which trials there are is said by an `Agenda`; Tune's own state is not stored, since the sweep's ledger has it all.
 
-This module and `schedulers` alone stand on Tune's developer interfaces; `tests/sweeps/test_tuning.py` uses them all.
+This module and `schedulers` alone stand on Tune's developer interfaces and insides; `tests/sweeps/test_tuning.py` and
+`test_tune_histories.py` use them all.
 """
 
 import contextlib
