@@ -16,7 +16,7 @@ SWEEP = """
 kind: sweep
 name: {name}
 base: {base}
-set: {{workers: {{min: 1, max: 1, cpus: 4}}, data.slots: 2, precision: fp32, consistency: bitwise}}
+set: {{workers: {{min: 1, max: 1, cpus: 4, timeout_s: 600}}, data.slots: 2, precision: fp32, consistency: bitwise}}
 objective: {{metric: val_loss, every: 20, max_steps: 60}}
 space: {{optimizer.lr: {{log: [1.0e-4, 1.0e-1]}}}}
 budget: {{unit: trials, per_arm: 4}}
