@@ -282,11 +282,13 @@ def test_a_metric_that_is_never_reported_ends_the_sweep_at_its_first_evaluation(
 def test_a_full_disk_ends_the_sweep_with_one_sentence_and_costs_no_trial_that_has_ended(
     moods: Moods, small_disk: Path
 ) -> None:
-    """The second trial stands still while the disk fills up, and so does the ledger's next line."""
+    """The second trial stands still while the disk fills up."""
+    url = str(small_disk / "full")
 
     def fill() -> None:
         try:
             moods.wait()
+            wait_for(lambda: any(event["kind"] == "ended" for event in read_ledger(url)))
             with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
                 while True:
                     filler.write(b"x" * 1000)
@@ -301,7 +303,7 @@ def test_a_full_disk_ends_the_sweep_with_one_sentence_and_costs_no_trial_that_ha
     thread.join()
     assert "\n" not in str(ended.value)
     assert ended.value.exit_code == 5
-    assert [trial.outcome for trial in trials_of(read_ledger(str(small_disk / "full")))] == ["finished", "running"]
+    assert [trial.outcome for trial in trials_of(read_ledger(url))] == ["finished", "running"]
 
 
 SHORT = "objective.max_steps=20"
