@@ -123,7 +123,7 @@ def test_two_workers_a_trial_one_of_them_killed_and_the_bits_of_fresh_processes(
     twice = ("space={task_args.mood: {grid: [fine, calm]}}", "search.method=grid", "budget.per_arm=2")
     fixed = ("set.workers={min: 2, max: 2, cpus: 4, timeout_s: 600}", "set.checkpoint.every_steps=20")
     spec = moods.read("pair", *twice, *fixed, f"set.optimizer.lr={best['optimizer.lr']!r}")
-    first = workspace / "runs" / "pair" / "trials" / "search-0000" / "checkpoints" / "step-00000020" / "manifest.json"
+    first = workspace / "runs" / "pair" / "trials" / "search-0000" / "checkpoints" / "step-00000040" / "manifest.json"
 
     def kill() -> None:
         try:
