@@ -125,7 +125,7 @@ def test_what_a_run_did_not_come_to_is_said_to_be_not_measured() -> None:
 def test_a_case_that_takes_long_is_asked_for_by_name() -> None:
     from benchmarks.__main__ import cases, short_cases
 
-    assert set(cases()) - set(short_cases()) == {"autoscale", "goodput"}
+    assert set(cases()) - set(short_cases()) == {"autoscale", "goodput", "sweep_digits"}
 
 
 def test_a_failing_side_is_named_with_its_error() -> None:

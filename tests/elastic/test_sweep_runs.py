@@ -1,83 +1,71 @@
-"""Sweeps in real cells: what they come to, and that neither warm processes nor kills, crashes and stops change it."""
+"""Sweeps in real cells: what they come to, and that neither warm processes nor kills, crashes and stops change it.
 
+A sweep has one cell unless it says otherwise: each more is a process that imports torch.
+"""
+
+import contextlib
 import json
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.elastic.sweep_stage import Moods, wait_for
 
 import elastrain
 from elastrain import storage
-from elastrain.errors import ConflictError, ResourceError, SpecError, StorageError
+from elastrain.elastic.keep import descendants
+from elastrain.errors import ConflictError, Interrupted, ResourceError, SpecError, StorageError
 from elastrain.lock import locked
 from elastrain.observe.actions import read_actions
 from elastrain.observe.ledger import read_ledger
 from elastrain.spec.document import read_train
-from elastrain.sweeps.document import read_sweep
+from elastrain.sweeps.trials import trials_of
 from elastrain.training import checkpoint
 from elastrain.training.state import digest
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[2]
-SWEEP = """
-kind: sweep
-name: {name}
-base: {base}
-set: {{workers: {{min: 1, max: 1, cpus: 4}}, data.slots: 2, precision: fp32}}
-objective: {{metric: val_loss, every: 20, max_steps: 60}}
-space: {{optimizer.lr: {{log: [1.0e-4, 1.0e-1]}}}}
-budget: {{unit: trials, per_arm: 4}}
-"""
-
-TASK = """
-
-import os
-import time
-from pathlib import Path
+ONE = "max_concurrent=1"
 
 
-class Moody(DigitsMLP):
-    def __init__(self, data, mood="fine", pause=0.0, **args):
-        super().__init__(data, **args)
-        self.mood, self.pause, self.calls = mood, pause, 0
+@pytest.fixture(scope="module")
+def local_ray(s3_server: dict[str, str]) -> Iterator[None]:
+    """One Ray for all sweeps of this module that are made from Python; its workers reach the S3 server."""
+    from elastrain.elastic.session import ray_session
 
-    def losses(self, model, batch):
-        self.calls += model.training
-        if not Path(__file__).with_name("fast").exists():
-            time.sleep(self.pause)
-        if self.mood == "raises" and self.calls > 10:
-            raise KeyError("what is missing")
-        if self.mood == "dies" and self.calls > 10:
-            os._exit(9)
-        found = super().losses(model, batch)
-        if self.mood == "diverges" and self.calls > 70:
-            found["loss"] = type(found["loss"])(found["loss"].sum * float("nan"), found["loss"].weight)
-        return found
-"""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.items():
+            patch.setenv(name, value)
+        with ray_session("local", cpus=8):
+            yield
 
 
-@pytest.fixture
-def sweep_of(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Write the spec of a small sweep over the digits and read it with changes, as somebody in the workspace would."""
-    monkeypatch.chdir(workspace)
-    base = tmp_path / "train.yaml"
-    text = (ROOT / "pipelines" / "digits_mlp" / "train.yaml").read_text()
-    base.write_text(text.replace("task.py:DigitsMLP", "moody.py:Moody"))
-    (tmp_path / "moody.py").write_text((ROOT / "pipelines" / "digits_mlp" / "task.py").read_text() + TASK)
+@pytest.fixture(scope="module")
+def moods(local_ray: None, workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Moods]:
+    """The sweeps' files, read as somebody in the workspace would; and a Ray for them."""
+    assert local_ray is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace)
+        yield Moods(tmp_path_factory.mktemp("moods"))
 
-    def read(name: str, *changes: str) -> Any:
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(SWEEP.format(name=name, base=base))
-        return read_sweep(path, changes)
 
-    return read
+@pytest.fixture(scope="module")
+def searched(moods: Moods) -> elastrain.Sweep:
+    """A search whose bad trials stop early, in one cell, and whose best one is confirmed."""
+    stops = ("early_stop={method: asha, grace: 20, factor: 2}", "confirm={seeds: 2}", "budget.per_arm=6")
+    return elastrain.sweep(moods.read("search", *stops, ONE))
+
+
+@pytest.fixture(scope="module")
+def again(searched: elastrain.Sweep, tmp_path_factory: pytest.TempPathFactory) -> elastrain.Run:
+    """The best one of the search as a run in another folder, in processes of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        return elastrain.train(read_train(searched.best))
 
 
 def ends(sweep: elastrain.Sweep) -> dict[str, str]:
@@ -88,103 +76,76 @@ def digests(url: str) -> dict[str, str]:
     return {e["trial"]: e["weights_sha256"] for e in read_ledger(url) if e["kind"] == "ended" and "weights_sha256" in e}
 
 
-def wait_for(what: Callable[[], object], *, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
-
-
-@pytest.mark.usefixtures("local_ray")
 def test_a_search_stops_bad_trials_confirms_the_best_and_says_what_trains_it_again(
-    sweep_of: Callable[..., Any], workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    searched: elastrain.Sweep, again: elastrain.Run, moods: Moods, workspace: Path
 ) -> None:
-    spec = sweep_of(
-        "search", "early_stop={method: asha, grace: 20, factor: 2}", "confirm={seeds: 2}", "budget.per_arm=6"
-    )
-    done = elastrain.sweep(spec)
-    trials = done.trials()
+    done, trials, folder = searched, searched.trials(), workspace / "runs" / "search"
     assert [t.phase for t in trials] == ["tune"] * 6 + ["confirm"] * 2
     assert {t.outcome for t in trials} == {"finished", "pruned"}
     assert all(len(t.evaluations) == t.step // 20 for t in trials)
     assert all(t.step < 60 for t in trials if t.outcome == "pruned")
     assert {t.seed for t in trials if t.phase == "confirm"}.isdisjoint({t.seed for t in trials if t.phase == "tune"})
     names = ("leaderboard.md", "leaderboard.csv", "leaderboard.json", "trials.parquet", "trials.jsonl", "report.html")
-    assert all((workspace / "runs" / "search" / name).stat().st_size for name in names)
+    assert all((folder / name).stat().st_size for name in names)
     assert done.table().num_rows == 8
     best = done.result["best_trial"]
     kept = {t.id for t in trials if t.id.startswith(best)}  # it, and what confirms it
-    assert {path.parent.name for path in (workspace / "runs" / "search" / "trials").glob("*/checkpoints")} == kept
+    assert {path.parent.name for path in (folder / "trials").glob("*/checkpoints")} == kept
     # the same from another folder, in fresh processes: warm ones change nothing
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
-    again = elastrain.train(read_train(done.best))
+    assert best != trials[0].id, "it came to processes that had run another one"
     assert again.metrics["val_loss"] == done.result["best_value"]
-    assert again.weights_sha256 == digests(done.url)[done.result["best_trial"]]
+    assert again.weights_sha256 == digests(done.url)[best]
     # what is there is all there is to do
-    before = (workspace / "runs" / "search" / "leaderboard.json").read_bytes()
-    monkeypatch.chdir(workspace)
-    assert elastrain.sweep(spec).result["best_value"] == done.result["best_value"]
-    assert (workspace / "runs" / "search" / "leaderboard.json").read_bytes() == before
+    before = (folder / "leaderboard.json").read_bytes()
+    stops = ("early_stop={method: asha, grace: 20, factor: 2}", "confirm={seeds: 2}", "budget.per_arm=6")
+    assert elastrain.sweep(moods.read("search", *stops, ONE)).result["best_value"] == done.result["best_value"]
+    assert (folder / "leaderboard.json").read_bytes() == before
 
 
-@pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("bands", ("early_stop={method: hyperband, grace: 20, factor: 2}", "budget.per_arm=4")),
-        ("median", ("early_stop={method: median, grace: 20}", "search.method=tpe", "budget.per_arm=12")),
-    ],
-)
-def test_hyperband_median_and_tpe_come_to_their_end_in_cells(
-    sweep_of: Callable[..., Any], name: str, changes: tuple[str, ...]
-) -> None:
-    spec = sweep_of(name, *changes)
-    done = elastrain.sweep(spec)
+def test_hyperband_comes_to_its_end_in_two_cells(moods: Moods) -> None:
+    done = elastrain.sweep(moods.read("bands", "early_stop={method: hyperband, grace: 20, factor: 2}"))
     trials = done.trials()
-    assert len(trials) == spec.budget.per_arm
-    assert {t.outcome for t in trials} == {"finished", "pruned"}
+    assert sorted(t.outcome for t in trials) == ["finished"] * 3 + ["pruned"]
     for t in trials:
         assert [e.step for e in t.evaluations] == list(range(20, t.step + 1, 20))  # paused or not, each once
     told = [(e["trial"], e["step"]) for e in read_ledger(done.url) if e["kind"] == "eval"]
     assert len(told) == len(set(told))
     ended = [e["trial"] for e in read_ledger(done.url) if e["kind"] == "ended"]
     assert sorted(ended) == sorted(t.id for t in trials)
+    assert len({e["cell"] for e in read_ledger(done.url) if e["kind"] == "cell"}) == 2
 
 
-@pytest.mark.usefixtures("local_ray")
 def test_two_workers_a_trial_one_of_them_killed_and_the_bits_of_fresh_processes(
-    sweep_of: Callable[..., Any], workspace: Path
+    searched: elastrain.Sweep, again: elastrain.Run, moods: Moods, workspace: Path
 ) -> None:
-    fixed = ("set.workers={min: 2, max: 2, cpus: 4}", "set.consistency=bitwise", "set.checkpoint.every_steps=20")
-    spec = sweep_of("pair", *fixed, "budget.per_arm=2", "set.task_args={pause: 0.05}")
-    url = workspace / "runs" / "pair"
-    killed: list[int] = []
+    """A point that one worker has trained in processes of its own, twice: with a kill, and in a cell that had one."""
+    (best,) = (trial.point for trial in searched.trials() if trial.id == searched.result["best_trial"])
+    twice = ("space={task_args.mood: {grid: [fine, calm]}}", "search.method=grid", "budget.per_arm=2")
+    fixed = ("set.workers={min: 2, max: 2, cpus: 4, timeout_s: 600}", "set.checkpoint.every_steps=20")
+    spec = moods.read("pair", *twice, *fixed, f"set.optimizer.lr={best['optimizer.lr']!r}")
+    first = workspace / "runs" / "pair" / "trials" / "search-0000" / "checkpoints" / "step-00000040" / "manifest.json"
 
     def kill() -> None:
-        wait_for((url / "trials" / "search-0000" / "checkpoints" / "step-00000020" / "manifest.json").exists)
-        killed.append(workers_of(os.getpid())[0])
-        os.kill(killed[0], signal.SIGKILL)
+        try:
+            moods.wait()
+            wait_for(first.exists)
+            os.kill(workers_of(os.getpid())[0], signal.SIGKILL)
+        finally:
+            moods.release()
 
+    moods.hold()
     thread = threading.Thread(target=kill)
     thread.start()
     done = elastrain.sweep(spec)
     thread.join()
-    assert killed
     assert set(ends(done).values()) == {"finished"}
     lost = [event for event in read_ledger(done.url) if event["kind"] == "lost"]
     assert [event["trial"] for event in lost] == ["search-0000"]
-    for number in (0, 1):
-        point = done.trials()[number].point
-        changes = [f"optimizer.lr={point['optimizer.lr']!r}", f"name=pair-again-{number}"]
-        again = elastrain.train(read_train(done.best, changes))
-        assert again.weights_sha256 == digests(done.url)[f"search-000{number}"]
+    assert set(digests(done.url).items()) == {(f"search-000{at}", again.weights_sha256) for at in (0, 1)}
 
 
 def workers_of(pid: int) -> list[int]:
     """Return the processes below `pid` that are Ray Train's workers."""
-    from elastrain.elastic.keep import descendants
 
     def title(process: int) -> str:
         try:
@@ -202,10 +163,9 @@ ARMS = """[
 ]"""
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_trials_and_whole_arms_that_crash_die_and_diverge_cost_themselves(sweep_of: Callable[..., Any]) -> None:
-    few = ("search.method=grid", "budget.per_arm=2", "confirm.seeds=1")
-    done = elastrain.sweep(sweep_of("moods", "space={}", "mode=fair", f"arms={ARMS}", *few))
+def test_trials_and_whole_arms_that_crash_die_and_diverge_cost_themselves(moods: Moods) -> None:
+    few = ("search.method=grid", "budget.per_arm=2", "confirm.seeds=1", ONE)
+    done = elastrain.sweep(moods.read("moods", "space={}", "mode=fair", f"arms={ARMS}", *few))
     found = done.trials()
     assert [(trial.arm, trial.phase) for trial in found if trial.phase == "confirm"] == [("sound", "confirm")]
     assert {(trial.arm, trial.outcome) for trial in found} == {
@@ -226,11 +186,10 @@ def test_trials_and_whole_arms_that_crash_die_and_diverge_cost_themselves(sweep_
     assert {row["arm"] for row in done.result["leaderboard"]["rows"]} == {"sound", "broken", "hot"}
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_what_takes_over_in_population_based_training_has_its_donors_weights(sweep_of: Callable[..., Any]) -> None:
+def test_what_takes_over_in_population_based_training_has_its_donors_weights(moods: Moods) -> None:
     """Two workers a trial: both follow what rank 0 was told."""
-    changes = ("search.method=pbt", "set.workers={min: 2, max: 2, cpus: 2}")
-    done = elastrain.sweep(sweep_of("population", *changes, "space={optimizer.lr: {log: [1.0e-4, 3.0e-2]}}"))
+    changes = ("search.method=pbt", "set.workers={min: 2, max: 2, cpus: 2}", ONE)
+    done = elastrain.sweep(moods.read("population", *changes, "space={optimizer.lr: {log: [1.0e-4, 3.0e-2]}}"))
     assert set(ends(done).values()) == {"finished"}
     taken = [event for event in read_ledger(done.url) if event["kind"] == "exploit"]
     assert taken
@@ -247,86 +206,122 @@ def leaderboard(url: str) -> list[tuple[Any, ...]]:
     return [(row["rank"], row["trial"], row["value"]) for row in found["rows"]]
 
 
-def test_a_killed_and_an_interrupted_driver_go_on_to_the_same_leaderboard(
-    sweep_of: Callable[..., Any], tmp_path: Path, workspace: Path, cli: Any, start: Any, s3_bucket: str
-) -> None:
-    """And to that of a sweep on S3, whose trials read through a cache."""
+@pytest.fixture
+def straight(moods: Moods, tmp_path: Path, workspace: Path, s3_bucket: str) -> elastrain.Sweep:
+    """A sweep that nothing disturbs, on S3, whose trials read through a cache."""
     packed = workspace / "data" / "digits"
     for file in (path for path in packed.rglob("*") if path.is_file()):
         storage.put(f"{s3_bucket}/{file.relative_to(packed)}", file.read_bytes())
     data = {"train": f"{s3_bucket}/train", "eval": f"{s3_bucket}/test", "slots": 2}
     data["cache"] = {"folder": str(tmp_path / "cache"), "max_bytes": 1 << 30}
-    far = ("--set", f"storage={s3_bucket}/sweeps", "--set", f"set.data={json.dumps(data)}")
-    sweep_of("straight")
-    slow = ("set.task_args={pause: 0.02}", "set.workers={min: 1, max: 1}", "set.checkpoint.every_steps=20")
-    # One trial at a time: which one ASHA stops depends on who came first.
-    stops = ("early_stop={method: asha, grace: 20, factor: 2}", "confirm={seeds: 2}", "max_concurrent=1")
-    changes, path = [part for each in (*slow, *stops) for part in ("--set", each)], str(tmp_path / "straight.yaml")
-    straight = cli("sweep", path, *changes, *far, "--json")
-    assert straight.returncode == 0, straight.stderr
+    far = (f"storage={s3_bucket}/sweeps", f"set.data={json.dumps(data)}")
+    done = elastrain.sweep(moods.read("straight", *STOPS, *far))
     assert any((tmp_path / "cache").rglob("*")), "read through it"
+    return done
 
-    url = workspace / "runs" / "crooked"
-    crooked = ("sweep", path, *changes, "--set", "name=crooked", "--json")
 
-    def evaluated(count: int) -> bool:
-        return url.exists() and sum(e["kind"] == "eval" for e in read_ledger(str(url))) >= count
+# One trial at a time: which one ASHA stops depends on who came first.
+STOPS = ("early_stop={method: asha, grace: 20, factor: 2}", "confirm={seeds: 2}", ONE, "set.checkpoint.every_steps=20")
 
-    for number, (count, how, code) in enumerate(((2, signal.SIGKILL, -9), (6, signal.SIGINT, 130))):
-        process = start(*crooked)
-        wait_for(partial(evaluated, count), seconds=240)
-        process.send_signal(how)
-        assert process.wait(timeout=120) == code, (number, process.communicate())
-    done = cli(*crooked)
-    assert done.returncode == 0, done.stderr
-    assert leaderboard(str(url)) == leaderboard(f"{s3_bucket}/sweeps/straight")
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["trials"] == json.loads(straight.stdout.splitlines()[-1])["trials"]
-    assert set(result["trials"]) == {"finished", "pruned"}
+
+def test_a_killed_and_an_interrupted_driver_go_on_to_the_same_leaderboard(
+    straight: elastrain.Sweep, moods: Moods, workspace: Path, start: Any
+) -> None:
+    """And to that of a sweep on S3, whose trials read through a cache."""
+    spec, url = moods.read("crooked", *STOPS), workspace / "runs" / "crooked"
+    moods.hold()
+    process = start("sweep", str(moods.path("crooked")), *(part for each in STOPS for part in ("--set", each)))
+    moods.wait()
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=300) == -9, process.communicate()
+
+    def interrupt() -> None:
+        try:
+            moods.wait()
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            moods.release()
+
+    moods.hold(3)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(Interrupted):
+        elastrain.sweep(spec)
+    thread.join()
+    stopped = trials_of(read_ledger(str(url)))
+    assert 2 <= len(stopped) < 6, "neither at its beginning nor at its end"
+    done = elastrain.sweep(spec)
+    assert leaderboard(str(url)) == leaderboard(straight.url)
+    assert done.result["trials"] == straight.result["trials"]
+    assert set(done.result["trials"]) == {"finished", "pruned"}
     ended = [event["trial"] for event in read_ledger(str(url)) if event["kind"] == "ended"]
     assert sorted(ended) == sorted(set(ended)), "no trial is run to its end twice"
     noted = [each["action"] for each in read_actions(str(workspace / "runs")) if each["run"] == str(url)]
     assert noted == ["start", "resume", "stop", "resume"]
 
 
-def test_what_can_be_refused_is_refused_before_anything_starts(sweep_of: Callable[..., Any], workspace: Path) -> None:
-    spec = sweep_of("refused")
+def test_what_can_be_refused_is_refused_before_anything_starts(moods: Moods, workspace: Path) -> None:
+    spec = moods.read("refused")
     with locked(str(workspace / "runs" / "refused"), remedy="wait"), pytest.raises(ConflictError, match="another name"):
         elastrain.sweep(spec)
     with pytest.raises(ResourceError, match="no node"):
-        elastrain.sweep(sweep_of("huge", "set.workers={min: 1, max: 1, gpus: 1}"))
-
-
-@pytest.mark.usefixtures("local_ray")
-def test_a_metric_that_is_never_reported_ends_the_sweep_at_its_first_evaluation(
-    sweep_of: Callable[..., Any], workspace: Path
-) -> None:
+        elastrain.sweep(moods.read("huge", "set.workers={min: 1, max: 1, gpus: 1}"))
     with pytest.raises(ResourceError, match="a trial of 1 workers of 9 CPUs each fits on no node"):
-        elastrain.sweep(sweep_of("wide", "set.workers={min: 1, max: 1, cpus: 9}"))
+        elastrain.sweep(moods.read("wide", "set.workers={min: 1, max: 1, cpus: 9}"))
+
+
+def test_a_metric_that_is_never_reported_ends_the_sweep_at_its_first_evaluation(moods: Moods, workspace: Path) -> None:
     sentence = "objective.metric: the metrics are val_loss, accuracy, not 'perplexity'"
     with pytest.raises(SpecError, match=sentence):
-        elastrain.sweep(sweep_of("unheard", "objective.metric=perplexity", "budget.per_arm=64"))
+        elastrain.sweep(moods.read("unheard", "objective.metric=perplexity", "budget.per_arm=64", ONE))
     kinds = [event["kind"] for event in read_ledger(str(workspace / "runs" / "unheard"))]
     assert kinds.count("trial") <= 4, "not one after the other"
     assert "ended" not in kinds
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_another_sweep_in_the_same_folder_is_refused_and_more_budget_is_not(
-    sweep_of: Callable[..., Any], workspace: Path
+def test_a_full_disk_ends_the_sweep_with_one_sentence_and_costs_no_trial_that_has_ended(
+    moods: Moods, small_disk: Path
 ) -> None:
+    """The second trial stands still while the disk fills up."""
+    url = str(small_disk / "full")
+
+    def fill() -> None:
+        try:
+            moods.wait()
+            wait_for(lambda: any(event["kind"] == "ended" for event in read_ledger(url)))
+            with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+                while True:
+                    filler.write(b"x" * 1000)
+        finally:
+            moods.release()
+
+    moods.hold(2)
+    thread = threading.Thread(target=fill)
+    thread.start()
+    with pytest.raises(StorageError, match="No space left on device") as ended:
+        elastrain.sweep(moods.read("full", f"storage={small_disk}", "budget.per_arm=2", ONE))
+    thread.join()
+    assert "\n" not in str(ended.value)
+    assert ended.value.exit_code == 5
+    assert [trial.outcome for trial in trials_of(read_ledger(url))] == ["finished", "running"]
+
+
+SHORT = "objective.max_steps=20"
+
+
+def test_another_sweep_in_the_same_folder_is_refused_and_more_budget_is_not(moods: Moods, workspace: Path) -> None:
     """Nor does it cost a trial that a checkpoint of it could not be written."""
-    (first,) = elastrain.sweep(sweep_of("grown", "budget.per_arm=1")).trials()
+    (first,) = elastrain.sweep(moods.read("grown", SHORT, "budget.per_arm=1")).trials()
     with pytest.raises(ConflictError, match="space"):
-        elastrain.sweep(sweep_of("grown", "space={optimizer.lr: {log: [1.0e-4, 1.0]}}"))
+        elastrain.sweep(moods.read("grown", SHORT, "space={optimizer.lr: {log: [1.0e-4, 1.0]}}"))
     in_the_way = workspace / "runs" / "grown" / "trials" / "search-0001"
     in_the_way.write_text("no folder")
     with pytest.raises(StorageError, match=f"search-0001: cannot write {in_the_way}"):
-        elastrain.sweep(sweep_of("grown", "budget.per_arm=2"))
+        elastrain.sweep(moods.read("grown", SHORT, "budget.per_arm=2"))
     in_the_way.unlink()
-    again, second = elastrain.sweep(sweep_of("grown", "budget.per_arm=2")).trials()
+    again, second = elastrain.sweep(moods.read("grown", SHORT, "budget.per_arm=2")).trials()
     assert again == first
     assert second.outcome == "finished"
-    target = elastrain.sweep(sweep_of("grown", "budget.per_arm=2", "objective.target=0.01"))
+    target = elastrain.sweep(moods.read("grown", SHORT, "budget.per_arm=2", "objective.target=0.01"))
     assert target.trials() == [again, second]
     assert "No trial reached the target" in target.as_text()

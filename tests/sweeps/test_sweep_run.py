@@ -60,6 +60,16 @@ def test_a_word_stands_and_what_had_none_is_decided_on(
     assert set(job.undecided) == ({"t0"} if told and not told[-1][2] else set())
 
 
+@pytest.mark.parametrize(("newest", "untold", "decided"), [(20, False, 20), (40, True, 20)])
+def test_an_evaluation_that_is_not_in_the_ledger_is_told_from_the_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, newest: int, untold: object, decided: int
+) -> None:
+    monkeypatch.setattr(run, "_newest", lambda _: newest)
+    job: Any = Job(20)
+    found = run._recorded(job, trial(20))
+    assert (found["resume"], found["untold"], found["decided"]) == (("trials/t0", newest), untold, decided)
+
+
 def test_one_that_has_ended_tells_its_words_and_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     found = recorded(Job(20), trial(60, "pruned"), 60, monkeypatch)
     assert found == ([(20, "", True), (60, "pruned", True)], None, 0)

@@ -463,7 +463,16 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[TrialActor, He
         actor: Any = TrialActor.__new__(TrialActor)
         desk = Here(messages)
         actor._desk, actor._trial_info = desk, type("Info", (), {"trial_id": "a"})()
-        begin = {"arm": "search", "phase": "tune", "point": {}, "seed": 0, "resume": None, "decided": 0, "spent_s": 0.0}
+        begin = {
+            "arm": "search",
+            "phase": "tune",
+            "point": {},
+            "seed": 0,
+            "resume": None,
+            "untold": False,
+            "decided": 0,
+            "spent_s": 0.0,
+        }
         actor.reset_config(begin | {"recorded": [], "every": 20, "worst": WORST} | given)
         return actor, desk
 

@@ -150,6 +150,24 @@ def test_who_takes_over_weights_keeps_the_share_of_its_own_learning_rate(hands: 
     assert groups["muon"]["weight_decay"] == 0.02
 
 
+@pytest.mark.parametrize("untold", [True, False])
+def test_an_evaluation_that_only_the_checkpoint_has_is_told_before_anything_else(
+    hands: Hands, tmp_path: Path, untold: object
+) -> None:
+    """The worker was lost between its commit and its report."""
+    run, setup = str(tmp_path / "a"), Setup(spec=make_spec(), kind=Classifier)
+    saved, state = setup.state(), setup.state()
+    saved.step = 20
+    writer = checkpoint.Writer(run, saved.spec.checkpoint)
+    writer.commit(saved.tensors(), saved.numbers(), {"metrics": {"val_loss": 0.25}})
+    writer.wait()
+    given = order(run_url=run, resume=(run, 20), untold=untold)
+    worker_of(hands)._load(given, state)
+    Running(hands, "x", given, Solo()).group(state)
+    told = [(fields["step"], fields["value"]) for name, (_, _, fields) in hands.told if name == "decide"]
+    assert told == ([(20, 0.25)] if untold else [])
+
+
 def test_gpus_that_are_names_have_no_memory_to_share(hands: Hands, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FAKE_GPUS, "1")
     context = SimpleNamespace(get_world_rank=lambda: 0, get_node_id=lambda: "n")

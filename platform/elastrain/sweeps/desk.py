@@ -267,6 +267,8 @@ class Desk:
         self._note("eval", trial=trial, **fields)
         entry.step, entry.value, entry.device_s = fields["step"], fields["value"], fields["device_s"]
         entry.losses = 0
+        if entry.order.untold:
+            entry.order = replace(entry.order, untold=False)
         return entry
 
     @staticmethod
@@ -320,7 +322,8 @@ class Desk:
             return
         if step is not None and (order.resume is None or step > order.resume[1]):
             spent_s = entry.device_s if entry.step <= step else entry.device_s * step / entry.step
-            entry.order = order = replace(order, resume=(order.run_url, step), spent_s=spent_s)
+            resume, untold = (order.run_url, step), step > entry.step
+            entry.order = order = replace(order, resume=resume, untold=untold, spent_s=spent_s)
         entry.order = replace(order, decided=entry.decided)  # nothing is decided on twice
         self._queue.appendleft(order.trial)
         self._match()

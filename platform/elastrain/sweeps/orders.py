@@ -27,8 +27,9 @@ class Objective:
 class Order:
     """A trial to run, or to go on with.
 
-    `resume` is (run, step) of the checkpoint to start from. `decided` is the last step that was decided on before, and
-    `spent_s` the device-seconds spent up to there.
+    `resume` is (run, step) of the checkpoint to start from, `untold` if the desk lacks the evaluation of that step,
+    which its manifest has. `decided` is the last step that was decided on before, and `spent_s` the device-seconds
+    spent up to there.
     """
 
     trial: str
@@ -37,6 +38,7 @@ class Order:
     run_url: str
     objective: Objective
     resume: tuple[str, int] | None = None
+    untold: bool = False
     decided: int = 0
     spent_s: float = 0.0
 
@@ -52,7 +54,7 @@ class Blueprint:
     def order(self, trial: str, begin: Mapping[str, Any]) -> Order:
         """Return the order for a trial; raises SpecError if its run refuses the point's values together."""
         spec = trial_spec(self.arms[begin["arm"]], begin["point"], name=trial, storage=self.folder, seed=begin["seed"])
-        resume = tuple(begin["resume"]) if begin["resume"] else None
+        resume, untold = tuple(begin["resume"]) if begin["resume"] else None, bool(begin.get("untold"))
         objective = self.objective if begin["phase"] == "tune" else replace(self.objective, decisions=frozenset())
         if objective.saves:
             # Two more are kept for those that take over this trial's weights while it goes on.
@@ -65,7 +67,8 @@ class Blueprint:
             run_url=storage.join(self.folder, trial),
             objective=objective,
             resume=resume,
-            decided=max(begin.get("decided", 0), resume[1] if resume else 0),
+            untold=untold,
+            decided=max(begin.get("decided", 0), resume[1] if resume and not untold else 0),
             spent_s=begin["spent_s"],
         )
 

@@ -252,7 +252,7 @@ def _given(job: _Job, proposal: Proposal, desk_name: str, desk: Any) -> dict[str
         "every": job.spec.objective.every,
         "worst": WORST if goal == "min" else -WORST,
     }
-    begin: dict[str, Any] = {"resume": None, "decided": 0, "spent_s": 0.0, "recorded": []}
+    begin: dict[str, Any] = {"resume": None, "untold": False, "decided": 0, "spent_s": 0.0, "recorded": []}
     if known is None:
         # Before anything that the trial itself reports: calls of an actor of many may overtake others.
         ray.get(desk.event.remote("trial", {"trial": proposal.trial, "number": proposal.number, **told}))
@@ -264,6 +264,7 @@ def _recorded(job: _Job, known: Trial) -> dict[str, Any]:
     """Return what earlier attempts left of a trial: its decisions again, and its end or from where it goes on.
 
     An evaluation that a checkpoint is there of, and no word, is decided on again: a trial may have been about to stop.
+    One that did not get into the ledger is told from the checkpoint.
     """
     run = storage.join(job.folder, known.id)
     words = [] if job.pauses else [e for e in job.before if e["kind"] == "go_on" and e["trial"] == known.id]
@@ -280,7 +281,9 @@ def _recorded(job: _Job, known: Trial) -> dict[str, Any]:
     if decides and before and before[-1].step == upto:
         job.undecided[known.id] = stood = {"step": upto, "device_s": spent_s}
         recorded.append({**_message(run, {**stood, "value": before[-1].value}), "recorded": False})
-    return {"recorded": recorded, "resume": source, "decided": max([upto, *steps]), "spent_s": spent_s}
+    untold = source == (run, upto) and upto not in {entry.step for entry in known.evaluations}
+    decided = max([0 if untold else upto, *steps])
+    return {"recorded": recorded, "resume": source, "untold": untold, "decided": decided, "spent_s": spent_s}
 
 
 def _message(run: str, told: Mapping[str, Any], outcome: str = "") -> dict[str, Any]:

@@ -3,12 +3,12 @@
 A trial of Tune is an actor that holds nothing but a place in the line: it speaks with the desk, and the cells compute.
 Which trials there are is said by an `Agenda`; Tune's own state is not stored, since the sweep's ledger has it all.
 
-This module and `schedulers` alone stand on Tune's developer interfaces; `tests/sweeps/test_tuning.py` uses them all.
+This module and `schedulers` alone stand on Tune's developer interfaces and insides; `tests/sweeps/test_tuning.py` and
+`test_tune_histories.py` use them all.
 """
 
 import contextlib
 import logging
-import math
 import os
 import random
 import tempfile
@@ -32,7 +32,7 @@ from elastrain.sweeps.agenda import Agenda, Proposal
 from elastrain.sweeps.trials import Outcome
 
 NAME = "elastrain-trial"
-BEGIN = ("arm", "phase", "point", "seed", "resume", "decided", "spent_s")  # what the desk is told of a trial
+BEGIN = ("arm", "phase", "point", "seed", "resume", "untold", "decided", "spent_s")  # what the desk is told of a trial
 WORST = 1e30  # what counts for a trial that diverged or failed: infinity would spoil Tune's percentiles
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -90,12 +90,19 @@ class TrialActor(tune.Trainable):
         """Go on from a checkpoint of a trial: this one, after a pause, or another one that did better."""
         assert checkpoint is not None
         self._given["resume"] = (checkpoint["run"], checkpoint["step"])
-        self._given["spent_s"] = checkpoint["spent_s"]
+        self._given |= {"untold": False, "spent_s": checkpoint["spent_s"]}
         self._begun = False
 
 
 class Controller(TuneController):
-    """Tune's controller without its snapshots."""
+    """Tune's controller without its snapshots, which gives `most()` trials an actor at a time, or hardly more."""
+
+    most: Callable[[], int]
+
+    def _maybe_add_actors(self) -> None:
+        """Give actors to trials that wait for one, as long as there are cells for them."""
+        if len(self._trial_to_actor) < self.most():
+            super()._maybe_add_actors()
 
     def checkpoint(self, force: bool = False, wait: bool = False) -> None:  # noqa: FBT001, FBT002 -- Tune's signature
         """Store nothing: the ledger tells all, and whoever goes on reads it."""
@@ -119,12 +126,11 @@ class Proposals(SearchAlgorithm):
         node: str,
     ) -> None:
         self._agenda, self._storage, self._begin, self._capacity = agenda, storage, begin, capacity
-        # Trials that pause wait for others to come: all begin, and as many as there are cells get an actor at a time.
+        # Trials that pause wait for others to come: all begin, though the controller gives only some an actor.
         self._pauses = pauses
         self._trials: dict[str, TuneTrial] = {}
-        share = max(0.001, math.floor(1e4 / capacity()) / 1e4) if pauses else 0.001
         # Beside the driver, by the node's id since nodes may share an address: one that goes takes cells, not trials.
-        bundle = {f"node:{ray.util.get_node_ip_address()}": share}
+        bundle = {f"node:{ray.util.get_node_ip_address()}": 0.001}
         self._resources = PlacementGroupFactory([bundle], bundle_label_selector=[{"ray.io/node-id": node}])
 
     def next_trial(self) -> TuneTrial | None:
@@ -234,19 +240,23 @@ class PerStudy(TrialScheduler):
                 scheduler.on_trial_result(seen, trial, result)
             return TrialScheduler.CONTINUE
         decision = scheduler.on_trial_result(seen, trial, result)
-        if decision == TrialScheduler.STOP:
-            self._leave(trial.trial_id, "pruned")
-        elif decision == TrialScheduler.PAUSE or trial.status == TuneTrial.PAUSED:
+        if decision == TrialScheduler.PAUSE or trial.status == TuneTrial.PAUSED:
             self._leave(trial.trial_id, "")
-        else:
+        elif decision != TrialScheduler.STOP:  # which Tune follows at once, by `on_trial_complete`
             self._went_on(trial.trial_id, result)
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
-        """Hand on; without a value it counts as one that is no more."""
+        """Hand on; without a value it counts as one that is no more.
+
+        One that comes without an end has been pruned: by its own result, or by another one's while its pause is not
+        complete, for which it counts as running.
+        """
         scheduler = self._of(trial)
         seen = self._seen(tune_controller, scheduler)
-        if result.get("outcome", "") in ("", "finished", "pruned"):
+        if not (outcome := result.get("outcome", "")):
+            self._leave(trial.trial_id, "pruned")
+        if outcome in ("", "finished", "pruned"):
             scheduler.on_trial_complete(seen, trial, result)
         else:
             scheduler.on_trial_remove(seen, trial)
@@ -319,6 +329,7 @@ def tune_trials(
             callbacks=[],
             metric="objective",
         )
+        controller.most = capacity
         try:
             while not controller.is_finished() and not look():  # type: ignore[no-untyped-call] # Tune's
                 controller.step()  # type: ignore[no-untyped-call] # Tune's
