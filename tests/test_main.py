@@ -46,7 +46,7 @@ def test_packing_starts_ray_with_all_cpus_of_the_machine(monkeypatch: pytest.Mon
     asked: list[Any] = []
 
     @contextlib.contextmanager
-    def session(address: str | None, *, cpus: float) -> Iterator[None]:
+    def session(address: str | None, *, cpus: float, **_: Any) -> Iterator[None]:
         asked.append((address, cpus))
         yield
 

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ app.add_typer(cluster, name="cluster")
 
 SpecPath = Annotated[str, typer.Argument(metavar="SPEC", help="YAML file of a run")]
 Address = Annotated[str | None, typer.Option(help="a running Ray (auto, HOST:PORT); a local one is started without")]
+Shared = Annotated[list[str] | None, typer.Option(help="a folder that all its machines have mounted")]
 
 
 @app.command()
@@ -59,6 +61,7 @@ def pack(
     encrypt: Annotated[str | None, typer.Option(metavar="KEY", help="the name of a key to encrypt with")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace another dataset there")] = False,
     address: Address = None,
+    shared: Shared = None,
     as_json: Json = False,
 ) -> None:
     """Turn digits, IDX, CSV, Parquet, text or images into packed, checksummed Parquet."""
@@ -70,10 +73,9 @@ def pack(
 
     def run() -> tuple[dict[str, Any], str]:
         from elastrain.data.card import as_text
-        from elastrain.data.pack import machine_cpus, pack_dataset
+        from elastrain.data.pack import pack_dataset
         from elastrain.data.preparation import Preparation
         from elastrain.data.sources import PackOptions
-        from elastrain.elastic.session import ray_session
         from elastrain.observe.progress import pack_progress
 
         options = PackOptions(
@@ -83,7 +85,7 @@ def pack(
             columns=tuple(columns.split(",")) if columns else None,
             prepare=Preparation(**checks, **rows, **more),
         )
-        with ray_session(address, cpus=machine_cpus()), pack_progress() as progress:
+        with _packing(address, source, shared or []), pack_progress() as progress:
             result = pack_dataset(source, out, options, progress=progress)
         verb = "already packed" if result["already"] else "packed"
         splits = ", ".join(f"{name} {split['rows']:,} rows" for name, split in result["splits"].items())
@@ -107,14 +109,16 @@ def plan(spec: SpecPath, sets: Sets = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def check(spec: SpecPath, sets: Sets = None, address: Address = None, as_json: Json = False) -> None:
+def check(
+    spec: SpecPath, sets: Sets = None, address: Address = None, shared: Shared = None, as_json: Json = False
+) -> None:
     """Prove before anything is spent: spec, data, one real step, memory, placement, storage."""
 
     def run() -> tuple[dict[str, Any], str]:
         from elastrain.elastic.check import as_text, check_run
         from elastrain.spec.document import read_train
 
-        found = check_run(read_train(spec, sets or []), address=address)
+        found = check_run(read_train(spec, sets or []), address=address, shared=shared or [])
         return found, as_text(found)
 
     _print(run, as_json=as_json)
@@ -125,7 +129,7 @@ def train(
     spec: SpecPath,
     sets: Sets = None,
     address: Address = None,
-    shared: Annotated[list[str] | None, typer.Option(help="a folder that all its machines have mounted")] = None,
+    shared: Shared = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start over: remove what the run has written")] = False,
     attempt: Annotated[
         str | None, typer.Option("--attempt-of", metavar="JOB", help="end as an earlier attempt at this job did")
@@ -157,6 +161,7 @@ def sweep(
     only_plan: Annotated[bool, typer.Option("--plan", help="print arms, points and cost; start nothing")] = False,
     sets: Sets = None,
     address: Address = None,
+    shared: Shared = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start over: remove what the sweep has written")] = False,
     as_json: Json = False,
 ) -> None:
@@ -172,7 +177,7 @@ def sweep(
             return found, as_text(found)
         from elastrain.sweeps.run import sweep as run_sweep
 
-        done = run_sweep(asked, address=address, fresh=fresh)
+        done = run_sweep(asked, address=address, fresh=fresh, shared=shared or [])
         return dict(done.result), done.as_text()
 
     _print(run, as_json=as_json)
@@ -321,6 +326,15 @@ def _asking(address: str | None) -> Callable[[Any], int] | None:
     from elastrain.sweeps.pool import ask_cluster
 
     return partial(ask_cluster, address)
+
+
+def _packing(address: str | None, source: str, shared: list[str]) -> AbstractContextManager[None]:
+    """Return the Ray that packs; its machines must see what is read."""
+    from elastrain.data.pack import machine_cpus
+    from elastrain.data.sources import read_by_tasks
+    from elastrain.elastic.session import ray_session
+
+    return ray_session(address, cpus=machine_cpus(), seen=read_by_tasks(source), shared=shared)
 
 
 def _bytes(option: str, mib: float) -> int:

@@ -1,9 +1,13 @@
-"""Secrets that lie in the environment of who trains, submits and sweeps appear nowhere: on no disk and in no API."""
+"""Secrets that lie in the environment of who trains, submits and sweeps appear nowhere: on no disk and in no API.
+
+The same runs show that `submit --follow` gives what `train` gives, and how closed a Ray is that `train` starts.
+"""
 
 import base64
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +17,7 @@ import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from ray._raylet import GcsClient  # type: ignore[attr-defined] # compiled
@@ -21,7 +25,7 @@ from ray.job_submission import JobSubmissionClient
 from tests.cluster.head import Head, head
 from tests.cluster.test_jobs import SPEC, TASK
 
-from elastrain.cluster.doors import knock, listeners
+from elastrain.cluster.doors import Listener, knock, listeners
 from elastrain.cluster.environment import NO_EXPORTERS
 from elastrain.cluster.job_server import JobServer
 
@@ -30,6 +34,18 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 # Of who uses the cluster, and of the machine that it runs on; none of the names is one that Ray knows.
 USERS = {"AWS_SECRET_ACCESS_KEY": "canary-u1-83b1", "HF_TOKEN": "canary-u2-61fe", "MY_DATABASE_LOGIN": "canary-u3-0d4c"}
 MACHINES = {"AWS_SESSION_TOKEN": "canary-m1-9ab7", "WANDB_API_KEY": "canary-m2-5e02"}
+# Steps that take long while there is a file of the name.
+HELD = """
+import time
+from pathlib import Path
+from task import DigitsMLP
+
+
+class Held(DigitsMLP):
+    def losses(self, model, batch):
+        time.sleep(4 if Path("FILE").exists() else 0)
+        return super().losses(model, batch)
+"""
 CARELESS = "careless-4c1d"
 SWEEP = """
 kind: sweep
@@ -38,7 +54,7 @@ base: alone.yaml
 set: {workers: {min: 1, max: 1}, data.slots: 2}
 objective: {metric: val_loss, every: 10, max_steps: 20}
 space: {optimizer.lr: {log: [1.0e-4, 1.0e-1]}}
-budget: {unit: trials, per_arm: 2}
+budget: {unit: trials, per_arm: 1}
 """
 STATES = ("actors", "jobs", "nodes", "placement_groups", "runtime_envs", "tasks", "workers")
 
@@ -62,12 +78,28 @@ class Place:
             text=True,
         )
 
-    def done(self, *arguments: str) -> str:
-        """Run a command to its end and return all that it has said."""
-        process = self.elastrain(*arguments)
-        out, said = process.communicate(timeout=900)
-        assert process.returncode == 0, said
-        return out + said
+    def done(self, *arguments: str) -> "Said":
+        """Run a command to its end and return what it has said."""
+        return said_by(self.elastrain(*arguments))
+
+
+class Said(NamedTuple):
+    """What a command wrote."""
+
+    out: str
+    err: str
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What it came to."""
+        found: dict[str, Any] = json.loads(self.out.splitlines()[-1])
+        return found
+
+
+def said_by(process: "subprocess.Popen[str]") -> Said:
+    said = Said(*process.communicate(timeout=900))
+    assert process.returncode == 0, said.err
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +108,44 @@ def place() -> Iterator[Place]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     (folder / "t").mkdir()
     (folder / "task.py").write_text(TASK)
+    (folder / "held.py").write_text(HELD.replace("FILE", str(folder / "hold")))
     (folder / "sweep.yaml").write_text(SWEEP)
     for name in ("alone", "sent"):
         text = SPEC.replace("NAME", name).replace("FOLDER", str(folder))
         (folder / f"{name}.yaml").write_text(text.replace("train, global", f"train, eval: {folder}/data/test, global"))
     try:
-        with head(folder / "head", cpus=4, environment=NO_EXPORTERS | MACHINES | {"PATH": path}) as started:
+        with head(folder / "head", cpus=2, environment=NO_EXPORTERS | MACHINES | {"PATH": path}) as started:
             there = Place(started, folder)
-            there.done("pack", "digits", str(folder / "data"), "--json")
+            there.done("pack", "digits", str(folder / "data"), "--address", started.address)
             yield there
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def alone(place: Place) -> tuple[Said, dict[Listener, str]]:
+    """What `train` on a Ray of its own says, and what its ports answer while it trains."""
+    hold = place.folder / "hold"
+    hold.touch()
+    sets = ("--set", "task=held.py:Held", "--set", "checkpoint.every_steps=1")
+    process = place.elastrain("train", "alone.yaml", *sets, "--json")
+    try:
+        deadline = time.monotonic() + 600
+        while not list((place.folder / "runs" / "alone").glob("checkpoints/step-*/manifest.json")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        answers = {each: knock(each.reachable, each.port) for each in listeners([], [process.pid])}
+        hold.unlink()
+        return said_by(process), dict(answers)
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def sent(place: Place) -> Said:
+    """What `submit --follow` says."""
+    return place.done("submit", "sent.yaml", "--follow", "--address", place.head.url, "--json")
 
 
 def forms_of(secrets: dict[str, str]) -> set[bytes]:
@@ -125,15 +184,27 @@ def told(by: Head) -> bytes:
     return b"\n".join(answers)
 
 
-def test_no_secret_of_an_environment_is_written_or_told(place: Place) -> None:
-    where = ("--address", place.head.url, "--json")
-    alone = place.done("train", "alone.yaml", "--json")
-    sent = place.done("submit", "sent.yaml", "--follow", *where)
+def test_submit_and_follow_gives_what_train_gives_and_the_jobs_name(
+    place: Place, alone: tuple[Said, object], sent: Said
+) -> None:
+    found, trained = sent.result, alone[0].result
+    assert found["weights_sha256"] == trained["weights_sha256"]
+    assert found["metrics"] == trained["metrics"]
+    assert found.keys() == trained.keys() | {"job"}
+    assert all(line.startswith(("starting", "training")) for line in sent.err.splitlines()), sent.err
+    assert re.search(r"^(starting workers|training) · step \d+/30 · .* 1 worker", sent.err, re.MULTILINE), sent.err
+    told = place.done("status", found["job"], "--address", place.head.url, "--json")
+    assert told.result["status"] == "succeeded"
+    written = place.done("logs", found["job"], "--address", place.head.url)
+    assert found["weights_sha256"] in written.out
+
+
+def test_no_secret_of_an_environment_is_written_or_told(place: Place, alone: tuple[Said, object], sent: Said) -> None:
     searched = place.done("sweep", "sweep.yaml", "--address", place.head.address, "--json")
-    job = json.loads(sent.splitlines()[[line[:1] for line in sent.splitlines()].index("{")])["job"]
-    shown = [place.done("status", job, *where), place.done("logs", job, "--address", place.head.url)]
-    shown += [place.done("report", "runs/sent", "--json"), place.done("audit", "runs", "--json")]
-    spoken = "\n".join([alone, sent, searched, *shown]).encode()
+    shown = [place.done("status", "--address", place.head.url), place.done("audit", "runs", "--json")]
+    shown += [place.done("logs", sent.result["job"], "--address", place.head.url)]
+    shown += [place.done("report", "runs/sent", "--json")]
+    spoken = "\n".join(line for said in (alone[0], sent, searched, *shown) for line in said).encode()
 
     forms = forms_of(USERS | MACHINES)
     assert [form for form in forms if form in spoken] == []
@@ -162,24 +233,16 @@ def test_the_look_itself_would_find_them(place: Place) -> None:
     assert any(form in encoded for form in forms)
 
 
-def test_the_ports_of_a_run_on_a_ray_of_its_own_open_to_nobody_without_a_token(place: Place) -> None:
-    sets = ("--set", "name=long", "--set", "budget={steps: 100000}")
-    process = place.elastrain("train", "alone.yaml", *sets)
-    try:
-        deadline = time.monotonic() + 600
-        while not list((place.folder / "runs" / "long").glob("checkpoints/step-*/manifest.json")):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        answers: dict[Any, str] = {each: knock(each.reachable, each.port) for each in listeners([], [process.pid])}
-    finally:
-        process.kill()
-        process.communicate()
+def test_the_ports_of_a_run_on_a_ray_of_its_own_open_to_nobody_without_a_token(
+    alone: tuple[Said, dict[Listener, str]],
+) -> None:
+    answers = alone[1]
     names = {_name(each.process) for each in answers}
     assert {"gcs_server", "raylet", "DashboardAgent", "Host"} <= names, names
     # What has gone meanwhile answers nobody either. torch's store knows no tokens: the network has to close it.
     others = {(_name(each.process), answer) for each, answer in answers.items() if answer not in ("refused", "away")}
     assert others <= {("RayTrainWorker", "foreign")}
+    assert not [each for each, answer in answers.items() if answer == "foreign" and each.everywhere]
 
 
 def _name(process: str) -> str:

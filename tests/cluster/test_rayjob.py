@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import random
+import shlex
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from elastrain.cluster.document import ClusterDocument, read_cluster
 from elastrain.cluster.kuberay_rules import operator_findings
 from elastrain.cluster.rayjob import FILE, FOLDER, as_text, rayjob_name, run_manifests
 from elastrain.cluster.schemas import kuberay_findings
-from elastrain.errors import ResourceError, SpecError
+from elastrain.errors import DataError, ResourceError, SpecError
 from elastrain.spec.document import read_train
 from elastrain.spec.train import TrainSpec
 
@@ -140,6 +141,32 @@ def test_a_folder_on_a_claim_that_all_have_is_fine(tmp_path: Path) -> None:
     _, job = rendered(tmp_path, "storage=/mnt/all/runs", document=mounted(CLAIM))
     assert " --shared /mnt/all --attempt-of " in job["spec"]["entrypoint"]
     assert rendered(tmp_path, "data.train=/mnt/all/data", document=mounted(READ_ONLY))
+
+
+def test_a_pods_command_ends_with_what_the_run_ended_with_in_an_earlier_attempt_at_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, document = tmp_path / "all" / "data", mounted(f"[{{path: {tmp_path}/all, claim: all}}]")
+    sets = (f"storage={tmp_path}/all/runs", f"data.train={data}")
+    config, job = rendered(tmp_path, *sets, document=document)
+    _, other = rendered(tmp_path, *sets, document=document)
+    with zipfile.ZipFile(io.BytesIO(base64.b64decode(config["binaryData"][FILE]))) as packed:
+        packed.extractall(tmp_path / "pod")
+    monkeypatch.chdir(tmp_path / "pod")
+
+    def attempt(of: dict[str, Any]) -> str:
+        python = ["exec", "python", "-m", "elastrain"]
+        words = shlex.split(of["spec"]["entrypoint"])
+        assert words[: len(python)] == python
+        done = CliRunner().invoke(app, words[len(python) :])
+        assert isinstance(done.exception, DataError), done.output
+        return str(done.exception)
+
+    first = attempt(job)
+    assert str(data) in first
+    data.mkdir(parents=True)  # with nothing in it, which is another error
+    assert attempt(job) == first
+    assert attempt(other) != first
 
 
 @pytest.mark.parametrize(

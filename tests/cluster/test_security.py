@@ -14,9 +14,13 @@ from typing import Any
 
 import pytest
 from tests.cluster.head import Head, free_port, head
+from typer.testing import CliRunner
 
+from elastrain.__main__ import app
 from elastrain.cluster.doors import knock, listeners
 from elastrain.cluster.environment import NO_EXPORTERS
+from elastrain.doctor import as_text, failure
+from elastrain.errors import ResourceError, SpecError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -80,15 +84,14 @@ def test_a_closed_cluster_refuses_on_every_port_that_its_processes_hold_open(clo
 def test_a_cluster_without_tokens_fails_on_every_port(token: Path) -> None:
     with started(RAY_AUTH_MODE="disabled", RAY_enable_metrics_collection="true") as found:
         code, told, checks = doctor(found.address, RAY_AUTH_TOKEN_PATH=str(token))
-        done = elastrain("doctor", "--security", "--address", found.address, RAY_AUTH_TOKEN_PATH=str(token))
-    assert code == done.returncode == 6
+    assert code == 6
     assert not told["ok"]
     for name in PORTS:
         assert checks[name]["state"] == "fail", told
         assert "a request without a token is answered" in checks[name]["found"]
     assert checks["metrics"]["state"] == "warn", "the exporters, which this head has left on"
-    assert done.stdout.startswith("ok    ray ")
-    assert "checks failed (GCS, dashboard and jobs" in done.stderr.splitlines()[-1]
+    assert as_text(told).startswith("ok    ray ")
+    assert "checks failed (GCS, dashboard and jobs" in str(failure(told))
 
 
 def test_a_token_that_others_can_read_and_a_secret_in_a_job_are_found(closed: Head, token: Path) -> None:
@@ -111,19 +114,19 @@ def test_a_token_that_others_can_read_and_a_secret_in_a_job_are_found(closed: He
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+    ("arguments", "kind", "words"),
     [
-        (("--security", "--address", "127.0.0.1:PORT"), 6, "no Ray answers at 127.0.0.1:"),
-        (("--security", "--address", "http://127.0.0.1:8265"), 2, "give Ray's own address"),
-        (("--security", "runs"), 2, "takes either a storage, or --security"),
-        (("--address", "127.0.0.1:6379"), 2, "takes either a storage, or --security"),
+        (("--security", "--address", "127.0.0.1:PORT"), ResourceError, "no Ray answers at 127.0.0.1:"),
+        (("--security", "--address", "http://127.0.0.1:8265"), SpecError, "give Ray's own address"),
+        (("--security", "runs"), SpecError, "takes either a storage, or --security"),
+        (("--address", "127.0.0.1:6379"), SpecError, "takes either a storage, or --security"),
     ],
 )
-def test_an_address_that_is_none_is_a_sentence(arguments: tuple[str, ...], code: int, words: str) -> None:
-    done = elastrain("doctor", *(each.replace("PORT", str(free_port())) for each in arguments))
-    assert done.returncode == code, done.stderr
-    assert words in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_an_address_that_is_none_is_a_sentence(arguments: tuple[str, ...], kind: type[Exception], words: str) -> None:
+    done = CliRunner().invoke(app, ["doctor", *(each.replace("PORT", str(free_port())) for each in arguments)])
+    assert isinstance(done.exception, kind), done.output
+    assert words in str(done.exception)
+    assert not done.output
 
 
 def test_a_cluster_whose_token_we_lack_lets_nobody_look(closed: Head, tmp_path: Path) -> None:

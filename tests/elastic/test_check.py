@@ -11,12 +11,13 @@ import pytest
 
 import elastrain
 from elastrain.data.columns import to_table
-from elastrain.elastic import check
+from elastrain.elastic import check, session
 from elastrain.elastic.check import as_text, check_run
 from elastrain.elastic.keep import descendants
+from elastrain.elastic.ray_inner import NodeType
 from elastrain.errors import DataError, ResourceError, SpecError
 from elastrain.spec.document import read_train
-from elastrain.spec.train import TrainSpec
+from elastrain.spec.train import TrainSpec, WorkersSpec
 
 ROOT = Path(__file__).parents[2]
 SPEC = ROOT / "pipelines" / "digits_mlp" / "train.yaml"
@@ -60,6 +61,16 @@ def test_a_transform_that_cannot_work_is_found_before_anything_starts(
     (tmp_path / "train").rmdir()
     with pytest.raises(SpecError, match=r"mine.py:f raised KeyError: 'nothing' at .*mine.py line 2"):
         verb(read(tmp_path, f"data.transforms=[{{name: custom, function: '{tmp_path}/mine.py:f'}}]"))
+
+
+def test_kinds_of_gpu_that_an_autoscaler_tells_of_count_before_a_node_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [NodeType({"CPU": 8.0, "GPU": 8.0, f"accelerator_type:{kind}": 1.0}, 4) for kind in ("T4", "H100")]
+    monkeypatch.setattr("ray.nodes", list)
+    monkeypatch.setattr(session, "node_types", lambda: kinds)
+    with pytest.raises(SpecError, match="the cluster has H100, T4, and a run must not mix them: name one"):
+        session.check_kind(WorkersSpec(gpus=1))
+    session.check_kind(WorkersSpec(gpus=1, accelerator="T4"))
+    session.check_kind(WorkersSpec())
 
 
 def test_where_room_is_lacking_is_a_finding_and_never_having_it_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from elastrain.cluster.doors import listeners
 from elastrain.elastic.group import Door, TorchGroup
 from elastrain.elastic.protocol import Generation, Member, Worker
 from elastrain.training.reduce import Group, GroupLost, Solo
@@ -103,6 +104,18 @@ def test_a_generation_of_one_needs_no_connection() -> None:
     group = party.doors[0].join(party.generation(3), "w0", CPU, party.lost[0])
     assert isinstance(group, Solo)
     assert group.generation == 3
+
+
+def test_what_torch_opens_listens_on_the_nodes_own_address_alone() -> None:
+    """Its protocols ask for no token: on loopback nobody reaches them from elsewhere."""
+    before = set(listeners([], [os.getpid()]))
+    party = Party(2)
+    groups = party.join(1)
+    opened = set(listeners([], [os.getpid()])) - before
+    assert len(opened) >= len(party.doors)
+    assert {each.address for each in opened} == {"127.0.0.1"}
+    for group in groups:
+        group.abandon()
 
 
 def test_members_compute_together_in_one_generation_after_the_other() -> None:

@@ -1,21 +1,19 @@
-"""A run's folders: which of its places lie on a machine, and whether all machines of a cluster see them."""
+"""Folders of runs, sweeps and sources: which places lie on a machine, and whether all of a cluster's see them."""
 
 import os
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from elastrain import storage
 from elastrain.cluster.environment import LOCAL_HEAD
-from elastrain.cluster.package import places
 from elastrain.errors import SpecError
-from elastrain.spec.train import TrainSpec
 from elastrain.urls import table_kind
 
 
-def local_folders(spec: TrainSpec) -> dict[str, Path]:
-    """Return which of the run's places are folders of a machine, and those folders."""
-    paths = {place: place.removeprefix(f"{table_kind(place)}:") for place in places(spec)}
+def local_folders(places: Iterable[str]) -> dict[str, Path]:
+    """Return which of the places (paths, URLs, tables) are folders of a machine, and those folders."""
+    paths = {place: place.removeprefix(f"{table_kind(place)}:") for place in places}
     return {place: _folder(path) for place, path in paths.items() if storage.is_local(path)}
 
 
@@ -34,16 +32,16 @@ def more_machines(hosts: Collection[str], nodes: Collection[str], *, managed: bo
     return "the cluster's autoscaler may start others" if managed and LOCAL_HEAD not in nodes else None
 
 
-def refuse_unseen(spec: TrainSpec, others: str | None, shared: Sequence[str]) -> None:
-    """Raise SpecError for a folder of the run that not all machines see; those under `shared` all have mounted.
+def refuse_unseen(places: Iterable[str], others: str | None, shared: Sequence[str]) -> None:
+    """Raise SpecError for a place that is a folder and that not all machines see; all have mounted those `shared`.
 
     `others` is what `more_machines` says.
     """
     known = [_folder(folder) for folder in shared]
-    for place, folder in local_folders(spec).items():
+    for place, folder in local_folders(places).items():
         if others and not any(folder.is_relative_to(each) for each in known):
             raise SpecError(
-                f"{place} is a folder of this machine, and {others}; give a URL such as s3://bucket/{spec.name}, "
+                f"{place} is a folder of this machine, and {others}; give a URL such as s3://bucket/{folder.name}, "
                 "or say --shared FOLDER if all its machines have that folder mounted"
             )
 

@@ -20,7 +20,7 @@ from ray.job_submission import JobDetails, JobStatus
 from elastrain import storage
 from elastrain.cluster.folders import refuse_unseen
 from elastrain.cluster.job_server import JobServer, ended
-from elastrain.cluster.package import ENVIRONMENT, RUN_KEY, STOP_S, entrypoint, stage
+from elastrain.cluster.package import ENVIRONMENT, RUN_KEY, STOP_S, entrypoint, places, stage
 from elastrain.errors import ConflictError, ElastrainError, Interrupted, ResourceError, SpecError, StorageError
 from elastrain.observe import actions
 from elastrain.observe.progress import LiveLine, Status, status_in
@@ -96,7 +96,7 @@ def submit(spec: TrainSpec, *, address: str | None = None, shared: Sequence[str]
     spec = resolve(spec, base=Path.cwd(), cwd=Path.cwd())
     server = JobServer(address)
     shared = tuple(storage.absolute(folder) for folder in shared)
-    refuse_unseen(spec, server.more_machines(), shared)
+    refuse_unseen(places(spec), server.more_machines(), shared)
     run = storage.absolute(storage.join(spec.storage, spec.name))
     return Job(_sent(server, spec, run, shared), run, server.url, spec, shared)
 

@@ -22,7 +22,7 @@ from elastrain.cluster.folders import local_folders
 from elastrain.cluster.forecast import forecast_cluster
 from elastrain.cluster.kuberay import rayjob
 from elastrain.cluster.merging import merged
-from elastrain.cluster.package import ENVIRONMENT, RUN_KEY, archive, entrypoint, stage
+from elastrain.cluster.package import ENVIRONMENT, RUN_KEY, archive, entrypoint, places, stage
 from elastrain.cluster.render import as_yaml
 from elastrain.errors import SpecError
 from elastrain.spec.cluster import ClusterSpec, Head, Mount, Pool
@@ -92,7 +92,7 @@ def rayjob_name(name: str, run: str) -> str:
 def _shared(spec: TrainSpec, cluster: ClusterSpec) -> list[str]:
     """Return where all pods have mounted the claims that hold the run's folders; raises SpecError for any other."""
     found = []
-    for place, folder in local_folders(spec).items():
+    for place, folder in local_folders(places(spec)).items():
         mounts = [_mount_of(folder, machine) for machine in cluster.machines.values()]
         claims = {(mount.path, mount.claim) if mount and mount.claim else None for mount in mounts}
         if len(claims) > 1 or None in claims:

@@ -109,6 +109,12 @@ def parents(source: str) -> list[dict[str, str]]:
     return [{"path": url, "fingerprint": Dataset.open(url).fingerprint} for url in packed]
 
 
+def read_by_tasks(source: str) -> list[str]:
+    """Return the paths and URLs that a source is read from, on whatever machine a task runs; raises SpecError."""
+    _, rest = _parts(source)
+    return [rest] if rest else []
+
+
 def refuse_credentials(name: str, url: str) -> None:
     """Raise SpecError, without telling the URL, if it holds a secret: manifests and messages name it for everybody."""
     if holds_credentials(url):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from elastrain import storage
+from elastrain.cluster.package import places
 from elastrain.data.blocks import (
     FeedSpec,
     ReadBlock,
@@ -43,8 +44,11 @@ from elastrain.training.task import make_task
 GIB = 1 << 30
 
 
-def check_run(spec: TrainSpec, *, address: str | None = None) -> dict[str, Any]:
-    """Return what was tried and what it showed; raises the error of the first thing that would stop the run."""
+def check_run(spec: TrainSpec, *, address: str | None = None, shared: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what was tried and what it showed; raises the error of the first thing that would stop the run.
+
+    All machines of the Ray at `address` have mounted the folders that are `shared`.
+    """
     found = [("spec", f"{spec.name}: every field is known and in range")]
     run_url = storage.absolute(storage.join(spec.storage, spec.name))
     if spec.checkpoint.encrypt is not None:
@@ -58,7 +62,7 @@ def check_run(spec: TrainSpec, *, address: str | None = None) -> dict[str, Any]:
     detail, state_bytes = _one_step(spec, feed)
     found.append(("step", detail))
     found.append(("memory", _memory(spec, state_bytes)))
-    with ray_session(address, cpus=embedded_cpus(spec.workers)):
+    with ray_session(address, cpus=embedded_cpus(spec.workers), seen=places(spec), shared=shared):
         found.append(("workers", _placement(spec.workers)))
     return {"ok": True, "run": run_url, "checks": [{"name": name, "found": text} for name, text in found]}
 

@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import datetime
 import os
+import socket
 import sys
 import threading
 import time
@@ -37,8 +38,12 @@ class Door:
 
     def __init__(self, host: str) -> None:
         timeout = datetime.timedelta(seconds=CONNECT_S)
-        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        self.address: tuple[str, int] = (host, self._store.port)
+        # The store asks for no token, and by itself it would listen on all addresses of the machine.
+        door = socket.create_server((host, 0))
+        self.address: tuple[str, int] = (host, door.getsockname()[1])
+        self._store = TCPStore(
+            *self.address, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=door.detach()
+        )
 
     def join(self, generation: Generation, name: str, device: torch.device, lost: threading.Event) -> Group:
         """Return the group of a generation as seen by member `name`.
@@ -56,13 +61,13 @@ class Door:
             # A client of its own also at home: one that waits for a member of a generation that is over stays locked.
             store = TCPStore(host, port, is_master=False, timeout=timeout)
             prefixed = PrefixStore(f"generation-{generation.number}", store)
-            made = _made(prefixed, rank, size, device)
+            made = _made(prefixed, rank, size, device, self.address[0])
             return TorchGroup(made, (rank, size, generation.number), lost, wakes=device.type == "cuda")
 
         return _unless(lost, connect, f"generation {generation.number} did not form")
 
 
-def _made(store: Any, rank: int, size: int, device: torch.device) -> Any:
+def _made(store: Any, rank: int, size: int, device: torch.device, host: str) -> Any:
     if device.type == "cuda":
         from torch.distributed.distributed_c10d import ProcessGroupNCCL  # noqa: PLC0415 -- absent in CPU builds
 
@@ -75,7 +80,12 @@ def _made(store: Any, rank: int, size: int, device: torch.device) -> Any:
         return group
     from torch.distributed.distributed_c10d import ProcessGroupGloo  # noqa: PLC0415
 
-    return ProcessGroupGloo(store, rank, size, FOREVER)
+    if "GLOO_SOCKET_IFNAME" in os.environ:  # else it would listen where this machine's name leads, another way perhaps
+        return ProcessGroupGloo(store, rank, size, FOREVER)
+    kind: Any = ProcessGroupGloo
+    options = kind._Options()  # noqa: SLF001 -- the only way in
+    options._timeout, options._devices = FOREVER, [kind.create_device(hostname=host)]  # noqa: SLF001
+    return kind(store, rank, size, options)
 
 
 def _unless(lost: threading.Event, make: Callable[[], "TorchGroup"], what: str) -> "TorchGroup":

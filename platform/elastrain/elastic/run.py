@@ -15,6 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastrain import storage
+from elastrain.cluster.package import places
 from elastrain.data.blocks import FeedSpec
 from elastrain.data.cache import Cache, cache_of
 from elastrain.data.dataset import Dataset
@@ -137,7 +138,7 @@ def train(
             kept = {name: without(data[name], note) for name, note in bad.items()}
             train_data, evaluation = kept["train"], kept.get("eval")
         check_transforms(spec.data.transforms, train_data, evaluation)
-        asked = spec.workers.max
+        asked, seen = spec.workers.max, places(spec)
         spec, plan = prepare(spec, train_data, run_url, fresh=fresh)
         steps = spec.budget.steps or (spec.budget.epochs or 0) * plan.steps_per_epoch
         job = Job(
@@ -157,7 +158,7 @@ def train(
         if resume is not None and resume.step >= steps and _is_end(resume, evaluation):
             return _finished(job, resume)
         # Ray takes SIGTERM for itself when it starts, so ours comes after it
-        with ray_session(address, cpus=embedded_cpus(spec.workers), run=spec, shared=shared), stopping(job.stop):
+        with ray_session(address, cpus=embedded_cpus(spec.workers), seen=seen, shared=shared), stopping(job.stop):
             _placed(job)  # what cannot be placed removes nothing
             _begun(job, resume, bad, fresh=fresh)
             return _attempts(job)

@@ -33,7 +33,7 @@ from elastrain.elastic.ray_inner import (
     without_monitors,
 )
 from elastrain.errors import ResourceError, SpecError
-from elastrain.spec.train import TrainSpec, WorkersSpec
+from elastrain.spec.train import WorkersSpec
 
 CONNECT_S = 5.0
 KIND = "accelerator_type:"  # a resource of nodes on which Ray has found an accelerator
@@ -41,15 +41,15 @@ KIND = "accelerator_type:"  # a resource of nodes on which Ray has found an acce
 
 @contextlib.contextmanager
 def ray_session(
-    address: str | None, *, cpus: float, run: TrainSpec | None = None, shared: Sequence[str] = ()
+    address: str | None, *, cpus: float, seen: Collection[str] = (), shared: Sequence[str] = ()
 ) -> Iterator[None]:
     """Connect to `address`, else `RAY_ADDRESS`, else start a local Ray with at least `cpus` logical CPUs.
 
     An open connection of this process is used as it is. Raises ResourceError if no Ray answers at the address,
-    SpecError if it has machines that do not see the folders of `run`; all of them have mounted those under `shared`.
+    SpecError if it has machines that do not see one of the places `seen`; all have mounted the folders `shared`.
     """
     if ray.is_initialized():
-        _check_folders(run, shared)
+        _check_folders(seen, shared)
         yield
         return
     target = address or os.environ.get("RAY_ADDRESS")
@@ -70,7 +70,7 @@ def ray_session(
         where = f"no Ray answers at {target}" if target else "a local Ray did not start"
         raise ResourceError(f"{where}: {error}") from error
     try:
-        _check_folders(run, shared)
+        _check_folders(seen, shared)
         with deaths_untold():
             yield
     finally:
@@ -114,11 +114,11 @@ def _reachable(address: str) -> None:
         raise ConnectionError("not auto and not HOST:PORT")
 
 
-def _check_folders(run: TrainSpec | None, shared: Sequence[str]) -> None:
-    if run is not None:
+def _check_folders(seen: Collection[str], shared: Sequence[str]) -> None:
+    if seen:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         hosts, ids = ({node[key] for node in nodes} for key in ("NodeManagerHostname", "NodeID"))
-        refuse_unseen(run, more_machines(hosts, ids, managed=autoscaler() is not None), shared)
+        refuse_unseen(seen, more_machines(hosts, ids, managed=autoscaler() is not None), shared)
 
 
 def _quoted() -> dict[str, Any]:

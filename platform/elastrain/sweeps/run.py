@@ -15,6 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastrain import storage
+from elastrain.cluster.package import places
 from elastrain.data.cache import cache_of
 from elastrain.data.dataset import Dataset
 from elastrain.elastic.run import versions
@@ -106,12 +107,13 @@ class _Job:
         return storage.join(self.url, TRIALS)
 
 
-def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False) -> Sweep:
+def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False, shared: Sequence[str] = ()) -> Sweep:
     """Run a sweep, or go on with it where it was, unless `fresh`.
 
     `address` is a Ray to use; without it `RAY_ADDRESS` is honoured, and without either a local Ray starts and ends with
-    the call. Raises SpecError, ConflictError, DataError, StorageError, ResourceError; DivergedError if no trial came to
-    an end; Interrupted if the user stopped it (SIGINT or SIGTERM): the same call goes on.
+    the call. Several machines need URLs, or folders under one that is `shared`. Raises SpecError, ConflictError,
+    DataError, StorageError, ResourceError; DivergedError if no trial came to an end; Interrupted if the user stopped it
+    (SIGINT or SIGTERM): the same call goes on.
     """
     spec = resolve_sweep(spec, base=Path.cwd())
     arms = arms_of(spec, base_of(spec))
@@ -145,7 +147,8 @@ def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False) -
         )
         runs = not is_over(before, spec)
         if runs:
-            with ray_session(address, cpus=local_cpus(workers)), stopping(job.stop):
+            seen = {url, *(place for arm in arms for place in places(arm.base) if place != arm.base.storage)}
+            with ray_session(address, cpus=local_cpus(workers), seen=seen, shared=shared), stopping(job.stop):
                 check_room(workers, job.size)
                 goal = spec.objective.goal
                 actions.note(url, "resume" if before else "start", attempt=Ledger.next_attempt(url))
