@@ -39,7 +39,7 @@ class Door:
     def __init__(self, host: str) -> None:
         timeout = datetime.timedelta(seconds=CONNECT_S)
         # The store asks for no token, and by itself it would listen on all addresses of the machine.
-        door = socket.create_server((host, 0))
+        door = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         self.address: tuple[str, int] = (host, door.getsockname()[1])
         self._store = TCPStore(
             *self.address, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=door.detach()
