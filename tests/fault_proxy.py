@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -33,16 +33,30 @@ class Proxy:
     def fault(
         self, kind: str, *, share: float = 1.0, times: int | None = None, method: str = "", key: str = "", seed: int = 0
     ) -> None:
+        """Do `kind` to requests from now on, as `fault_each` does, whose path and query hold one key."""
+        self.fault_each(kind, [key], share=share, times=times, method=method, seed=seed)
+
+    def fault_each(
+        self,
+        kind: str,
+        keys: Sequence[str],
+        *,
+        share: float = 1.0,
+        times: int | None = None,
+        method: str = "",
+        seed: int = 0,
+    ) -> None:
         """From now on do `kind` to requests, instead of what was done before.
 
         Answer "503", "500" or "403", or "400 ExpiredToken" and the like; "reset" the connection on the request;
         "truncate": end the connection in the midst of a body, the client's if it sends one; "lost": the request is
         carried out and its answer never comes; "hang": say nothing more; "trickle": answer 2 kB/s. Of the requests
-        whose method begins with `method` and whose path and query hold `key`, a `share` is hit, drawn from `seed`, and
-        no more than `times` of them.
+        whose method begins with `method` and whose path and query hold one of the keys, a `share` is hit, drawn from
+        `seed`, and no more than `times` of them for each key.
         """
         assert kind.split(" ")[0] in FAULTS, kind
-        self._tell(fault={"kind": kind, "share": share, "times": times, "method": method, "key": key, "seed": seed})
+        left = dict.fromkeys(keys, times)
+        self._tell(fault={"kind": kind, "share": share, "left": left, "method": method, "seed": seed})
 
     def throttle(self, *, first_byte_ms: float = 0.0, bytes_per_s: float | None = None) -> None:
         """Delay each answer, and pass on its body, and what is sent, at a rate for each connection."""
@@ -137,12 +151,14 @@ class _Server:
         """Return the fault of a request, "" for none."""
         self._counts[method] += 1
         fault = self._fault
-        if not fault or not method.startswith(fault["method"]) or fault["key"] not in unquote(path):
+        if not fault or not method.startswith(fault["method"]):
             return ""
-        if fault["times"] == 0 or self._random.random() >= fault["share"]:
+        left: dict[str, int | None] = fault["left"]
+        key = next((key for key in left if key in unquote(path)), None)
+        if key is None or left[key] == 0 or self._random.random() >= fault["share"]:
             return ""
-        if fault["times"] is not None:
-            fault["times"] -= 1
+        if (times := left[key]) is not None:
+            left[key] = times - 1
         self._counts[fault["kind"]] += 1
         return str(fault["kind"])
 

@@ -5,6 +5,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,11 +75,14 @@ OPERATIONS: dict[str, tuple[str, Callable[[str], Any], Any]] = {
 
 @pytest.mark.parametrize("kind", PASSING)
 def test_what_passes_is_waited_for_and_comes_out_right(root: str, fault_proxy: Proxy, kind: str) -> None:
-    for number, (_, action, expected) in enumerate(OPERATIONS.values()):
-        storage.put(f"{root}/{number}/small", SMALL)
-        fault_proxy.fault(kind, times=1)
-        assert action(f"{root}/{number}") == expected
-        fault_proxy.clear()
+    """All operations side by side, each of which meets it once."""
+    folders = [f"{root}/{number}" for number in range(len(OPERATIONS))]
+    for folder in folders:
+        storage.put(f"{folder}/small", SMALL)
+    fault_proxy.fault_each(kind, [f"{folder.rpartition('//')[2].partition('/')[2]}/" for folder in folders], times=1)
+    with ThreadPoolExecutor(len(OPERATIONS)) as pool:
+        found = list(pool.map(lambda what, folder: what[1](folder), OPERATIONS.values(), folders))
+    assert found == [expected for _, _, expected in OPERATIONS.values()]
     assert fault_proxy.counts()[kind] == len(OPERATIONS)
 
 
@@ -161,14 +165,13 @@ def test_a_read_that_trickles_is_given_up_and_tried_again(
 
 
 def test_a_mix_of_all_faults_loses_and_invents_nothing(root: str, fault_proxy: Proxy) -> None:
-    held: dict[str, bytes] = {}
     for seed, kind in enumerate(("503", "500", "reset", "truncate", "lost")):
         fault_proxy.fault(kind, share=0.3, seed=seed)
-        for number in range(4):
-            name = f"mix/{number}"
-            held[name] = f"{kind} {number}".encode() * 1000
-            storage.put(f"{root}/{name}", held[name])
-            assert storage.read_bytes(f"{root}/{name}") == held[name]
+        now = {f"mix/{number}": f"{kind} {number}".encode() * 1000 for number in range(4)}
+        with ThreadPoolExecutor(len(now)) as pool:
+            found = pool.map(lambda name, data: written(f"{root}/{name}", data), now, now.values())
+            assert list(found) == list(now.values())
+        held = now
     assert [file.path for file in storage.list_files(root)] == [*held, "small"]
     fault_proxy.clear()
     assert {name: storage.read_bytes(f"{root}/{name}") for name in held} == held

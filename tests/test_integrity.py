@@ -1,9 +1,10 @@
 """Flipped bits and killed writers, by chance, on a local folder and on a real S3 server: nothing wrong is ever silent.
 
 FLIPS (40) are bits in shards, half as many in checkpoints; KILLS (4) are moments, half of them for each size of a
-checkpoint, half for a pack. `make soak` asks for ten times that, and more.
+checkpoint, half for each kind of a pack. `make soak` asks for ten times that, and more.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -12,8 +13,10 @@ import secrets
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,8 +51,9 @@ print("begun", flush=True)
 pack_dataset(sys.argv[1], sys.argv[2], options)
 print("packed", flush=True)
 """
-# The same by processes that are forked from one that has imported all this, tasks and all in one: hundreds of kills.
-FORKED = """
+# What follows forks from a process that has imported everything: a kill then costs what was done, and no imports. It is
+# told of each in a line of JSON, and answers with one.
+PACKER = """
 import json, os, pickle, signal, sys, time
 import pyarrow as pa
 from elastrain.data import pack
@@ -60,7 +64,7 @@ def here(split):
     for place, chunk in enumerate(split.chunks):
         yield from pack._Read(split.reader)(pa.table({"place": [place], "chunk": [pickle.dumps(chunk)]}))
 
-pack._batches = here
+pack._batches = here  # its tasks and all in this process
 print("ready", flush=True)
 for line in sys.stdin:
     source, outs, after_s = json.loads(line)
@@ -82,17 +86,101 @@ for line in sys.stdin:
         _, status = os.waitpid(child, 0)
     print(json.dumps([status, time.monotonic() - begin]), flush=True)
 """
-COMMIT = """
-import sys, torch
+COMMITTER = """
+import json, os, signal, sys, time, torch
 from elastrain.spec.train import CheckpointSpec
 from elastrain.training.checkpoint import Writer
-writer = Writer(sys.argv[1], CheckpointSpec(keep=3))
-for step in range(int(sys.argv[2]), 10_000):
-    tensors = {f"{part}/weight": torch.full((int(sys.argv[3]),), float(step)) for part in ("model", "optim")}
-    writer.commit(tensors, {"step": step}, {})
-    writer.wait()
-    print(step, flush=True)
+torch.set_num_threads(1)
+
+def commit(place, step, size, said):
+    writer = Writer(place, CheckpointSpec(keep=3))
+    while True:
+        tensors = {f"{part}/weight": torch.full((size,), float(step)) for part in ("model", "optim")}
+        writer.commit(tensors, {"step": step}, {})
+        writer.wait()
+        os.write(said, b"%d\\n" % step)
+        step += 1
+
+print("ready", flush=True)
+for line in sys.stdin:
+    place, step, size, after_s = json.loads(line)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            commit(place, step, size, writing)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    with open(reading) as said:
+        steps = [said.readline()]
+        time.sleep(after_s)
+        os.kill(child, signal.SIGKILL)
+        steps += said.readlines()
+    os.waitpid(child, 0)
+    print(json.dumps([int(step) for step in steps]), flush=True)
 """
+Ask = Callable[..., Any]
+
+
+@contextlib.contextmanager
+def answering(code: str, environment: Mapping[str, str]) -> Iterator[Ask]:
+    """Run one of these; what is yielded tells it of a kill and returns its answer."""
+    path = {"PYTHONPATH": str(Path(storage.__file__).parents[1])}
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment, **path},
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        asked, answers = process.stdin, process.stdout
+        assert answers.readline() == "ready\n"
+
+        def ask(*what: Any) -> Any:
+            asked.write(json.dumps(what) + "\n")
+            asked.flush()
+            return json.loads(answers.readline())
+
+        yield ask
+        asked.close()
+
+
+@pytest.fixture(scope="module")
+def packer(s3_server: dict[str, str]) -> Iterator[Ask]:
+    """Packs a source to some places, and is killed after a while; gives its status and how long that took."""
+    with answering(PACKER, s3_server) as ask:
+        yield ask
+
+
+@pytest.fixture(scope="module")
+def committer(s3_server: dict[str, str]) -> Iterator[Ask]:
+    """Commits from a step on, and is killed a while after the first; gives the steps that it has acknowledged."""
+    with answering(COMMITTER, s3_server) as ask:
+        yield ask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """What nobody killed: the source, its pack, and how long that took."""
+
+    source: str
+    good: str
+    took_s: float
+
+
+@pytest.fixture(scope="module")
+def whole_packs(packer: Ask, tmp_path_factory: pytest.TempPathFactory) -> list[Packed]:
+    """Packs of rows of numbers, and of documents; some of them twice."""
+    made, folder = [], tmp_path_factory.mktemp("sources")
+    for kind, source in enumerate(sources_in(folder, 15_000)):
+        good = f"{folder}/good-{kind}"
+        status, took_s = packer(source, [good], None)
+        assert status == 0
+        made.append(Packed(source=source, good=good, took_s=took_s))
+    return made
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -254,14 +342,16 @@ def killed_after(code: str, *arguments: str, first: str, after_s: float | None) 
 
 
 @pytest.mark.parametrize("size", [1_000, 2_000_000])
-def test_a_checkpoint_that_was_acknowledged_outlives_every_kill_of_its_writer(place: str, size: int) -> None:
+def test_a_checkpoint_that_was_acknowledged_outlives_every_kill_of_its_writer(
+    place: str, size: int, committer: Ask
+) -> None:
     """The larger ones go to S3 in parts."""
     rng, step = random.Random(SEED), 1  # noqa: S311 -- repeatable
     for _ in range(-(-KILLS // 2)):
-        said = killed_after(COMMIT, place, str(step), str(size), first=str(step), after_s=rng.uniform(0.0, 1.0))
+        said = committer(place, step, size, rng.uniform(0.0, 1.0))
         newest = newest_whole(place, warn=pytest.fail)
         assert newest is not None
-        assert newest in (int(said[-1]), int(said[-1]) + 1), "the last may have been killed before it could say so"
+        assert newest in (said[-1], said[-1] + 1), "the last may have been killed before it could say so"
         for number in read_manifests(place):
             assert (load(place, number).tensors["model/weight"] == number).all()
         step = newest + 1
@@ -284,56 +374,39 @@ def sources_in(folder: Path, rows: int) -> list[str]:
     return [f"csv:{folder}/source.csv", f"text:{folder}/source.txt"]
 
 
-def test_packs_that_are_killed_leave_nothing_that_opens_and_is_not_whole(place: str, tmp_path: Path) -> None:
+def test_packs_that_are_killed_leave_nothing_that_opens_and_is_not_whole(
+    place: str, packer: Ask, whole_packs: list[Packed]
+) -> None:
     """The same command then finishes every one, with the same bytes."""
     rng, killed, whole = random.Random(SEED), 0, 0  # noqa: S311 -- repeatable
-    environment = {**os.environ, "PYTHONPATH": str(Path(storage.__file__).parents[1])}
-    with subprocess.Popen(
-        [sys.executable, "-c", FORKED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdin
-        assert process.stdout
-        assert process.stdout.readline() == "ready\n"
-
-        def packed(source: str, outs: list[str], after_s: float | None) -> tuple[int, float]:
-            assert process.stdin
-            assert process.stdout
-            process.stdin.write(json.dumps([source, outs, after_s]) + "\n")
-            process.stdin.flush()
-            status, took_s = json.loads(process.stdout.readline())
-            return status, took_s
-
-        for kind, source in enumerate(sources_in(tmp_path, 30_000)):
-            good = f"{tmp_path}/good-{kind}"
-            status, most_s = packed(source, [good], None)
-            assert status == 0
-            outs = [storage.join(place, f"kill-{number}") for number in range(kind, KILLS, 2)]
-            for out in outs:
-                status, _ = packed(source, [out], rng.uniform(0.0, most_s))
-                seen = [opens_as(storage.join(out, split), storage.join(good, split)) for split in ("train", "test")]
-                assert all(seen) or status, "what was acknowledged is there"
-                assert all(seen) or not seen[0], "if train opens, the whole pack is there"
-                killed, whole = killed + (status != 0), whole + all(seen)
-            assert packed(source, outs, None)[0] == 0
-            for out in outs:
-                assert contents(out) == contents(good), "finished, and what was left is collected"
-        process.stdin.close()
+    for kind, pack in enumerate(whole_packs):
+        outs = [storage.join(place, f"kill-{number}") for number in range(kind, KILLS, 2)]
+        for out in outs:
+            status, _ = packer(pack.source, [out], rng.uniform(0.0, pack.took_s))
+            seen = [opens_as(storage.join(out, split), storage.join(pack.good, split)) for split in ("train", "test")]
+            assert all(seen) or status, "what was acknowledged is there"
+            assert all(seen) or not seen[0], "if train opens, the whole pack is there"
+            killed, whole = killed + (status != 0), whole + all(seen)
+        assert packer(pack.source, outs, None)[0] == 0
+        for out in outs:
+            assert contents(out) == contents(pack.good), "finished, and what was left is collected"
     print(f"{killed} of {KILLS} packs killed; {whole} were whole")  # noqa: T201 -- with pytest -s
     assert killed or KILLS < 20
 
 
 @pytest.mark.ray
-def test_a_pack_that_is_killed_with_its_ray_is_finished_by_the_same_command(place: str, tmp_path: Path) -> None:
-    rng = random.Random(SEED)  # noqa: S311 -- repeatable
-    source, good = sources_in(tmp_path, 60_000)[0], f"{tmp_path}/good"
-    assert killed_after(PACK, source, good, first="begun", after_s=None)[-1] == "packed"
+def test_a_pack_on_s3_that_is_killed_with_its_ray_is_finished_by_the_same_command(
+    s3_bucket: str, whole_packs: list[Packed]
+) -> None:
+    """On a local folder it is in `test_pack.py`."""
+    rng, pack = random.Random(SEED), whole_packs[0]  # noqa: S311 -- repeatable
     for number in range(-(-KILLS // 10)):
-        out = storage.join(place, f"out-{number}")
-        said = killed_after(PACK, source, out, first="begun", after_s=rng.uniform(0.0, 8.0))
-        seen = [opens_as(storage.join(out, split), storage.join(good, split)) for split in ("train", "test")]
+        out = f"{s3_bucket}/{secrets.token_hex(4)}/out-{number}"
+        said = killed_after(PACK, pack.source, out, first="begun", after_s=rng.uniform(0.0, 8.0))
+        seen = [opens_as(storage.join(out, split), storage.join(pack.good, split)) for split in ("train", "test")]
         assert all(seen) or said[-1] == "begun", "what was acknowledged is there"
-    assert killed_after(PACK, source, out, first="begun", after_s=None)[-1] == "packed"
-    assert contents(out) == contents(good), "finished, and what was left is collected"
+    assert killed_after(PACK, pack.source, out, first="begun", after_s=None)[-1] == "packed"
+    assert contents(out) == contents(pack.good), "finished, and what was left is collected"
 
 
 def opens_as(url: str, good: str) -> bool:

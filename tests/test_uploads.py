@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.fault_proxy import Proxy
 from tests.test_integrity import pack_small
 
-from elastrain import conditional, lease, storage, uploads
+from elastrain import conditional, lease, s3, storage, uploads
 from elastrain.data import outcome
 from elastrain.data.chunks import Split
 from elastrain.errors import SpecError, StorageError
@@ -85,6 +86,15 @@ def test_a_run_that_starts_ends_what_a_killed_one_was_sending(root: str, monkeyp
     assert names(root) == ["run-not/checkpoints/x"]
 
 
+def test_uploads_are_ended_also_where_requests_fail(root: str, fault_proxy: Proxy) -> None:
+    abandon(f"{root}/x", f"{root}/y")
+    fault_proxy.fault("503", times=2)
+    assert abort([root]) == 2
+    fault_proxy.fault("reset", times=2)
+    assert names(root) == []
+    assert fault_proxy.counts()["503"] == fault_proxy.counts()["reset"] == 2
+
+
 def test_more_uploads_than_one_answer_holds_are_found(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     abandon(*(f"{root}/{number}" for number in range(5)))
     asked, ask = [], uploads._asked
@@ -103,7 +113,7 @@ def test_more_uploads_than_one_answer_holds_are_found(root: str, monkeypatch: py
 def test_what_may_not_be_looked_at_stops_nothing(root: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     abandon(f"{root}/x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden-and-wrong")
-    with pytest.raises(StorageError, match=rf"^{root}: unfinished uploads may not be looked at \(HTTP status 403\)"):
+    with pytest.raises(StorageError, match=rf"^cannot look for unfinished uploads in {root}: access denied"):
         unfinished(root)
     assert abort([root]) == 0
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -112,7 +122,8 @@ def test_what_may_not_be_looked_at_stops_nothing(root: str, monkeypatch: pytest.
     assert unfinished(str(tmp_path)) == []
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(StorageError, match="no answer about unfinished uploads"):
+    monkeypatch.setattr(s3, "FIRST_S", 0.5)
+    with pytest.raises(StorageError, match=r"unfinished uploads in .*: no proper answer from http://127.0.0.1:9"):
         unfinished(root)
 
 

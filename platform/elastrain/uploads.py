@@ -4,6 +4,7 @@ Neither Arrow nor obstore knows of them, so these two requests of S3 are made an
 is best effort: what may not be listed, and what has its keys from a machine's role, is left to a rule of the bucket.
 """
 
+import contextlib
 import hashlib
 import hmac
 import http.client
@@ -18,7 +19,7 @@ from urllib.parse import quote, urlsplit
 
 from elastrain.credentials import Keys, find_keys
 from elastrain.errors import StorageError
-from elastrain.s3 import endpoint, is_s3, place
+from elastrain.s3 import endpoint, is_s3, place, tried
 
 ANSWER_S = 15.0
 NOTHING = hashlib.sha256(b"").hexdigest()
@@ -46,7 +47,7 @@ def unfinished(url: str) -> list[Upload]:
     more: dict[str, str] = {}
     for _ in range(PAGES):
         query = {"uploads": "", "prefix": f"{folder}/" if folder else "", **more}
-        page = ET.fromstring(_asked("GET", f"/{bucket}", query, keys, url))  # noqa: S314 -- from the store we trust
+        page = _page(f"/{bucket}", query, keys, url)
         for each in page.iterfind("{*}Upload"):
             key = _text(each, "Key")
             if key.startswith(f"{folder}/" if folder else ""):  # not every store honours the prefix
@@ -60,17 +61,25 @@ def unfinished(url: str) -> list[Upload]:
 def abort(folders: Iterable[str]) -> int:
     """End what is not finished below folders that only the caller writes; return how many uploads that were.
 
-    Raises nothing: what cannot be ended now is found the next time.
+    Raises nothing: what cannot be ended for as long as storage is waited for is found the next time.
     """
     ended = 0
-    for folder in folders:
-        try:
+    with contextlib.suppress(StorageError, ET.ParseError):
+        for folder in folders:
             for upload in unfinished(folder):
-                _asked("DELETE", f"/{place(upload.url)}", {"uploadId": upload.number}, find_keys(), upload.url)
+                _end(upload)
                 ended += 1
-        except (StorageError, OSError, ET.ParseError):
-            continue
     return ended
+
+
+def _page(path: str, query: Mapping[str, str], keys: Keys, url: str) -> ET.Element:
+    answer = tried("look for unfinished uploads in", url, lambda: _asked("GET", path, query, keys, url))
+    return ET.fromstring(answer)  # noqa: S314 -- from the store we trust
+
+
+def _end(upload: Upload) -> None:
+    path, query = f"/{place(upload.url)}", {"uploadId": upload.number}
+    tried("end the unfinished upload of", upload.url, lambda: _asked("DELETE", path, query, find_keys(), upload.url))
 
 
 def _text(node: Any, name: str) -> str:
@@ -78,7 +87,7 @@ def _text(node: Any, name: str) -> str:
 
 
 def _asked(method: str, path: str, query: Mapping[str, str], keys: Keys | None, url: str) -> bytes:
-    """Make one request; return the answer's body, raises StorageError for any but a good one."""
+    """Make one request; return the answer's body, raises what `s3.tried` knows how to judge for any but a good one."""
     if keys is None:
         raise StorageError(f"{url}: the keys for S3 are not there any more")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
@@ -92,11 +101,15 @@ def _asked(method: str, path: str, query: Mapping[str, str], keys: Keys | None, 
         answer = connection.getresponse()
         body = answer.read()
     except (OSError, http.client.HTTPException) as error:
-        raise StorageError(f"{url}: no answer about unfinished uploads ({error})") from None
+        raise OSError(f"AWS Error NETWORK_CONNECTION: {error}") from None
     finally:
         connection.close()
+    if answer.status == http.HTTPStatus.NOT_IMPLEMENTED:
+        raise StorageError(
+            f"{url}: the store does not tell of unfinished uploads; let a rule of the bucket remove them"
+        )
     if answer.status not in (200, 204, 404):  # 404: ended meanwhile
-        raise StorageError(f"{url}: unfinished uploads may not be looked at (HTTP status {answer.status})")
+        raise OSError(f"AWS Error HTTP status {answer.status}")
     return body
 
 

@@ -2,12 +2,7 @@
 
 import gzip
 import json
-import os
 import random
-import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +10,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 
-from elastrain import storage
 from elastrain.data import documents as documents_module
 from elastrain.data import duplicates, near_duplicates, tokens
 from elastrain.data.chunks import PackOptions, Removed
 from elastrain.data.columns import Array
-from elastrain.data.dataset import Dataset
 from elastrain.data.documents import Document, find_documents
 from elastrain.data.near_duplicates import VALUES, Alike, SignatureReader, shingles
-from elastrain.data.pack import pack_dataset
 from elastrain.data.preparation import Preparation
-from elastrain.data.shards import read_back
 from elastrain.data.sources import open_source
 from elastrain.data.tokens import BYTES_END, END, Windows
 from elastrain.errors import DataError, SpecError
-
-OTHER = """
-import sys
-import ray
-from elastrain.data.chunks import PackOptions
-from elastrain.data.pack import pack_dataset
-from elastrain.data.preparation import Preparation
-ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-prepare = Preparation(documents="blank", duplicates="drop", near=0.8, split="train=0.8,test=0.2")
-pack_dataset(sys.argv[1], sys.argv[2], PackOptions(context=50, tokenizer="bpe:300", prepare=prepare))
-"""
 
 
 def options(how: str, **given: Any) -> PackOptions:
@@ -336,59 +315,3 @@ def test_memory_holds_little_of_many_documents() -> None:
         assert alike.near_duplicates == rows // 2
     buffers = (256 + 64) * duplicates.BUFFER_BYTES
     assert peak < buffers + 8_000_000 < buffers + rows * VALUES * 4
-
-
-# --- packed
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-def rows_of(url: str) -> Array:
-    return np.concatenate([g["tokens"] for s in Dataset.open(url).shards for g in read_back(Path(url) / s.path)])
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("local_ray")
-def test_a_pack_of_documents_drops_what_is_alike_and_loses_none_on_any_number_of_cpus(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-
-    written, first = planted(3, documents=200, copies=60, changes=0.0015)
-    written += written[:20]
-    first += first[:20]
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for part in range(4):
-        (folder / f"{part}.txt").write_text("\n\n".join(written[part * 70 : part * 70 + 70]))
-    given = replace(options("blank", duplicates="drop", near=0.8, split="train=0.8,test=0.2"), context=50)
-    result = pack_dataset(f"text:{folder}", str(tmp_path / "two"), replace(given, tokenizer="bpe:300"))
-    environment = {**os.environ, "PYTHONPATH": str(Path(storage.__file__).parents[1])}
-    command = [sys.executable, "-W", "ignore", "-c", OTHER, f"text:{folder}", str(tmp_path / "one")]
-    subprocess.run(command, env=environment, check=True)
-    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).rglob("*") if p.is_file()} for n in ("one", "two"))
-    assert one == two
-    cards = result["cards"]
-    steps = {name: {s["step"]: s for s in card["steps"]} for name, card in cards.items()}
-    assert sum(held["read"]["rows"] for held in steps.values()) == len(written)
-    looked = cards["train"]["looked_for"]
-    assert looked == {"duplicates": looked["duplicates"], "near_duplicates": looked["near_duplicates"], "near": 0.8}
-    for step, key in (("duplicates", "duplicates"), ("near-duplicates", "near_duplicates")):
-        assert sum(held.get(step, {"removed": 0})["removed"] for held in steps.values()) == looked[key]
-    model = Tokenizer.from_file(str(tmp_path / "two" / "tokenizer.json"))
-    kept = {}
-    for name, card in cards.items():
-        info = Dataset.open(f"{tmp_path}/two/{name}").info
-        found = unpacked(rows_of(f"{tmp_path}/two/{name}"), card["documents"]["end_of_document"])
-        assert len(found) == card["documents"]["documents"] == card["steps"][-1]["rows"] == info["documents"]
-        assert info["dropped_tokens"] == 0
-        kept[name] = [model.decode(document) for document in found]
-    originals = {first[written.index(text)] for name in kept for text in kept[name]}
-    assert len(originals) == len(kept["train"]) + len(kept["test"]), "one of each group is left"
-    assert originals == set(first), "and none is lost"
-    page = (tmp_path / "two" / "train" / "card.md").read_text()
-    for words in ("## Documents", "| near-duplicates | ", "at least 0.8 alike", "token 0 ends each one"):
-        assert words in page, page

@@ -1,11 +1,6 @@
 """What is checked, removed and noted before rows are written: each step alone, and as a pack of real files."""
 
-import json
-import os
-import subprocess
-import sys
 import tracemalloc
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,40 +10,18 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-import ray
 
-from elastrain import storage
 from elastrain.data import csv_files, duplicates
-from elastrain.data.card import PAGE
 from elastrain.data.chunks import PackOptions, Removed, place_hashes
 from elastrain.data.columns import Array, Column
 from elastrain.data.dataset import Dataset
 from elastrain.data.duplicates import HashReader, RowHashes, as_words, hashes_of
-from elastrain.data.pack import pack_dataset
 from elastrain.data.preparation import Preparation
 from elastrain.data.shards import read_back
 from elastrain.data.sources import open_source
 from elastrain.data.statistics import COUNTED_VALUES, Distinct, Sums
 from elastrain.data.tables import null_rows
-from elastrain.errors import ConflictError, DataError, SpecError
-
-OTHER = """
-import json, sys
-import ray
-from elastrain.data.chunks import PackOptions
-from elastrain.data.pack import pack_dataset
-from elastrain.data.preparation import Preparation
-ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-for source, out, label, prepare in json.loads(sys.argv[1]):
-    pack_dataset(source, out, PackOptions(label=label, row_group_bytes=4000, prepare=Preparation(**prepare)))
-"""
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+from elastrain.errors import DataError, SpecError
 
 
 def options(*, label: str | None = None, **prepare: Any) -> PackOptions:
@@ -192,44 +165,6 @@ def test_rows_without_values_are_an_error_with_their_number_and_the_first(
     assert left["train"]["y"].tolist() == [1, 4]
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("local_ray")
-def test_what_was_removed_is_reported_and_written(tmp_path: Path) -> None:
-    with_nulls(tmp_path / "in")
-    given = options(label="kind", nulls="drop", non_finite="drop", license="CC0-1.0", origin="a survey")
-    result = pack_dataset(f"csv:{tmp_path}/in", str(tmp_path / "out"), given)
-    card = result["cards"]["train"]
-    place = f"{tmp_path}/in/b.csv, row"
-    assert card["steps"] == [
-        {"step": "read", "rows": 2000},
-        {"step": "nulls", "removed": 5, "rows": 1995, "first": f"{place} 10, column 'n'"},
-        {"step": "non-finite", "removed": 1, "rows": 1994, "first": f"{place} 50, column 'x'"},
-    ]
-    assert (card["rows"], card["license"], card["origin"]) == (1994, "CC0-1.0", "a survey")
-    rows = rows_of(str(tmp_path / "out" / "train"))
-    left = [*range(1000), *(row for row in range(1000) if row not in (10, 20, 30, 40, 50, 60))]
-    assert rows["n"].tolist() == left
-    assert np.isfinite(rows["x"]).all()
-    n, x, kind = card["columns"]
-    assert [(each["nulls"], each["not_finite"]) for each in (n, x, kind)] == [(2, 0), (2, 1), (1, 0)]
-    assert (n["distinct"], x["distinct"], kind["distinct"], n["distinct_is_estimate"]) == (1000, 1000, 2, False)
-    assert (n["min"], n["max"], n["mean"]) == (0, 999, pytest.approx(np.mean(left)))
-    assert (x["min"], x["max"]) == (0.0, 499.5)
-    assert card["labels"]["counts"] == {"cat": sum(v % 2 for v in left), "dog": sum(v % 2 == 0 for v in left)}
-    assert Dataset.open(str(tmp_path / "out" / "train")).info["card"] == card
-    text = (tmp_path / "out" / "train" / PAGE).read_text()
-    for words in ("1,994 rows", "license: CC0-1.0", "| nulls | 5 | 1,995 |", "| non-finite | 1 |", "| cat | "):
-        assert words in text, text
-    assert pack_dataset(f"csv:{tmp_path}/in", str(tmp_path / "out"), given)["cards"] == result["cards"]
-    with pytest.raises(ConflictError, match="nulls drop"):
-        pack_dataset(f"csv:{tmp_path}/in", str(tmp_path / "out"), options(label="kind"))
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Return all files of a pack: shards, manifests and cards."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 # --- duplicates
 
 
@@ -306,56 +241,6 @@ def test_rows_that_are_all_removed_leave_nothing_to_hash(tmp_path: Path) -> None
         assert not list(HashReader(split.reader, ("x",), None).read(split.chunks[0]))
 
 
-def twins(folder: Path) -> dict[str, Array]:
-    """Three Parquet files of rows of which a third are there before, in the same file or another; return all rows."""
-    folder.mkdir()
-    rng = np.random.default_rng(1)
-    base = {"x": rng.random((2000, 3)), "who": rng.integers(0, 300, 2000), "label": rng.integers(0, 4, 2000)}
-    take = np.concatenate([np.arange(2000), rng.integers(0, 2000, 1000)])
-    rng.shuffle(take)
-    rows = {name: array[take] for name, array in base.items()}
-    rows["label"][-1] = (rows["label"][-1] + 1) % 4
-    for part in range(3):
-        held = {name: array[part * 1000 : part * 1000 + 1000] for name, array in rows.items()}
-        table = pa.table({**{k: held[k] for k in ("who", "label")}, "x": held["x"].tolist()})
-        pq.write_table(table, folder / f"{part}.parquet", row_group_size=170)
-    return rows
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("local_ray")
-def test_the_first_of_equal_rows_stays(tmp_path: Path) -> None:
-    rows = twins(tmp_path / "in")
-    given = options(duplicates="drop", label="label")
-    result = pack_dataset(f"parquet:{tmp_path}/in", str(tmp_path / "out"), given)
-    whole = np.concatenate([rows["who"][:, None], rows["label"][:, None], rows["x"]], axis=1)
-    _, first = np.unique(whole, axis=0, return_index=True)
-    found = rows_of(str(tmp_path / "out" / "train"))
-    assert np.array_equal(found["x"], rows["x"][np.sort(first)])
-    card = result["cards"]["train"]
-    assert card["steps"][1]["removed"] == card["looked_for"]["duplicates"] == 3000 - len(first)
-    contradictions = card["looked_for"]["contradictions"]
-    for pair in contradictions["first"]:
-        one, two = (int(place.removeprefix("train ")) for place in pair["rows"])
-        assert np.array_equal(found["x"][one], found["x"][two])
-        assert [found["label"][one], found["label"][two]] == pair["labels"]
-    counted = pack_dataset(f"parquet:{tmp_path}/in", str(tmp_path / "all"), options(duplicates="count"))
-    assert counted["cards"]["train"]["looked_for"]["duplicates"] == 3000 - len(first)
-    assert counted["splits"]["train"]["rows"] == 3000
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("local_ray")
-def test_duplicates_by_a_key_and_across_splits(tmp_path: Path) -> None:
-    rows = twins(tmp_path / "in")
-    given = options(duplicates="drop", key="who", split="train=0.7,test=0.3")
-    result = pack_dataset(f"parquet:{tmp_path}/in", str(tmp_path / "out"), given)
-    who = [rows_of(f"{tmp_path}/out/{name}")["who"].tolist() for name in ("train", "test")]
-    assert sorted(who[0] + who[1]) == sorted(set(rows["who"].tolist())), "each key once, whatever the split"
-    assert result["cards"]["test"]["steps"][0]["rows"] > 800
-    assert len(who[1]) < 100, "what train has, test has not"
-
-
 # --- splits
 
 
@@ -400,26 +285,6 @@ def test_shares_without_a_key_split_as_a_test_fraction_does(tmp_path: Path) -> N
 # --- labels and statistics
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("local_ray")
-def test_labels_outside_the_declared_classes_are_refused(tmp_path: Path) -> None:
-    lines = [f"{row},{row % 3}" for row in range(500)]
-    lines[321] = "321,3"
-    (tmp_path / "a.csv").write_text("x,label\n" + "\n".join(lines) + "\n")
-    with pytest.raises(DataError, match="column 'label' is 3 in row 321 of the train split, outside of the 3 classes"):
-        pack_dataset(f"csv:{tmp_path}/a.csv", str(tmp_path / "out"), options(classes=3))
-    result = pack_dataset(f"csv:{tmp_path}/a.csv", str(tmp_path / "five"), options(classes=5))
-    assert Dataset.open(str(tmp_path / "five" / "train")).columns[1].num_values == 5, "what a model is made for"
-    labels = result["cards"]["train"]["labels"]
-    assert labels == {
-        "column": "label",
-        "counts": {"0": 166, "1": 167, "2": 166, "3": 1},
-        "absent": ["4"],
-        "imbalance": 167,
-        "suspicious": ["3 has 1 rows, where a class has 125 on average"],
-    }
-
-
 def test_different_values_are_counted_up_to_a_bound() -> None:
     few, many = (Sums(Column(name="x", dtype="int64", shape=())) for _ in range(2))
     few.add(np.array([3, 1, 3]))
@@ -450,42 +315,6 @@ def test_different_values_are_exact_while_few_and_then_estimated_in_any_order() 
     one = many.count
     many.add(rows)
     assert many.count == one, "a value counts once"
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("local_ray")
-def test_a_card_names_the_packs_that_it_was_made_from(tmp_path: Path) -> None:
-    twins(tmp_path / "in")
-    first = pack_dataset(f"parquet:{tmp_path}/in", str(tmp_path / "one"), options())
-    second = pack_dataset(f"parquet:{tmp_path}/one/train", str(tmp_path / "two"), options(duplicates="drop"))
-    assert "parents" not in first["cards"]["train"]
-    assert second["cards"]["train"]["parents"] == [
-        {"path": f"{tmp_path}/one/train", "fingerprint": first["splits"]["train"]["fingerprint"]}
-    ]
-    assert json.dumps(second["cards"])
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("local_ray")
-def test_the_number_of_cpus_changes_no_byte(tmp_path: Path) -> None:
-    with_nulls(tmp_path / "nulls")
-    twins(tmp_path / "twins")
-    people(tmp_path / "people", range(2000))
-    shares = {"split": "train=0.7,val=0.1,test=0.2"}
-    jobs: list[tuple[str, str | None, dict[str, Any]]] = [
-        (f"csv:{tmp_path}/nulls", "kind", {"nulls": "drop", "non_finite": "drop"}),
-        (f"parquet:{tmp_path}/twins", "label", {"duplicates": "drop", **shares}),
-        (f"parquet:{tmp_path}/twins", None, {"duplicates": "drop", "key": "who"}),
-        (f"csv:{tmp_path}/people", None, {**shares, "by": "who"}),
-    ]
-    work = [(source, str(tmp_path / f"one{place}"), label, given) for place, (source, label, given) in enumerate(jobs)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(storage.__file__).parents[1])}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", OTHER, json.dumps(work)], env=environment, check=True)
-    for place, (source, label, given) in enumerate(jobs):
-        pack_dataset(source, str(tmp_path / f"four{place}"), options(label=label, **given))
-        one, four = (files_of(tmp_path / f"{name}{place}") for name in ("one", "four"))
-        assert one == four
-        assert len(one) == 3 * len(given.get("split", "train").split(","))
 
 
 def test_options_can_be_replaced() -> None:

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from elastrain.data.columns import Column
@@ -92,3 +94,37 @@ def test_storage_that_does_not_answer_makes_no_shard_bad(dataset: Dataset, monke
     monkeypatch.setattr("elastrain.storage.open_arrow", down)
     with pytest.raises(StorageError, match="no proper answer"):
         find_bad(dataset)
+
+
+def plain(folder: Path, *files: range) -> None:
+    for number, rows in enumerate(files):
+        table = pa.table({"x": list(rows)})
+        pq.write_table(table, folder / f"{number}.parquet", row_group_size=100, write_page_checksum=True)
+
+
+def test_a_plain_file_without_a_readable_footer_is_left_out_for_good(tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    plain(folder, range(100), range(100, 300), range(300, 600))
+    bad = folder / "1.parquet"
+    good = bad.read_bytes()
+    bad.write_bytes(good[: len(good) // 2])
+    with pytest.raises(DataError, match=rf"^{bad}: not a Parquet file, or truncated"):
+        Dataset.open(str(folder))
+    data = Dataset.open(str(folder), on_bad_shard="quarantine")
+    assert data.num_rows == 400
+    notes = left_out({"train": data}, f"{tmp_path}/run", fresh=True)
+    (told,) = events({"train": data}, notes)
+    assert (told["file"], told["rows"]) == (str(bad), 0)
+    assert "truncated" in told["why"]
+    rest = without(data, notes["train"])
+    put_json(f"{tmp_path}/run/{QUARANTINE}", notes)
+    bad.write_bytes(good)
+    restored = Dataset.open(str(folder), on_bad_shard="quarantine")
+    assert restored.num_rows == 600
+    assert left_out({"train": restored}, f"{tmp_path}/run", fresh=False) == notes
+    assert without(restored, notes["train"]).fingerprint == rest.fingerprint
+    for path in folder.iterdir():
+        path.write_bytes(b"nothing")
+    with pytest.raises(DataError, match="truncated"):
+        Dataset.open(str(folder), on_bad_shard="quarantine")

@@ -13,20 +13,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.elastic.test_run import BITWISE, SPEC, audit_files, result, wait_for
+from tests.elastic.test_run import SPEC, audit_files, wait_for
+
+import elastrain
+from elastrain.data.pack import pack_dataset
+from elastrain.data.sources import PackOptions
+from elastrain.elastic.session import ray_session
+from elastrain.errors import StorageError
+from elastrain.spec.document import read_train
+from elastrain.training.export import export_weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
-TWO = (*BITWISE, "--set", "workers={min: 2, max: 2}", "--set", "audit=true", "--set", "budget={epochs: 20}")
-HELD = ("--set", "data.train=held/train", "--set", "data.eval=held/test")
+SAME = ("precision=fp32", "consistency=bitwise", "data.slots=5", "audit=true", "budget={epochs: 20}")
+STEPS = 460
 
 
 @pytest.fixture
-def ray_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where Ray keeps its logs and whatever else it writes: a short path, since its sockets lie there."""
+def ray_files(key: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A Ray whose processes have the key, and where it writes: a short path, since its sockets lie there."""
     with tempfile.TemporaryDirectory(prefix="ek", dir="/tmp", ignore_cleanup_errors=True) as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
-        yield Path(folder)
+        monkeypatch.setenv("ELASTRAIN_KEY_MAIN", base64.b64encode(key).decode())
+        with ray_session("local", cpus=4):
+            yield Path(folder)
+
+
+@pytest.fixture
+def key() -> bytes:
+    """A new one."""
+    return os.urandom(32)
 
 
 def forms_of(key: bytes) -> set[bytes]:
@@ -62,40 +78,48 @@ def test_an_encrypted_run_that_is_interrupted_goes_on_to_the_bits_of_a_plain_one
     cli: Callable[..., Any],
     start: Callable[..., Any],
     workspace: Path,
+    key: bytes,
     ray_files: Path,
+    slow_task: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    key = os.urandom(32)
-    monkeypatch.setenv("ELASTRAIN_KEY_MAIN", base64.b64encode(key).decode())
-    packed = cli("pack", "digits", "held", "--encrypt", "main", "--json")
-    plain = json.loads((workspace / "data" / "digits" / "train" / "_manifest.json").read_text())
-    assert result(packed)["splits"]["train"]["fingerprint"] == plain["fingerprint"]
+    import ray
 
-    encrypted = (*TWO, *HELD, "--set", "name=held", "--set", "checkpoint={every_steps: 20, encrypt: main}")
+    packed = pack_dataset("digits", str(workspace / "held"), PackOptions(encrypt="main"))
+    plain = json.loads((workspace / "data" / "digits" / "train" / "_manifest.json").read_text())
+    assert packed["splits"]["train"]["fingerprint"] == plain["fingerprint"]
+
+    def sets(data: str, *changes: str) -> list[str]:
+        places = (f"data.train={workspace}/{data}/train", f"data.eval={workspace}/{data}/test")
+        return [*SAME, *places, f"storage={workspace}/runs", *changes]
+
+    encrypted = sets("held", "name=held", "checkpoint={every_steps: 20, encrypt: main}", f"task={slow_task}:Slow")
+    two = [word for change in (*encrypted, "workers={min: 2, max: 2}") for word in ("--set", change)]
     run = workspace / "runs" / "held"
-    process = start("train", SPEC, *encrypted)
+    process = start("train", SPEC, *two, "--address", ray.get_runtime_context().gcs_address)
     wait_for(lambda: (run / "checkpoints/step-00000100/manifest.json").exists() or process.poll() is not None)
-    arguments = command_lines(process.pid)
+    arguments = command_lines(os.getpid())
     process.send_signal(signal.SIGINT)
     out, said = process.communicate()
     assert process.returncode == 130, said
     assert b"raylet" in arguments
-    went_on = result(cli("train", SPEC, *encrypted))
-    assert went_on["resumed_from"] >= 100, said
-    undisturbed = result(
-        cli("train", SPEC, *TWO, "--set", "name=beside-encrypted", "--set", "workers={min: 1, max: 1}")
-    )
-    assert went_on["weights_sha256"] == undisturbed["weights_sha256"]
-    assert audit_files(str(run)) == audit_files(undisturbed["run"])
+    slow_task.with_name("fast").touch()
+    went_on = elastrain.train(read_train(SPEC, encrypted))
+    assert 100 <= went_on.result["resumed_from"] < went_on.step == STEPS, said
+    beside = sets("data/digits", "name=beside-encrypted", "workers={min: 1, max: 1}")
+    undisturbed = elastrain.train(read_train(SPEC, beside))
+    assert went_on.weights_sha256 == undisturbed.weights_sha256
+    assert audit_files(str(run)) == audit_files(undisturbed.url)
 
     exported = json.loads(cli("export", str(run), "weights.safetensors", "--json").stdout)
-    assert exported["weights_sha256"] == undisturbed["weights_sha256"]
+    assert exported["weights_sha256"] == undisturbed.weights_sha256
     page = cli("report", str(run))
-    everything = out + said + packed.stdout + packed.stderr + page.stdout + page.stderr
+    everything = out + said + json.dumps(packed) + page.stdout + page.stderr
     check_canary(forms_of(key), arguments + everything.encode(), workspace, ray_files)
-    check_without_the_key(cli, run, monkeypatch)
+    check_without_the_key(cli, run, encrypted, monkeypatch)
     monkeypatch.setenv("ELASTRAIN_KEY_MAIN", base64.b64encode(key).decode())
-    assert result(cli("train", SPEC, *encrypted))["resumed_from"] == went_on["step"], "no wrong key has spoiled it"
+    again = elastrain.train(read_train(SPEC, encrypted))
+    assert again.result["resumed_from"] == STEPS, "no wrong key has spoiled it"
 
 
 def check_canary(forms: set[bytes], shown: bytes, workspace: Path, ray_files: Path) -> None:
@@ -111,16 +135,24 @@ def check_canary(forms: set[bytes], shown: bytes, workspace: Path, ray_files: Pa
     assert all(path.read_bytes().startswith(b"elastrain-encrypted 1\n") for path in files)
 
 
-def check_without_the_key(cli: Callable[..., Any], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each command that needs the key says so in one sentence and ends with 5."""
-    on_plain_data = ("train", SPEC, *TWO, "--set", "name=held", "--set", "budget={epochs: 21}")
-    wrong = ("train", SPEC, *TWO, *HELD), ("export", str(run), "x"), on_plain_data
-    for key, told, commands in (("", "no key 'main'", wrong[:2]), ("A" * 43 + "=", "does not open what was", wrong)):
+def check_without_the_key(
+    cli: Callable[..., Any], run: Path, encrypted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever needs the key says so in one sentence; a command, on a Ray that has no other key, ends with 5."""
+    reading = [change for change in encrypted if not change.startswith("checkpoint=")]  # which would ask for it at once
+    actions: list[Callable[[], Any]] = [
+        lambda: elastrain.train(read_train(SPEC, reading)),
+        lambda: export_weights(str(run), str(run / "x"), step=None, weights="model"),
+    ]
+    for key, told in (("", "no key 'main'"), ("A" * 43 + "=", "does not open what was")):
         monkeypatch.setenv("ELASTRAIN_KEY_MAIN", key)
-        for command in commands:
-            done = cli(*command)
-            assert done.returncode == 5, done.stderr
-            line = done.stderr.splitlines()[-1]
-            assert re.match(r"elastrain: error: \S+ is encrypted: ", line), line
-            assert told in line
-            assert "Traceback" not in done.stderr
+        for action in actions:
+            with pytest.raises(StorageError, match=rf"^\S+ is encrypted: .*{told}"):
+                action()
+    on_plain_data = [change.replace("/held/", "/data/digits/") for change in reading]
+    done = cli(
+        "train", SPEC, *(word for change in (*on_plain_data, "budget={epochs: 21}") for word in ("--set", change))
+    )
+    assert done.returncode == 5, done.stderr
+    assert re.match(r"elastrain: error: \S+ is encrypted: .*does not open what was", done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr

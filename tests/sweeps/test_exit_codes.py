@@ -49,7 +49,12 @@ def all_diverged(url: Path, spec: SweepSpec) -> Iterator[None]:
         ((), "no data", 4, "data/train: "),
         ((), a_file_in_the_way, 5, "cannot write "),
         (("--address", "127.0.0.1:1"), None, 6, "no Ray answers at 127.0.0.1:1: "),
-        (("--plan", "--address", "127.0.0.1:1"), None, 6, "no Ray answers at 127.0.0.1:1: "),
+        (
+            ("--plan", "--address", "127.0.0.1:1"),
+            None,
+            6,
+            "; start it there with `ray start --head`, or check --address",
+        ),
         (("--plan", "--set", "set={workers: {gpus: 4096}}"), None, 6, "lower workers.gpus under `set:`"),
         ((), all_diverged, 7, "no trial came to its end (1 diverged); the first one: step 35: the loss is nan"),
     ],

@@ -126,7 +126,7 @@ def _found(address: str | None) -> str:
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
     except OSError as error:
-        raise ResourceError(f"no Ray answers at {found}: {error}") from error
+        raise ResourceError(f"no Ray answers at {found}: {error}; start it there, or check --address") from error
     return found
 
 

@@ -88,7 +88,8 @@ class Dataset:
 
     `unusable` says for each other column why it cannot be read; `info` holds what `pack` noted (source, counts). `key`
     is the name of the key that it is encrypted with, None if it is not. `verified` says whether a byte that has
-    changed is found when it is read; of plain files one is looked at.
+    changed is found when it is read; of plain files one is looked at. `broken` are the plain files without a readable
+    footer that were left out, each with `file`, `rows` (0: nobody knows) and `why`.
     """
 
     url: str
@@ -100,11 +101,13 @@ class Dataset:
     info: Mapping[str, Any] = field(default_factory=dict)
     key: str | None = None
     verified: bool = True
+    broken: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
-    def open(cls, url: str) -> Self:
+    def open(cls, url: str, *, on_bad_shard: str = "error") -> Self:
         """Return the dataset at `url`: a packed one, a folder of Parquet files, or one Parquet file.
 
+        "quarantine" leaves out plain files whose footer cannot be read; what else is bad, `quarantine.find_bad` finds.
         Raises DataError if there is nothing to read, a pack was cut off, the manifest is broken, or the files do not
         fit together; StorageError if storage does not answer, or if it is encrypted and its key is not there.
         """
@@ -113,7 +116,7 @@ class Dataset:
             return cls.from_manifest(url, manifest)
         from elastrain.data.footers import read_footers  # noqa: PLC0415 -- it builds on this module, and loads pyarrow
 
-        return cls(**read_footers(url))
+        return cls(**read_footers(url, on_bad_shard=on_bad_shard))
 
     @classmethod
     def from_manifest(cls, url: str, manifest: Mapping[str, Any]) -> Self:

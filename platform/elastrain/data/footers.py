@@ -29,14 +29,20 @@ CONTINUED, INTEGER = (
 )  # of Thrift's compact form: a byte that is not a number's last, the next field is one
 
 
-def read_footers(url: str) -> dict[str, Any]:
+def read_footers(url: str, *, on_bad_shard: str = "error") -> dict[str, Any]:
     """Return the fields of the `Dataset` that a folder of plain Parquet files is, or a single file.
 
+    With "quarantine" files whose footer cannot be read are left out, unless none is left.
     Raises DataError if there are none, or they do not fit together; StorageError if storage does not answer.
     """
-    root, files = _parquet_files(url)
+    root, listed = _parquet_files(url)
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
-        footers = list(pool.map(lambda f: read_footer(storage.join(root, f.path), f.size_bytes), files))
+        read = list(pool.map(lambda file: _footer(root, file), listed))
+    errors = [(file, found) for file, found in zip(listed, read, strict=True) if isinstance(found, DataError)]
+    if errors and (on_bad_shard != "quarantine" or len(errors) == len(listed)):
+        raise errors[0][1]
+    files = [file for file, found in zip(listed, read, strict=True) if not isinstance(found, DataError)]
+    footers = [found for found in read if not isinstance(found, DataError)]
     schema = footers[0][0].schema.to_arrow_schema()
     for file, (metadata, _) in zip(files, footers, strict=True):
         same_schema(schema, metadata.schema.to_arrow_schema(), f"{root}/{files[0].path}", f"{root}/{file.path}")
@@ -60,7 +66,25 @@ def read_footers(url: str) -> dict[str, Any]:
         "packed": False,
         "unusable": unusable,
         "verified": _has_checksums(root, files, [metadata for metadata, _ in footers]),
+        "broken": tuple({"file": file.path, "rows": 0, "why": str(error)} for file, error in errors),
     }
+
+
+def _footer(root: str, file: storage.FileInfo) -> tuple[pq.FileMetaData, str] | DataError:
+    """Return a file's metadata and the hash of its footer, or what is wrong with them; raises DataError if it is gone.
+
+    It is read once more if it is bad: what the network did to it may pass.
+    """
+    url = storage.join(root, file.path)
+    try:
+        return read_footer(url, file.size_bytes)
+    except DataError:
+        if not storage.exists(url):
+            raise
+    try:
+        return read_footer(url, file.size_bytes)
+    except DataError as error:
+        return error
 
 
 def _has_checksums(root: str, files: Sequence[storage.FileInfo], footers: Sequence[pq.FileMetaData]) -> bool:

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from elastrain.data.dataset import Dataset
 from elastrain.data.plan import AHEAD_BYTES, INDEX_BYTES, Block, Ints, Plan, share
+from elastrain.data.quarantine import opened
 from elastrain.data.transforms import delivered_bytes
 from elastrain.spec.train import Custom, TrainSpec
 
@@ -23,8 +23,7 @@ def forecast_run(spec: TrainSpec) -> dict[str, Any]:
     blocks in the object store (two a slot, and what is read ahead), and of the blocks that a worker holds. They are
     counted as transforms leave them, except for custom functions, which a plan does not run. Raises DataError.
     """
-    data = Dataset.open(spec.data.train).select(spec.data.columns)
-    evaluation = Dataset.open(spec.data.eval).select(spec.data.columns) if spec.data.eval else None
+    data, evaluation = opened(spec.data)
     plan = Plan.of(data, seed=spec.data.seed, global_batch=spec.data.global_batch, slots=spec.num_slots)
     steps = spec.budget.steps or (spec.budget.epochs or 0) * plan.steps_per_epoch
     row_bytes = delivered_bytes(spec.data.transforms, data.columns)

@@ -14,11 +14,20 @@ import numpy as np
 from elastrain import storage
 from elastrain.data.dataset import Dataset, fingerprint
 from elastrain.errors import DataError
+from elastrain.spec.train import DataSpec
 
 QUARANTINE = "quarantine.json"
 READERS = 4
 Note = dict[str, Any]
 """What is left out of one dataset: the `fingerprint` of it all, and of each bad shard `file`, `rows` and `why`."""
+
+
+def opened(data: DataSpec) -> tuple[Dataset, Dataset | None]:
+    """Return what a run trains and is evaluated on, with the columns that it wants; raises as `Dataset.open` does."""
+    train, *more = (
+        Dataset.open(url, on_bad_shard=data.on_bad_shard).select(data.columns) for url in (data.train, data.eval) if url
+    )
+    return train, more[0] if more else None
 
 
 def find_bad(dataset: Dataset) -> Note:
@@ -38,7 +47,7 @@ def find_bad(dataset: Dataset) -> Note:
     ]
     if len(shards) == len(dataset.shards):
         raise DataError(f"{dataset.url}: no shard can be read, so none can be left out; {shards[0]['why']}")
-    return {"fingerprint": dataset.fingerprint, "shards": shards}
+    return {"fingerprint": dataset.fingerprint, "shards": [*map(dict, dataset.broken), *shards]}
 
 
 def noted(run: str) -> dict[str, Note]:
@@ -69,8 +78,11 @@ def left_out(datasets: Mapping[str, Dataset], run: str, *, fresh: bool) -> dict[
 
 
 def _known(note: Note | None, dataset: Dataset) -> Note | None:
-    """Return a note if it is about this dataset."""
-    return note if note is not None and note["fingerprint"] == dataset.fingerprint else None
+    """Return a note if it is about this dataset, also where files that had no readable footer have been restored."""
+    if note is None:
+        return None
+    unread = {"shards": [shard for shard in note["shards"] if not shard["rows"]]}
+    return note if note["fingerprint"] in (dataset.fingerprint, without(dataset, unread).fingerprint) else None
 
 
 def events(datasets: Mapping[str, Dataset], notes: Mapping[str, Note]) -> list[dict[str, Any]]:

@@ -24,9 +24,9 @@ from elastrain.data.blocks import (
 )
 from elastrain.data.cache import cache_of
 from elastrain.data.columns import Array
-from elastrain.data.dataset import Dataset
 from elastrain.data.forecast import forecast_run
 from elastrain.data.plan import Plan
+from elastrain.data.quarantine import opened
 from elastrain.data.transforms import check_transforms
 from elastrain.elastic.session import embedded_cpus, find_room, fitting, ray_session
 from elastrain.errors import ResourceError, SpecError, StorageError
@@ -85,8 +85,7 @@ def _storage(run_url: str) -> str:
 
 
 def _feed(spec: TrainSpec) -> FeedSpec:
-    train = Dataset.open(spec.data.train).select(spec.data.columns)
-    evaluation = Dataset.open(spec.data.eval).select(spec.data.columns) if spec.data.eval else None
+    train, evaluation = opened(spec.data)
     check_transforms(spec.data.transforms, train, evaluation)
     plan = Plan.of(train, seed=spec.data.seed, global_batch=spec.data.global_batch, slots=spec.num_slots)
     return FeedSpec(

@@ -21,7 +21,7 @@ from elastrain.data.cache import Cache, cache_of
 from elastrain.data.dataset import Dataset
 from elastrain.data.feed import FeederLogic
 from elastrain.data.plan import Plan
-from elastrain.data.quarantine import Note, events, left_out, without
+from elastrain.data.quarantine import Note, events, left_out, opened, without
 from elastrain.data.transforms import check_transforms
 from elastrain.elastic.config import LEASE_S, WorkerConfig
 from elastrain.elastic.fleet import Fleet
@@ -124,8 +124,7 @@ def train(
     if spec.checkpoint.encrypt is not None:
         check_key(spec.checkpoint.encrypt)
     run_url = storage.absolute(storage.join(spec.storage, spec.name))
-    train_data = Dataset.open(spec.data.train).select(spec.data.columns)
-    evaluation = Dataset.open(spec.data.eval).select(spec.data.columns) if spec.data.eval else None
+    train_data, evaluation = opened(spec.data)
     cache = cache_of(spec.data.cache, train_data, evaluation)
     with locked(run_url, remedy="give this run another name") as hold, LiveLine() as line:
         revoke(run_url)

@@ -67,8 +67,9 @@ def ray_session(
             with without_monitors():
                 ray.init(address="local", num_cpus=math.ceil(cpus), include_dashboard=False, **_quoted(), **quiet)
     except Exception as error:  # a bare one where a node does not start in time
-        where = f"no Ray answers at {target}" if target else "a local Ray did not start"
-        raise ResourceError(f"{where}: {error}") from error
+        if target and target != "local":
+            raise ResourceError(f"no Ray answers at {target}: {error}") from error
+        raise ResourceError(f"a local Ray did not start: {error}; see what `elastrain doctor` finds") from error
     try:
         _check_folders(seen, shared)
         with deaths_untold():
@@ -108,10 +109,16 @@ def _reachable(address: str) -> None:
     if address.startswith("ray://"):
         raise ConnectionError("a Ray Client address; give HOST:PORT of the head itself, or auto on one of its nodes")
     if port.isdigit():
-        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        except OSError as error:
+            raise ConnectionError(
+                f"{error}; start it there with `ray start --head`, or check --address and RAY_ADDRESS: without both a "
+                f"local Ray is started"
+            ) from error
         check_tls(host, int(port))
     elif address != "auto":
-        raise ConnectionError("not auto and not HOST:PORT")
+        raise ConnectionError("not auto and not HOST:PORT: give one of them")
 
 
 def _check_folders(seen: Collection[str], shared: Sequence[str]) -> None:

@@ -128,7 +128,7 @@ def prepare(spec: TrainSpec, history: str) -> Proof:
     spec = resolve(spec, base=Path.cwd(), cwd=Path.cwd())
     if spec.workers.gpus:
         raise SpecError("verify trains with processes of this machine that share no GPU: --set workers.gpus=0")
-    dataset = Dataset.open(spec.data.train).select(spec.data.columns)
+    dataset = Dataset.open(spec.data.train, on_bad_shard=spec.data.on_bad_shard).select(spec.data.columns)
     plan = Plan.of(dataset, seed=spec.data.seed, global_batch=spec.data.global_batch, slots=spec.num_slots)
     steps = spec.budget.steps or (spec.budget.epochs or 0) * plan.steps_per_epoch
     found = parse_history(history, slots=plan.slots, steps=steps)
