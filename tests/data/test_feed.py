@@ -116,7 +116,6 @@ def test_evaluation_delivers_each_row_once_in_every_round(
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(60)
 @pytest.mark.usefixtures("local_ray")
 def test_workers_evaluate_at_their_own_pace_and_a_lost_one_holds_up_nobody(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch

@@ -31,7 +31,6 @@ def spec(tmp_path: Path) -> FeedSpec:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(120)
 def test_a_block_on_a_node_that_is_gone_is_read_by_the_worker(spec: FeedSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

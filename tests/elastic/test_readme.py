@@ -15,7 +15,6 @@ def blocks(page: str) -> list[str]:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(300)
 def test_the_sdk_example_runs(workspace: Path) -> None:
     link = workspace / "pipelines"
     if not link.exists():
