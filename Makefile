@@ -22,7 +22,7 @@ IS_OURS := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 BIN := .venv/bin
 ELASTRAIN := $(BIN)/elastrain
 TEST := $(BIN)/pytest -q
-SIDE_BY_SIDE := $(TEST) -n $(JOBS) --dist loadfile --durations=15
+SIDE_BY_SIDE := $(TEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=15
 
 setup: .venv/.stamp
 	@true

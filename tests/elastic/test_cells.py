@@ -161,6 +161,35 @@ def test_ending_a_cell_that_waits_for_room_takes_its_demand_back(start: Start) -
     until(lambda: not groups() and not ongoing())
 
 
+class Asker:
+    """An actor that asks for room as a cell does."""
+
+    def ask(self) -> None:
+        """Ask for a group, the last thing in a life perhaps."""
+        from ray.util.placement_group import placement_group
+
+        placement_group([{"CPU": 1.0, "asked": 1.0}])
+
+
+def test_what_a_cell_asked_for_that_was_dead_when_it_came_is_freed_when_room_is_looked_for(nodes: Nodes) -> None:
+    import ray
+
+    from elastrain.elastic.session import room
+    from elastrain.spec.train import WorkersSpec
+
+    node, held = nodes.add(2, asked=2), len(groups())
+    remote: Any = ray.remote(num_cpus=0)(Asker)
+    living, dead = remote.remote(), remote.remote()
+    ray.get([living.ask.remote(), dead.ask.remote()])
+    until(lambda: room(WorkersSpec())[node] == 0)
+    ray.kill(dead)
+    until(lambda: room(WorkersSpec())[node] == 1)
+    assert len(groups()) == held + 1, "who lives keeps what it has"
+    ray.kill(living)
+    until(lambda: room(WorkersSpec())[node] == 2)
+    nodes.lose(node)
+
+
 def test_workers_of_a_cell_are_on_a_node_of_the_accelerator_that_they_need(special: Running, nodes: Nodes) -> None:
     """What `WorkersSpec.needs` asks for is what Ray's autoscaler and scheduler tell kinds of nodes by."""
     special.pids(1)

@@ -110,7 +110,7 @@ def test_the_table_of_placement_groups_says_which_actor_asked_for_each() -> None
 
     message: Any = gcs_pb2.PlacementGroupTableData  # type: ignore[attr-defined] # made at import by protobuf
     fields = message.DESCRIPTOR.fields_by_name
-    assert {"creator_actor_id", "placement_group_id", "state"} <= set(fields.keys()), (
+    assert {"creator_actor_id", "creator_job_id", "placement_group_id", "state"} <= set(fields.keys()), (
         "PlacementGroupTableData has other fields: ray_inner.groups_of, so ended cells would hold their CPUs for ever"
     )
     assert hasattr(message, "REMOVED"), "PlacementGroupTableData.REMOVED is gone: ray_inner.groups_of"

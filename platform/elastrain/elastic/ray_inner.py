@@ -128,18 +128,32 @@ def actor_id(actor: Any) -> str:
 
 
 def groups_of(actor: Any) -> list[PlacementGroup]:
-    """Return the placement groups that an actor has asked for and that are not removed.
+    """Return the placement groups that an actor has asked for and that are not removed."""
+    return [_group(entry) for entry in _standing_groups() if entry.creator_actor_id.hex() == actor_id(actor)]
 
-    Stands on the GCS's table of them and its `creator_actor_id`, which the public `placement_group_table` leaves out.
+
+def orphaned_groups() -> list[PlacementGroup]:
+    """Return those that dead actors of this job have asked for: what one sent last may arrive when it is counted dead.
+
+    Stands on `ray._private.state.actors`, too.
     """
+    job = ray.get_runtime_context().get_job_id()
+    asked = [entry for entry in _standing_groups() if entry.creator_job_id.hex() == job]
+    if not asked:
+        return []
+    dead = ray._private.state.actors(job_id=ray.JobID(bytes.fromhex(job)), actor_state_name="DEAD")  # noqa: SLF001
+    return [_group(entry) for entry in asked if entry.creator_actor_id.hex() in dead]
+
+
+def _standing_groups() -> list[Any]:
+    """Return the GCS's entries of groups that are not removed; it tells their creators, `placement_group_table` not."""
     table = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()  # noqa: SLF001
     message: Any = gcs_pb2.PlacementGroupTableData  # type: ignore[attr-defined] # made at import by protobuf
-    groups = [message.FromString(entry) for entry in table]
-    return [
-        PlacementGroup(ray.PlacementGroupID(group.placement_group_id))
-        for group in groups
-        if group.creator_actor_id.hex() == actor_id(actor) and group.state != message.REMOVED
-    ]
+    return [entry for entry in map(message.FromString, table) if entry.state != message.REMOVED]
+
+
+def _group(entry: Any) -> PlacementGroup:
+    return PlacementGroup(ray.PlacementGroupID(entry.placement_group_id))
 
 
 def enable_token_auth() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.util.placement_group import remove_placement_group
 
 from elastrain.cluster.doors import check_tls
 from elastrain.cluster.folders import more_machines, refuse_unseen
@@ -29,6 +30,7 @@ from elastrain.elastic.ray_inner import (
     draining_nodes,
     enable_token_auth,
     node_types,
+    orphaned_groups,
     secure_new_cluster,
     without_monitors,
 )
@@ -224,7 +226,13 @@ def largest(workers: WorkersSpec) -> int:
 
 
 def room(workers: WorkersSpec) -> dict[str, int]:
-    """Return how many workers fit now, by node id; none on a node that is about to be taken away."""
+    """Return how many workers fit now, by node id; none on a node that is about to be taken away.
+
+    What cells asked for that were dead when it came is freed, for the next time: nobody knows of it, and it would hold
+    its room until the job ends.
+    """
+    for group in orphaned_groups():
+        remove_placement_group(group)
     free, draining = available_per_node(), draining_nodes()
     alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     return {node: _fits(workers, free.get(node, {})) for node in alive if node not in draining}
