@@ -272,8 +272,7 @@ def test_cold_start_reaches_a_first_step_on_all_sides(work: Path) -> None:
         assert 0 < side["measures"]["first_step_s"] <= side["measures"]["command_s"]
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.bench
 @pytest.mark.timeout(600)
 def test_submit_sends_as_many_jobs_each_way(work: Path) -> None:
     series = small("submit", work)
@@ -290,7 +289,7 @@ def test_checkpoint_saves_the_same_bytes_on_all_sides(work: Path) -> None:
     assert series["ours"]["measures"]["stall_s"] < series["ours"]["measures"]["write_s"]
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 @pytest.mark.timeout(600)
 def test_bitwise_comes_to_the_same_bits_at_any_number_of_workers(work: Path) -> None:
     series = small("bitwise", work)
@@ -329,8 +328,7 @@ def test_sweep_comes_to_the_same_losses_on_all_sides_and_leaves_nothing(tmp_path
     assert 0 < asha["measures"]["share_1"] < 1
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.bench
 @pytest.mark.timeout(900)
 def test_autoscale_submits_a_run_for_which_two_nodes_come_and_go(work: Path) -> None:
     (series,) = small("autoscale", work).values()

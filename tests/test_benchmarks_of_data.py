@@ -47,8 +47,7 @@ def test_pack_writes_every_row_on_all_sides(work: Path) -> None:
     assert len({side["digest"] for side in series.values()}) == 1
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.bench
 @pytest.mark.timeout(900)
 def test_integrity_cost_reads_the_same_rows_on_all_sides(work: Path) -> None:
     from benchmarks.integrity_cost.case import SMALL_ROWS
