@@ -150,7 +150,7 @@ class Closed(MemoryFileSystem):  # type: ignore[misc] # fsspec has no types
         super().__init__(**options)
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise AccountError("Server failed to authenticate the request.\nRequestId:17")
+        raise AccountError("Refused: https://host/x?sig=abc.\nRequestId:17")
 
     cat_file = pipe_file = find = exists = _refuse
 
@@ -167,7 +167,7 @@ def test_errors_that_only_a_stores_package_knows_are_one_sentence(operation: str
     with pytest.raises(StorageError) as error:
         call[operation]("closed://data/x")
     assert str(error.value) == (
-        f"cannot {operation} closed://data/x: Server failed to authenticate the request.; "
+        f"cannot {operation} closed://data/x: Refused: https://host/x?sig=***; "
         "check the store's address, its credentials and the network"
     )
 

@@ -378,5 +378,5 @@ def _tried(operation: str, url: str, action: Callable[[], T]) -> T:
 
 
 def _first_line(error: Exception) -> str:
-    """Return what an error says in a line; some say nothing but their name."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """Return what an error says in a line, without credentials of URLs in it; some say nothing but their name."""
+    return redacted(str(error).strip().partition("\n")[0].rstrip(".")) or type(error).__name__
