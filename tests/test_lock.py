@@ -1,5 +1,8 @@
 """One writer a folder, whatever becomes of it."""
 
+import contextlib
+import errno
+import json
 import os
 import signal
 import subprocess
@@ -8,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from elastrain import storage
 from elastrain.errors import ConflictError, StorageError
+from elastrain.lease import Hold
 from elastrain.lock import locked
+from elastrain.training.manifests import folder, newest_whole, revoke, write_manifest
 
 HOLD = """
 import sys
@@ -72,3 +78,44 @@ def test_other_remote_folders_are_not_locked_and_that_is_said(caplog: pytest.Log
     with locked("memory://lock", remedy=""), locked("memory://lock", remedy=""):
         pass
     assert caplog.text.count("memory://lock: this kind of URL has no lock; see to it yourself that no other") == 2
+
+
+def test_what_outlives_a_dead_owner_cannot_write_once_another_holds_the_folder(tmp_path: Path) -> None:
+    """As Ray's processes do, by seconds: not even who has looked before, and writes after."""
+    root = str(tmp_path)
+    process = subprocess.Popen([sys.executable, "-c", HOLD, root], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    left = Hold(root, json.loads((tmp_path / ".lock").read_text())["token"])
+    process.kill()
+    process.communicate()
+    write_manifest(root, 1, {}, {}, left.check)
+    storage.put(f"{folder(root, 2)}/begun", b"")
+    with contextlib.ExitStack() as stack:
+
+        def settle() -> None:
+            left.check()
+            hold = stack.enter_context(locked(root, remedy=""))
+            revoke(root)
+            hold.check()
+
+        words = rf"^{root}: was taken over by process {os.getpid()} of "
+        with pytest.raises(ConflictError, match=words):
+            write_manifest(root, 2, {}, {}, settle)
+        assert newest_whole(root, warn=pytest.fail) == 1
+        write_manifest(root, 2, {}, {})  # who holds the folder may
+        assert newest_whole(root, warn=pytest.fail) == 2
+    with pytest.raises(ConflictError, match="was given back"):
+        left.check()
+
+
+def test_a_checkpoint_is_committed_on_a_file_system_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    write_manifest(str(tmp_path), 1, {}, {})
+    assert newest_whole(str(tmp_path), warn=pytest.fail) == 1
+    assert [path.name for path in Path(folder(str(tmp_path), 1)).iterdir()] == ["manifest.json"]

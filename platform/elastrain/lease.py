@@ -35,8 +35,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastrain import conditional
+from elastrain import conditional, storage
 from elastrain.errors import ConflictError, StorageError
+from elastrain.s3 import is_s3
 
 LOCK = ".lock"
 LEASE_S = 30.0
@@ -46,7 +47,7 @@ END_S = 20.0  # longer than a request may take
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Who holds a folder, as plain data that goes to other processes; a local folder is held by the kernel's word."""
+    """Who holds a folder, as plain data that goes to other processes; without a token nobody can tell."""
 
     folder: str
     token: str = ""
@@ -55,12 +56,14 @@ class Hold:
         """Raise ConflictError if another one has taken the folder over, StorageError if the store does not answer."""
         if not self.token:
             return
+        url = storage.join(self.folder, LOCK)
         try:
-            there = _parsed(conditional.read(f"{self.folder}/{LOCK}").data)
+            there = _parsed(conditional.read(url).data if is_s3(url) else storage.read_bytes(url))
         except FileNotFoundError:
             there = {}
-        if there.get("token") != self.token or there.get("free"):
-            by = f"was taken over by {_who(there)}" if there.get("token") != self.token else "was given back"
+        token = there.get("token", self.token)
+        if not there or there.get("free") or token != self.token:
+            by = "was given back" if token == self.token else f"was taken over by {_who(there)}"
             raise ConflictError(
                 f"{self.folder}: {by} while this process gave no sign; it stops, and what it had committed is kept"
             )
@@ -115,12 +118,8 @@ def taken(folder: str, *, remedy: str) -> Lease:
     folder = folder.rstrip("/")
     url, now = f"{folder}/{LOCK}", conditional.probe(folder)
     owner = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "user": _user(),
-        "token": secrets.token_hex(16),
+        **identity(now),
         "counter": 1,
-        "since": now,
         "lease_s": LEASE_S,
         "machine": _machine(),
         "born": _born(os.getpid()),
@@ -140,6 +139,12 @@ def taken(folder: str, *, remedy: str) -> Lease:
             etag = conditional.replace(url, _bytes(owner), there.etag)
         if etag is not None:
             return Lease(folder, owner, etag)
+
+
+def identity(now: float) -> dict[str, Any]:
+    """Return who this process is, with a new token, as one that holds a folder since `now`."""
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user()}
+    return {**me, "token": secrets.token_hex(16), "since": now}
 
 
 def _refusal(folder: str, held: dict[str, Any], now: float, idle_s: float, remedy: str) -> str:

@@ -1,8 +1,10 @@
 """One writer a folder: on this machine by the kernel, on S3 by a lease.
 
 A local folder has an advisory lock on a file in it, which the kernel drops when its owner dies: a dead owner never
-stands in the way, and who holds it cannot lose it. On S3 see `lease`. Folders on other remote storage are not locked,
-which is said each time.
+stands in the way. What worked for it may outlive it (Ray's processes do, by seconds on one machine, by more on a node
+that is cut off): so the file tells the owner's token, which `Hold.check` compares, and `training.manifests.revoke`
+makes impossible what such a process has begun to commit. On S3 see `lease`. Folders on other remote storage are not
+locked, which is said each time.
 """
 
 import contextlib
@@ -10,14 +12,13 @@ import fcntl
 import json
 import logging
 import os
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from elastrain import lease, storage
 from elastrain.errors import ConflictError, StorageError
-from elastrain.lease import Hold
+from elastrain.lease import LOCK, Hold, identity
 from elastrain.s3 import is_s3
 
 
@@ -42,15 +43,16 @@ def locked(folder: str, *, remedy: str) -> Iterator[Hold]:
         )
         yield Hold(folder)
         return
-    path = storage.local_path(folder) / ".lock"
+    path = storage.local_path(folder) / LOCK
     descriptor = _taken(path, remedy)
     while not _lies_at(descriptor, path):  # the owner before us removed the file after we had opened it
         os.close(descriptor)
         descriptor = _taken(path, remedy)
     try:
+        owner = identity(time.time())
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(_owner()).encode(), 0)
-        yield Hold(folder)
+        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        yield Hold(folder, owner["token"])
     finally:
         if _lies_at(descriptor, path):
             with contextlib.suppress(OSError):
@@ -81,10 +83,6 @@ def _lies_at(descriptor: int, path: Path) -> bool:
     with contextlib.suppress(OSError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False
-
-
-def _owner() -> dict[str, object]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
 
 
 def _who(owner: bytes) -> str:

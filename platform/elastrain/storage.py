@@ -82,6 +82,24 @@ def put(url: str, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def create_local(url: str, data: bytes) -> bool:
+    """Write a local file whole where there is none; say whether there was none. Raises StorageError.
+
+    A file system without hard links (FAT, some network shares) lets everybody win. On S3 see `conditional`.
+    """
+    path = local_path(url)
+    put(str(new := path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")), data)
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        move(str(new), url)
+    finally:
+        new.unlink(missing_ok=True)
+    return True
+
+
 def put_json(url: str, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all; raises StorageError."""
     put(url, (json.dumps(value, indent=1) + "\n").encode())

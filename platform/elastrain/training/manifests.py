@@ -1,8 +1,9 @@
 """Which checkpoints a run has, from their manifests alone: no torch here, so that a driver need not load it.
 
 Each writer of a checkpoint gives its files names of their own, which the manifest tells: whoever wakes up after others
-have gone on can neither remove nor overwrite what they have committed. On S3 manifests are created, and where
-one is in the way only that one is replaced: `revoke` can make impossible what has not come into being yet.
+have gone on can neither remove nor overwrite what they have committed. Manifests are created, and where one is in the
+way only who still holds the run replaces it, on S3 that very one: `revoke` can make impossible what has not come into
+being yet.
 """
 
 import contextlib
@@ -105,7 +106,11 @@ def write_manifest(
     url, manifest = storage.join(folder(run, step), MANIFEST), seal(step, files, info, part)
     settle()
     if not is_s3(url):
-        storage.put(url, manifest)
+        if not storage.is_local(url):
+            storage.put(url, manifest)
+        elif not storage.create_local(url, manifest):
+            settle()
+            storage.put(url, manifest)
         return
     if conditional.create(url, manifest) is not None:
         return
@@ -140,11 +145,13 @@ def discard(run: str, step: int, part: str) -> None:
 def revoke(run: str) -> None:
     """See to it that no checkpoint which was begun before comes into being; for who has just come to hold the run.
 
-    Only S3 needs it: a local folder is not taken over from the living. Raises StorageError.
+    Raises StorageError.
     """
-    for step in _steps(run) if is_s3(run) else ():
+    for step in _steps(run) if is_s3(run) or storage.is_local(run) else ():
         url, mark = storage.join(folder(run, step), MANIFEST), REVOKED + secrets.token_hex(8).encode()
-        if conditional.create(url, mark) is None:
+        if storage.is_local(url):
+            storage.create_local(url, mark)
+        elif conditional.create(url, mark) is None:
             with contextlib.suppress(FileNotFoundError):
                 there = conditional.read(url)
                 if there.data.startswith(REVOKED):
