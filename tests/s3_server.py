@@ -26,33 +26,52 @@ def serving(folder: Path, ports: list[int] | None = None, bucket: str | None = N
     `BUCKET` in it names a bucket that is there, `SERVER_PID` the process, for who wants to kill it. The same folder,
     ports and bucket again are the same server, started again. Raises RuntimeError if no server comes up.
     """
-    bucket = (
-        bucket or f"bucket-{secrets.token_hex(4)}"
-    )  # fresh: should another server have the ports, it does not know this one
+    # fresh: should another server have the ports, it does not know this one
+    bucket = bucket or f"bucket-{secrets.token_hex(4)}"
+    process, environment = _started(folder, ports, bucket) if ports else _begun(folder, bucket)
+    try:
+        yield environment
+    finally:
+        _end(process)
+
+
+def _begun(folder: Path, bucket: str) -> tuple[subprocess.Popen[bytes], dict[str, str]]:
+    """Start a server on ports of its choice, which another one that starts may take at the same moment."""
+    for _ in range(4):
+        with contextlib.suppress(RuntimeError):
+            return _started(folder, free_ports(), bucket)
+    return _started(folder, free_ports(), bucket)
+
+
+def _started(folder: Path, ports: list[int], bucket: str) -> tuple[subprocess.Popen[bytes], dict[str, str]]:
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
-    ports = ports or free_ports()
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             _command(folder / "files", bucket, ports), env={**os.environ, **keys}, stdout=log, stderr=log
         )
+    environment = {
+        **keys,
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports[0]}",
+        "AWS_REGION": "us-east-1",
+        "AWS_ALLOW_HTTP": "true",
+        "BUCKET": bucket,
+        "SERVER_PID": str(process.pid),
+    }
     try:
-        environment = {
-            **keys,
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports[0]}",
-            "AWS_REGION": "us-east-1",
-            "AWS_ALLOW_HTTP": "true",
-            "BUCKET": bucket,
-            "SERVER_PID": str(process.pid),
-        }
         _await(process, environment, folder / "log")
-        yield environment
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    except BaseException:
+        _end(process)
+        raise
+    return process, environment
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _command(files: Path, bucket: str, ports: list[int]) -> list[str]:
@@ -68,10 +87,13 @@ def _command(files: Path, bucket: str, ports: list[int]) -> list[str]:
 
 
 def free_ports() -> list[int]:
-    """Return the ports of a server: nobody listens on them, nor 10,000 above each, where the server speaks gRPC."""
+    """Return the ports of a server: nobody listens on them, nor 10,000 above each, where the server speaks gRPC.
+
+    None of them is one that Ray's workers take (up to 19,999) or that the kernel gives to whoever connects (from 32,768).
+    """
     found: list[int] = []
     while len(found) < 5:
-        port = 20000 + 10 * secrets.randbelow(1200)
+        port = 20000 + secrets.randbelow(2700)
         if port not in found and _is_free(port) and _is_free(port + 10000):
             found.append(port)
     return found
