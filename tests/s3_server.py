@@ -89,7 +89,7 @@ def _command(files: Path, bucket: str, ports: list[int]) -> list[str]:
 def free_ports() -> list[int]:
     """Return the ports of a server: nobody listens on them, nor 10,000 above each, where the server speaks gRPC.
 
-    None of them is one that Ray's workers take (up to 19,999) or that the kernel gives to whoever connects (from 32,768).
+    None is one that Ray's workers take (up to 19,999) or that the kernel gives to whoever connects (from 32,768).
     """
     found: list[int] = []
     while len(found) < 5:
