@@ -78,7 +78,7 @@ def put(url: str, data: bytes) -> None:
     if not is_local(url):
         _tried("write", url, lambda: _remote(url)[0].pipe_file(_remote(url)[1], data))
         return
-    with staged(url) as temporary, _named("write", url):
+    with staged(url) as temporary, named("write", url):
         temporary.write_bytes(data)
 
 
@@ -113,14 +113,14 @@ def staged(url: str) -> Iterator[Path]:
     """
     _refuse_credentials(url)
     local = is_local(url)
-    with _named("write", url):
+    with named("write", url):
         target = local_path(url) if local else scratch_folder() / url.rsplit("/", 1)[-1]
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
     try:
-        with _named("write", url):
+        with named("write", url):
             target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with _named("write", url):
+        with named("write", url):
             if local:
                 _flush(temporary)
                 temporary.replace(target)
@@ -145,7 +145,7 @@ def remove_staged(url: str) -> None:
 def exists(url: str) -> bool:
     """Say whether a file or folder is there; raises StorageError if storage does not answer."""
     if is_local(url):
-        with _named("look up", url):
+        with named("look up", url):
             return local_path(url).exists()
     if s3.is_s3(url):
         return s3.exists(url)
@@ -169,7 +169,7 @@ def list_folders(url: str) -> list[str]:
     """List the names of the folders directly inside `url`, sorted; empty where it does not exist."""
     if is_local(url):
         root = local_path(url)
-        with _named("list", url):
+        with named("list", url):
             return sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
     if s3.is_s3(url):
         return sorted(s3.folders(url))
@@ -190,14 +190,14 @@ def remove(url: str) -> None:
         _tried("remove", url, lambda: _remote(url)[0].rm(_remote(url)[1], recursive=True))
         return
     path = local_path(url)
-    with _named("remove", url):
+    with named("remove", url):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def move(url: str, target: str) -> None:
     """Move a file to another place of the same store, over what is there; raises StorageError."""
     if is_local(url):
-        with _named("write", target):
+        with named("write", target):
             local_path(target).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(local_path(url), local_path(target))
         return
@@ -306,14 +306,14 @@ def _local_folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
 
 def _unreadable(error: OSError) -> None:
     """Raise what `os.walk` would pass over, but for a folder that has been removed since it was listed."""
-    with _named("list", str(error.filename)):
+    with named("list", str(error.filename)):
         if not isinstance(error, FileNotFoundError):
             raise error
 
 
 def _size(path: Path) -> int | None:
     """Return the size of a file that was listed, None if it has been removed since."""
-    with _named("list", str(path)):
+    with named("list", str(path)):
         try:
             return path.stat().st_size
         except FileNotFoundError:
@@ -357,7 +357,7 @@ def _refuse_credentials(url: str) -> None:
 
 
 @contextlib.contextmanager
-def _named(operation: str, url: str) -> Iterator[None]:
+def named(operation: str, url: str) -> Iterator[None]:
     """Turn an operating system error into a sentence that names operation, place and remedy."""
     try:
         yield
@@ -382,7 +382,7 @@ def _tried(operation: str, url: str, action: Callable[[], T]) -> T:
             raise
         except OSError as error:
             if is_local(url) or isinstance(error, FINAL_ERRORS) or attempt == ATTEMPTS - 1:
-                with _named(operation, url):
+                with named(operation, url):
                     raise
         except StorageError:
             raise

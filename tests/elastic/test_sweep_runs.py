@@ -298,7 +298,7 @@ def test_a_full_disk_ends_the_sweep_with_one_sentence_and_costs_no_trial_that_ha
     moods.hold(2)
     thread = threading.Thread(target=fill)
     thread.start()
-    with pytest.raises(StorageError, match="No space left on device") as ended:
+    with pytest.raises(StorageError, match="the disk is full: free space or choose another storage") as ended:
         elastrain.sweep(moods.read("full", f"storage={small_disk}", "budget.per_arm=2", ONE))
     thread.join()
     assert "\n" not in str(ended.value)

@@ -174,7 +174,7 @@ def placed(
     hold, beside = hold or Hold(out), storage.join(out, BESIDE)
     storage.remove(beside)  # of packs that were killed
     abort([beside, *(storage.join(out, name) for name in splits)])
-    mark = f"-{hold.token[:MARK]}" if is_s3(out) else ""  # in a local folder who packs dies with its hold
+    mark = f"-{hold.token[:MARK]}" if hold.token and is_s3(out) else ""  # elsewhere who packs dies with its hold
     is_fresh = not any(held.finished for held in there.values())
     base = out if is_fresh else storage.join(beside, mark[1:]) if mark else beside
     place = Place(out=out, base=base, pack=pack, splits=splits, old=tuple(there), hold=hold, mark=mark)

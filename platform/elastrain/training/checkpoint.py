@@ -14,7 +14,6 @@ it is code: safetensors and JSON only. With `checkpoint.encrypt` each of its fil
 import errno
 import hashlib
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -270,7 +269,7 @@ def _is_broken(tensor: Tensor, *, infinite: bool) -> bool:
 
 def _placed(url: str, write: Callable[[Path], None]) -> dict[str, Any]:
     """Write a file through a temporary one; return its size and the hash of what lies on the disk."""
-    with storage.staged(url) as temporary:
+    with storage.staged(url) as temporary, storage.named("write", url):
         write(temporary)
         with temporary.open("rb") as file:
             value = hashlib.file_digest(file, "sha256").hexdigest()
@@ -289,11 +288,8 @@ def _text(path: Path, text: str) -> None:
 
 
 def _write_pieces(pieces: Iterable[bytes], path: Path) -> None:
-    try:
-        with path.open("wb") as file:
-            file.writelines(pieces)
-    except OSError as error:
-        raise StorageError(f"cannot write {path.parent}: {os.strerror(error.errno or 0)}") from error
+    with path.open("wb") as file:
+        file.writelines(pieces)
 
 
 def _save(tensors: dict[str, Tensor], path: Path, target: str) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
@@ -316,12 +315,8 @@ def _sealed(text: str) -> bytes:
 def _written(url: str, pieces: Iterable[bytes]) -> dict[str, Any]:
     """Write a file piece by piece, so that it need not fit into memory; return what a manifest says of it."""
     description = Description()
-    with storage.staged(url) as temporary:
+    with storage.staged(url) as temporary, storage.named("write", url), temporary.open("wb") as file:
         for piece in pieces:
             description.add(piece)
-            try:
-                with temporary.open("ab") as file:
-                    file.write(piece)
-            except OSError as error:
-                raise StorageError(f"cannot write {url}: {os.strerror(error.errno or 0)}") from error
+            file.write(piece)
     return description.entry()
