@@ -8,14 +8,15 @@ import itertools
 import statistics
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 from weakref import ref
 
 import torch
 from benchmarks.bitwise.sizes import SUM_SLOTS
-from benchmarks.loop.ours import join
 from benchmarks.script import finish, in_ranks, options
 from benchmarks.stats import alternating
+from tests.training.meeting import meet  # noqa: TID251 -- one way to meet for tests and benchmarks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -105,7 +106,7 @@ def work(rank: int, given: dict[str, Any], folder: str) -> tuple[dict[str, float
     """Measure all sizes as one worker; the digest is that of eight slots, which all numbers of workers can share."""
     fix_threads(1.0)
     floats, rounds = given["floats"], SMALL_ROUNDS if given["small"] else ROUNDS
-    group = join(folder, rank, given["workers"])
+    group = meet(Path(folder), rank, given["workers"])
     measures, peaks, digests = dict[str, float](), dict[str, int](), dict[int, str]()
     for slots in SUM_SLOTS[given["workers"]]:
         found, held, digests[slots] = measure(slots, floats, group, rounds)

@@ -2,21 +2,23 @@
 
 What differs is the whole price: torch's deterministic kernels, folding the slots along the tree, and the exchange of
 partial sums in place of one all-reduce. On a CPU torch asks for its kernels at every call, so the mode can be switched
-between turns. A group over gloo joins the processes; blocks are in memory, and there is no Ray.
+between turns. A group of ours joins the processes; blocks are in memory, and there is no Ray.
 """
 
 import hashlib
 import statistics
 import tempfile
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from benchmarks.bitwise.sizes import FEWEST_SLOTS, ROUNDS, SMALL_ROUNDS, WARM_STEPS, Point, points
-from benchmarks.loop.ours import MemoryFeed, join
+from benchmarks.loop.ours import MemoryFeed
 from benchmarks.loop.work import Size, work_of
 from benchmarks.script import finish, in_ranks, options
 from benchmarks.stats import alternating
+from tests.training.meeting import meet  # noqa: TID251 -- one way to meet for tests and benchmarks
 
 from elastrain.observe.ledger import Clock
 from elastrain.training.batches import Batches
@@ -109,7 +111,7 @@ def work(rank: int, given: dict[str, Any], folder: str) -> tuple[dict[str, float
     """Measure all sizes as one worker; return the measures, the digest over them, and how many there are."""
     fix_threads(1.0)
     small = bool(given["small"])
-    group = join(folder, rank, given["workers"])
+    group = meet(Path(folder), rank, given["workers"])
     total, measures, count = hashlib.sha256(), dict[str, float](), 0
     for point in points(given["workers"], small=small):
         found, weights = measure(given["model"], point, group, SMALL_ROUNDS if small else ROUNDS)

@@ -4,14 +4,15 @@ import os
 import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from benchmarks.ingest.data import BATCH, WARM, Meter
 from benchmarks.ingest.result import combined
-from benchmarks.loop.ours import join
 from benchmarks.script import finish, options
+from tests.training.meeting import meet  # noqa: TID251 -- one way to meet for tests and benchmarks
 
 from elastrain.data.blocks import READERS, FeedSpec, train_tasks
 from elastrain.data.columns import Array
@@ -48,7 +49,7 @@ class Consumer:
     def run(self, feeder: Any, spec: FeedSpec, rank: int, folder: str, given: dict[str, Any]) -> dict[str, Any]:
         """Take every batch of the plan; return what the meter measured."""
         size, plan = given["consumers"], spec.plan
-        group = join(folder, rank, size)
+        group = meet(Path(folder), rank, size)
         feed = Counted(feeder, spec, begin=0)
         batches, clock, slots = Batches(feed, plan, torch.device("cpu")), Clock(), slots_of(rank, size, plan.slots)
         meter = Meter(rows=plan.num_rows // size, epochs=given["epochs"], root=given["root"], start=given["start"])

@@ -1,4 +1,4 @@
-"""Ours: `training.loop.Loop` on blocks in memory; two workers are two processes over gloo, without Ray.
+"""Ours: `training.loop.Loop` on blocks in memory; two workers are two processes, without Ray.
 
 With `member` the workers have seats in a membership, as in a run: they beat, hear and are watched.
 """
@@ -7,27 +7,25 @@ import contextlib
 import itertools
 import multiprocessing
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.loop.work import Work, make_work, measured
 from benchmarks.script import finish, in_ranks, options
-from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined] # made in C++
-from torch.distributed.distributed_c10d import ProcessGroupGloo
+from tests.training.meeting import meet  # noqa: TID251 -- one way to meet for tests and benchmarks
 
 from elastrain.data.columns import Array
-from elastrain.elastic.group import Door, TorchGroup
+from elastrain.elastic.door import Door
 from elastrain.elastic.membership import Membership
 from elastrain.elastic.protocol import Roster, Worker
 from elastrain.elastic.seat import MemberSeat
 from elastrain.observe.ledger import Clock
 from elastrain.training.batches import EPOCH, ROW, SLOT, STEP
 from elastrain.training.loop import Decision, Loop, Seat, fix_threads
-from elastrain.training.reduce import Group, GroupLost, Solo
+from elastrain.training.reduce import Group, GroupLost
 from elastrain.training.state import Position, TrainState
 from elastrain.training.task import make_task
 
@@ -129,7 +127,7 @@ def train(rank: int, given: dict[str, Any], folder: str) -> list[tuple[float, ..
     if given.get("member"):
         seat: Seat = take_seat(given["member"], rank, clock)
     else:
-        group = join(folder, rank, size)
+        group = meet(Path(folder), rank, size)
         state.share(group, 0)
         seat = FixedSeat(group)
     Loop(
@@ -149,23 +147,14 @@ def train(rank: int, given: dict[str, Any], folder: str) -> list[tuple[float, ..
     return lines.lines
 
 
-def join(folder: str, rank: int, size: int) -> Group:
-    """Return the group that our workers form, over a store in a file."""
-    if size == 1:
-        return Solo()
-    store = PrefixStore("generation-1", FileStore(f"{folder}/store", size))
-    group = ProcessGroupGloo(store, rank, size, timedelta(seconds=60))
-    return TorchGroup(group, (rank, size, 1), threading.Event(), wakes=False)
-
-
 def take_seat(membership: tuple[tuple[str, int], bytes], rank: int, clock: Clock) -> MemberSeat:
     """Return a seat as the workers of a run have, in a membership that another process serves."""
     address, token = membership
-    door = Door(address[0])
+    door = Door(address[0], token)
     return MemberSeat(
         address,
         token,
-        me=Worker(name=f"worker-{rank}", node="here", place=rank, store=door.address),
+        me=Worker(name=f"worker-{rank}", node="here", place=rank, door=door.address),
         door=door,
         device=torch.device("cpu"),
         clock=clock,

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from elastrain import storage
 from elastrain.data.columns import Array
-from elastrain.elastic.group import Door
+from elastrain.elastic.door import Door
 from elastrain.elastic.protocol import Generation, Worker
 from elastrain.elastic.seat import Dismissed, MemberSeat
 from elastrain.errors import ConflictError, ours
@@ -215,8 +215,8 @@ class PipeRecorder:
 class WatchedDoor(Door):
     """A door at which something may happen: before the members connect, and before each broadcast."""
 
-    def __init__(self, host: str, places: Places) -> None:
-        super().__init__(host)
+    def __init__(self, host: str, token: bytes, places: Places) -> None:
+        super().__init__(host, token)
         self._places = places
 
     def join(self, generation: Generation, name: str, device: torch.device, lost: threading.Event) -> Group:
@@ -298,12 +298,12 @@ def work(job: Job, wire: Wire, name: str, place: int) -> None:
     state = places.state = setup.state()
     first = next(iter(state.model.children()))  # both of a GAN's phases go through its first
     first.register_forward_pre_hook(lambda *_: places.forward())
-    door = WatchedDoor("127.0.0.1", places)
+    door = WatchedDoor("127.0.0.1", job.token, places)
     recorder = PipeRecorder(wire, places, name)
     seat = (Careless if job.variant == "careless" else MemberSeat)(
         job.address,
         job.token,
-        me=Worker(name=name, node=f"node-{place % 2}", place=place, store=door.address),
+        me=Worker(name=name, node=f"node-{place % 2}", place=place, door=door.address),
         door=door,
         device=setup.device,
         clock=clock,

@@ -636,7 +636,7 @@ class World:
     def spawn(self) -> None:
         """Start a worker."""
         number = len(self.processes)
-        worker = Worker(name=f"w{number}", node=f"n{self.pick(0, 2)}", place=number, store=("", 0))
+        worker = Worker(name=f"w{number}", node=f"n{self.pick(0, 2)}", place=number, door=("", 0))
         process = self.processes[worker.name] = self.kind(self, worker)
         self.log(f"{worker.name} starts")
         process.enter(failed=False)

@@ -22,7 +22,7 @@ def host(tmp_path: Path) -> Iterator[Any]:
     roster = Roster(minimum=1, maximum=2, initial=1, lease_s=60.0)
     made: Any = Host(Hold(str(tmp_path)), 0, roster, 0, alike=False, timeout_s=60.0)
     made.open()
-    roster.enter(Worker(name="a", node="n", place=0, store=("", 0)), None, 0.0)
+    roster.enter(Worker(name="a", node="n", place=0, door=("", 0)), None, 0.0)
     yield made
     made.close("done", {})
 
@@ -93,7 +93,7 @@ def test_of_a_run_that_was_taken_over_nothing_more_is_written(s3_bucket: str) ->
     with locked(run, remedy="") as hold:
         host: Any = Host(hold, 0, roster, 0, alike=False, timeout_s=60.0)
         host.open()
-        roster.enter(Worker(name="a", node="n", place=0, store=("", 0)), None, 0.0)
+        roster.enter(Worker(name="a", node="n", place=0, door=("", 0)), None, 0.0)
         host.report("a", status(0))
         assert host.sync("a")
         storage.put_json(f"{run}/.lock", {"token": "another", "pid": 7, "user": "who", "host": "came"})

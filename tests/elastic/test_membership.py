@@ -25,7 +25,7 @@ WAIT_S = 20.0
 
 
 def worker(name: str, arithmetic: str = "") -> Worker:
-    return Worker(name=name, node=f"node-of-{name}", place=0, store=("", 0), cell="c", arithmetic=arithmetic)
+    return Worker(name=name, node=f"node-of-{name}", place=0, door=("", 0), cell="c", arithmetic=arithmetic)
 
 
 class Line:
@@ -219,7 +219,7 @@ def test_a_wrong_token_gets_nothing(serve: Serve) -> None:
 
 
 def test_who_says_nothing_holds_nobody_up_and_is_sent_away(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elastrain.elastic.membership.GREETING_S", 0.1)
+    monkeypatch.setattr("elastrain.elastic.greeting.GREETING_S", 0.1)
     served = serve(1)
     with socket.create_connection(served.membership.address) as silent:
         served.lines("a")

@@ -23,7 +23,7 @@ LEASE_S = 2.0
 
 
 def worker(name: str, node: str = "n", place: int = 0) -> Worker:
-    return Worker(name=name, node=node, place=place, store=("", 0))
+    return Worker(name=name, node=node, place=place, door=("", 0))
 
 
 def roster(*names: str, minimum: int = 1, maximum: int = 9) -> Roster:
@@ -446,7 +446,7 @@ def test_who_comes_to_a_change_that_it_was_told_of_unasked_has_not_failed() -> N
 
 def test_cell_and_arithmetic_of_a_worker_are_handed_on() -> None:
     made = Roster(minimum=1, maximum=1, initial=1, lease_s=LEASE_S)
-    whole = Worker(name="a", node="n", place=0, store=("", 0), cell="c1", arithmetic="avx2")
+    whole = Worker(name="a", node="n", place=0, door=("", 0), cell="c1", arithmetic="avx2")
     made.enter(whole, None, 0.0)
     assert made.generation.members[0].worker == whole
 

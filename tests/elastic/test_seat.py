@@ -12,8 +12,9 @@ import pytest
 import torch
 from tests.training.harness import Classifier, Setup, make_spec
 
-from elastrain.elastic.group import Door, TorchGroup
+from elastrain.elastic.door import Door
 from elastrain.elastic.membership import Membership
+from elastrain.elastic.mesh import Mesh
 from elastrain.elastic.protocol import Generation, Roster, Worker
 from elastrain.elastic.seat import HUNG, Dismissed, MemberSeat
 from elastrain.errors import ResourceError
@@ -43,13 +44,13 @@ class Member:
         lease_s: float = 30.0,
         restore: Callable[[TrainState, int], None] = lambda *_: None,
     ) -> None:
-        self.name, self.clock, self.door = name, Clock(), Door("127.0.0.1")
+        self.name, self.clock, self.door = name, Clock(), Door("127.0.0.1", membership.token)
         self.state = Setup(spec=make_spec(), kind=Classifier).state()
         self.entered = 0
         self.seat = MemberSeat(
             membership.address,
             membership.token,
-            me=Worker(name=name, node="n", place=place, store=self.door.address),
+            me=Worker(name=name, node="n", place=place, door=self.door.address),
             door=self.door,
             device=CPU,
             clock=self.clock,
@@ -101,7 +102,7 @@ class Member:
         found = self.result()
         if isinstance(found, BaseException):
             raise found
-        assert isinstance(found, TorchGroup | Solo)
+        assert isinstance(found, Mesh | Solo)
         return found
 
 

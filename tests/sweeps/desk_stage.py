@@ -60,7 +60,7 @@ class Stage:
 
     async def joins(self, cell: str, rank: int = 0, size: int = 1) -> None:
         """A worker comes, or stands in for another one."""
-        await self.desk.join(cell, rank, size, Worker(name=f"{cell}-{rank}", node="n", place=rank, store=("", 0)))
+        await self.desk.join(cell, rank, size, Worker(name=f"{cell}-{rank}", node="n", place=rank, door=("", 0)))
 
     def takes(self, cell: str, rank: int = 0, held: int | None = None) -> "asyncio.Task[Task | None]":
         """A worker waits for an order."""

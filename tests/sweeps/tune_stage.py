@@ -339,7 +339,7 @@ class Theatre:
                 await self._joins(name)
 
     async def _joins(self, name: str) -> None:
-        await self._desk.join(name, 0, 1, Worker(name=name, node="n", place=0, store=("", 0)))
+        await self._desk.join(name, 0, 1, Worker(name=name, node="n", place=0, door=("", 0)))
 
     async def _while(self) -> None:
         for _ in range(self.chance.choice((0, 0, 5, 50))):

@@ -2,7 +2,7 @@
 
 `lockstep` runs W workers as threads of which only one computes at a time: the turn changes hands in collectives alone.
 torch's default generators are global, and a worker seeds them before each slot, so no worker can disturb another.
-`Processes` runs real ones over gloo, forked from a server that has torch imported already.
+`Processes` runs real ones, forked from a server that has torch imported already.
 """
 
 import atexit
@@ -16,21 +16,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from tests.training.meeting import meet
 from torch import Tensor, nn
-from torch._C._distributed_c10d import FileStore, PrefixStore, ProcessGroupGloo
 from torch.nn import functional
 
 from elastrain.data.columns import Array, Column
 from elastrain.data.dataset import Dataset, Shard
 from elastrain.data.plan import Plan
-from elastrain.elastic.group import TorchGroup
 from elastrain.observe.ledger import Clock
 from elastrain.spec.train import CheckpointSpec, TrainSpec
 from elastrain.training import checkpoint
@@ -525,15 +523,6 @@ def train_together(setup: Setup, size: int) -> list[Loop]:
 # --- several workers in processes
 
 
-def gloo_group(folder: Path, rank: int, size: int, generation: int = 1) -> Group:
-    """Return a real group that meets in a folder."""
-    if size == 1:
-        return Solo(generation)
-    store = PrefixStore(f"generation-{generation}", FileStore(str(folder / f"store-{generation}"), size))
-    group = ProcessGroupGloo(store, rank, size, timedelta(seconds=60))
-    return TorchGroup(group, (rank, size, generation), threading.Event(), wakes=False)
-
-
 class Processes:
     """Starts functions of this module in processes; use as a context: what still runs at its end is killed."""
 
@@ -585,9 +574,9 @@ def _in_process(results: Any, number: int, work: Callable[..., Any], arguments: 
     results.put((number, value))
 
 
-def gloo_losses(setup: Setup, folder: Path, rank: int, size: int) -> list[float]:
+def losses_together(setup: Setup, folder: Path, rank: int, size: int) -> list[float]:
     """Train as one of `size` processes; return the losses."""
-    group = gloo_group(folder, rank, size)
+    group = meet(folder, rank, size)
     loop = setup.loop(Seat(lambda _: group))
     loop.run()
     return losses_of(loop)
@@ -595,7 +584,7 @@ def gloo_losses(setup: Setup, folder: Path, rank: int, size: int) -> list[float]
 
 def die_in_a_sum(folder: Path, rank: int) -> float:
     """Sum with another process, which dies without a word; return the seconds until it was noticed."""
-    group = gloo_group(folder, rank, 2)
+    group = meet(folder, rank, 2)
     tensor = torch.ones(1000)
     group.all_reduce(tensor)
     assert tensor[0] == 2.0
@@ -628,7 +617,7 @@ def train_through_changes(setup: Setup, folder: Path, name: str) -> tuple[list[f
         if name not in members:
             raise Leaving
         if first not in groups:
-            groups[first] = gloo_group(folder, members.index(name), len(members), first)
+            groups[first] = meet(folder, members.index(name), len(members), first)
             state.share(groups[first], members.index("a"))  # who was there from the start
             assert state.step == first
         sizes.append(len(members))
@@ -649,7 +638,7 @@ def share_state(setup: Setup, folder: Path, rank: int) -> tuple[str, dict[str, A
     state = setup.state()
     if rank == 1:
         train_alone(setup, state)
-    state.share(gloo_group(folder, rank, 2), 1)
+    state.share(meet(folder, rank, 2), 1)
     return digest(state.tensors()), state.numbers()
 
 

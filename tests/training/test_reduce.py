@@ -17,9 +17,9 @@ from tests.training.harness import (
     Seat,
     Setup,
     die_in_a_sum,
-    gloo_losses,
     lockstep,
     losses_of,
+    losses_together,
     make_spec,
     share_state,
     train_alone,
@@ -157,6 +157,6 @@ def test_the_turns_of_threads_change_nothing(tmp_path: Path) -> None:
 
     with Processes() as processes:
         for rank in range(2):
-            processes.start(gloo_losses, setup, tmp_path, rank, 2)
+            processes.start(losses_together, setup, tmp_path, rank, 2)
         found = processes.results()
     assert np.allclose(lockstep(2, work), found, rtol=1e-13)

@@ -16,9 +16,9 @@ from tests.training.harness import (
     Setup,
     Tokens,
     Variational,
-    gloo_losses,
     lockstep,
     losses_of,
+    losses_together,
     make_spec,
     train_alone,
     train_together,
@@ -88,11 +88,11 @@ def test_the_loss_falls(kind: str) -> None:
         assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
-def test_processes_over_gloo_agree_with_one_worker(tmp_path: Path) -> None:
+def test_processes_agree_with_one_worker(tmp_path: Path) -> None:
     setup = make_setup("adversarial", precision="fp64")
     with Processes() as processes:
         for rank in range(3):
-            processes.start(gloo_losses, setup, tmp_path, rank, 3)
+            processes.start(losses_together, setup, tmp_path, rank, 3)
         found = processes.results()
     assert found[0] == found[1] == found[2]
     assert differs(losses_of(train_alone(setup)[0]), found[0]) < 1e-10

@@ -3,6 +3,7 @@
 Knows Ray's services by name only. Nothing is asked for that changes anything.
 """
 
+import contextlib
 import http.client
 import os
 import socket
@@ -268,13 +269,12 @@ def _family(marks: list[str], found: set[int]) -> set[int]:
 
 def _sockets(pid: int) -> set[str]:
     found = set()
-    try:
+    with contextlib.suppress(OSError):  # ended meanwhile, or somebody else's
         for link in Path(f"/proc/{pid}/fd").iterdir():
-            target = str(link.readlink())
-            if target.startswith("socket:["):
-                found.add(target[8:-1])
-    except OSError:  # ended meanwhile, or somebody else's
-        pass
+            with contextlib.suppress(OSError):  # this one alone was closed meanwhile
+                target = str(link.readlink())
+                if target.startswith("socket:["):
+                    found.add(target[8:-1])
     return found
 
 

@@ -14,7 +14,6 @@ worker ─► enter (Worker, Position | None, left, failed)      beat (generatio
 """
 
 import contextlib
-import os
 import secrets
 import socket
 import struct
@@ -23,15 +22,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from multiprocessing.connection import Connection
 from typing import Any
 
+from elastrain.elastic.greeting import admit, hang_up, listen
 from elastrain.elastic.protocol import Generation, Position, Reply, Roster, Verdict, Worker
 from elastrain.elastic.recovery import Recovery
 from elastrain.errors import ResourceError
 
 SEND_S = 0.1  # whose buffers are full for so long is cut off: nothing is sent but what a worker reads at once
-GREETING_S = 10.0  # within which a connection has to prove that it knows the token
 WAITING = "reduce"  # what a worker says that it does while it waits for the others
 
 
@@ -55,12 +54,6 @@ class Line:
             self.connection.send(message)
         except OSError:
             hang_up(self.connection)
-
-
-def hang_up(connection: Connection) -> None:
-    """End a connection that another thread reads from: that one sees its end, and closes it."""
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as same:
-        same.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass(slots=True, eq=False)
@@ -89,7 +82,7 @@ class Membership:
     _door: socket.socket = field(init=False)
 
     def __post_init__(self) -> None:
-        self._door = socket.create_server((self.host, 0), backlog=256)
+        self._door = listen(self.host)
         self._recovery = Recovery(self.event)
         for work in (self._accept, self._tick):
             threading.Thread(target=work, daemon=True, name=f"membership{work.__name__}").start()
@@ -197,25 +190,20 @@ class Membership:
 
     def _serve(self, sock: socket.socket) -> None:
         """Hear one worker until its connection ends."""
-        sock.settimeout(None)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A worker that is stopped or cut off reads nothing, and everybody else would wait for the lock behind it.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, int(SEND_S * 1e6)))
-        line = Line(Connection(sock.detach()))
-        late = threading.Timer(GREETING_S, hang_up, (line.connection,))
-        late.start()
         try:
-            deliver_challenge(line.connection, self.token)
-            answer_challenge(line.connection, self.token)
-            late.cancel()
+            line = Line(admit(sock, self.token))
+        except (OSError, EOFError, AuthenticationError):
+            return
+        try:
             while not self._closing.is_set():
                 kind, *arguments = line.connection.recv()
                 with self._lock:
                     getattr(self, f"_hear_{kind}")(line, *arguments)
-        except (OSError, EOFError, AuthenticationError, TypeError):
+        except (OSError, EOFError, TypeError):
             pass
         finally:
-            late.cancel()
             with self._lock:
                 line.connection.close()
                 self._gone(line)

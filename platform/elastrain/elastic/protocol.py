@@ -46,7 +46,7 @@ class Worker:
     name: str
     node: str
     place: int
-    store: tuple[str, int]
+    door: tuple[str, int]
     cell: str = ""
     arithmetic: str = ""
 

@@ -8,18 +8,18 @@ let go of a generation that is over, ends the process; the others have long gone
 import contextlib
 import faulthandler
 import os
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from elastrain.elastic.group import Door
-from elastrain.elastic.membership import WAITING, hang_up
+from elastrain.elastic.door import Door
+from elastrain.elastic.greeting import call, hang_up
+from elastrain.elastic.membership import WAITING
 from elastrain.elastic.protocol import Generation, Lease, Position, Reply, Verdict, Worker
 from elastrain.errors import ResourceError
 from elastrain.observe.ledger import Clock
@@ -67,9 +67,7 @@ class MemberSeat:
         restore: Callable[[TrainState, int], None],
         before_entering: Callable[[], None] = lambda: None,
     ) -> None:
-        self._connection: Connection = Client(address, authkey=token)
-        with socket.socket(fileno=os.dup(self._connection.fileno())) as same:
-            same.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connection: Connection = call(address, token)
         self._me, self._door, self._device, self._clock = me, door, device, clock
         self._lease_s, self._timeout_s = lease_s, timeout_s
         self._restore, self._before_entering = restore, before_entering

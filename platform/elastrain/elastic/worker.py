@@ -20,7 +20,7 @@ from elastrain.data.blocks import eval_block_rows
 from elastrain.data.columns import Array
 from elastrain.data.feed import WorkerFeed
 from elastrain.elastic.config import LEASE_S, WorkerConfig
-from elastrain.elastic.group import Door
+from elastrain.elastic.door import Door
 from elastrain.elastic.holder import HolderVault
 from elastrain.elastic.protocol import Worker
 from elastrain.elastic.seat import Dismissed, MemberSeat
@@ -176,16 +176,16 @@ class RunWorker:
 
     def _take_seat(self, device: torch.device) -> MemberSeat:
         config, spec = self._config, self._config.spec
-        door = Door(ray.util.get_node_ip_address())
+        address, token = ray.get(config.host.here.remote(self._name, ray.get_runtime_context().current_actor))
+        door = Door(ray.util.get_node_ip_address(), token)
         me = Worker(
             name=self._name,
             node=ray.get_runtime_context().get_node_id(),
             place=ray.train.get_context().get_world_rank(),
-            store=door.address,
+            door=door.address,
             cell=config.cell,
             arithmetic=arithmetic(device),
         )
-        address, token = ray.get(config.host.here.remote(self._name, ray.get_runtime_context().current_actor))
         return MemberSeat(
             address,
             token,

@@ -5,6 +5,7 @@ One actor of one event loop beside the driver. Nothing in it waits for storage: 
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -42,6 +43,7 @@ class Desk:
         self._flushing: asyncio.Task[None] | None = None
         self._writing: asyncio.Lock | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._token = secrets.token_bytes(32)
 
     # --- Tune's side
 
@@ -81,6 +83,10 @@ class Desk:
         self._note_end(entry, outcome, {"error": "its place in Ray Tune was lost"} if outcome == "failed" else {})
 
     # --- workers
+
+    async def token(self) -> bytes:
+        """Return what a worker's peers have to know to be let in."""
+        return self._token
 
     async def join(self, cell: str, rank: int, size: int, worker: Worker) -> None:
         """Take in a worker; one that stands in for another ends what the cell did."""

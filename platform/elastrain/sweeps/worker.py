@@ -25,7 +25,7 @@ from elastrain.data.columns import Array
 from elastrain.data.dataset import Dataset
 from elastrain.data.direct import DirectFeed, KeptBlocks
 from elastrain.data.plan import Plan
-from elastrain.elastic.group import Door
+from elastrain.elastic.door import Door
 from elastrain.elastic.protocol import Generation, Member, Worker
 from elastrain.errors import DivergedError, ElastrainError, StorageError, ours
 from elastrain.observe.ledger import Clock
@@ -72,12 +72,12 @@ class CellWorker:
         if 0.0 < config.gpus < 1.0 and self._device.type == "cuda":  # else its GPUs are names
             torch.cuda.set_per_process_memory_fraction(config.gpus)
         self._rank = ray.train.get_context().get_world_rank()
-        self._door = Door(ray.util.get_node_ip_address())
+        self._door = Door(ray.util.get_node_ip_address(), ray.get(self._desk.token.remote()))
         self._me = Worker(
             name=f"{socket.gethostname()}-{secrets.token_hex(3)}-{os.getpid()}",
             node=ray.get_runtime_context().get_node_id(),
             place=self._rank,
-            store=self._door.address,
+            door=self._door.address,
             cell=self._cell,
         )
         self._kept = KeptBlocks()

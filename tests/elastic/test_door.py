@@ -1,13 +1,17 @@
-"""Groups of real workers: each is left at once, from any thread, and nothing of it stays."""
+"""Groups of real workers: each is left at once, from any thread, nothing of it stays, and no stranger comes in."""
 
+import contextlib
 import gc
 import os
+import pickle
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from multiprocessing import AuthenticationError
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +19,36 @@ import pytest
 import torch
 
 from elastrain.cluster.doors import listeners
-from elastrain.elastic.group import Door, TorchGroup
+from elastrain.elastic.door import MEMBER, Door
+from elastrain.elastic.greeting import call
+from elastrain.elastic.mesh import CHUNK, SMALL, Mesh
 from elastrain.elastic.protocol import Generation, Member, Worker
 from elastrain.training.reduce import Group, GroupLost, Solo
 
 CPU = torch.device("cpu")
-ABORT_S = 1.0
+TOKEN = b"known to the members"
 
 
 class Party:
     """Members of generations that live in this process, each with a door of its own."""
 
     def __init__(self, size: int) -> None:
-        self.doors = [Door("127.0.0.1") for _ in range(size)]
+        self.doors = [Door("127.0.0.1", TOKEN) for _ in range(size)]
         self.lost = [threading.Event() for _ in range(size)]
 
     def generation(self, number: int, *, absent: int = 0) -> Generation:
         """A generation of all, and of some who never come."""
-        doors = [door.address for door in self.doors] + [("127.0.0.1", 1)] * absent
-        workers = [Worker(name=f"w{i}", node="n", place=i, store=store) for i, store in enumerate(doors)]
+        places = [door.address for door in self.doors] + [("127.0.0.1", 1)] * absent
+        workers = [Worker(name=f"w{i}", node="n", place=i, door=place) for i, place in enumerate(places)]
         members = tuple(Member(worker=worker, position=(0, 0)) for worker in workers)
         return Generation(number=number, members=members, source=0)
 
-    def join(self, number: int) -> list[TorchGroup]:
+    def join(self, number: int) -> list[Mesh]:
         """Let all of them join generation `number`."""
         self.lost = [threading.Event() for _ in self.doors]
         made = self.generation(number)
         found = at_once([partial(door.join, made, f"w{i}", CPU, self.lost[i]) for i, door in enumerate(self.doors)])
-        assert all(isinstance(group, TorchGroup) for group in found), found
+        assert all(isinstance(group, Mesh) for group in found), found
         return found
 
 
@@ -106,13 +112,12 @@ def test_a_generation_of_one_needs_no_connection() -> None:
     assert group.generation == 3
 
 
-def test_what_torch_opens_listens_on_the_nodes_own_address_alone() -> None:
-    """Its protocols ask for no token: on loopback nobody reaches them from elsewhere."""
+def test_what_workers_open_listens_on_the_nodes_own_address_alone() -> None:
     before = set(listeners([], [os.getpid()]))
     party = Party(2)
     groups = party.join(1)
     opened = set(listeners([], [os.getpid()])) - before
-    assert len(opened) >= len(party.doors)
+    assert {each.port for each in opened} == {door.address[1] for door in party.doors}, "and nothing else is opened"
     assert {each.address for each in opened} == {"127.0.0.1"}
     for group in groups:
         group.abandon()
@@ -186,12 +191,12 @@ def test_connecting_is_interrupted() -> None:
     assert all(group.generation == 2 for group in party.join(2)), "the next one is not disturbed"
 
 
-def test_a_store_that_is_gone_is_a_lost_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elastrain.elastic.group.CONNECT_S", 0.2)
-    door = Door("127.0.0.1")
+def test_a_member_that_does_not_come_is_a_lost_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elastrain.elastic.door.CONNECT_S", 0.2)
+    door = Door("127.0.0.1", TOKEN)
     members = tuple(
-        Member(worker=Worker(name=name, node="n", place=place, store=store), position=None)
-        for place, (name, store) in enumerate({"gone": ("127.0.0.1", 1), "me": door.address}.items())
+        Member(worker=Worker(name=name, node="n", place=place, door=where), position=None)
+        for place, (name, where) in enumerate({"gone": ("127.0.0.1", 1), "me": door.address}.items())
     )
     with pytest.raises(GroupLost, match="generation 1 did not form"):
         door.join(Generation(number=1, members=members, source=None), "me", CPU, threading.Event())
@@ -233,107 +238,124 @@ def test_whoever_fails_in_a_group_does_not_wait_for_its_end() -> None:
     assert not waiting.is_alive()
 
 
-class Nccl:
-    """As much of a group and its one operation as can be had without a GPU: what torch 2.13's NCCL does and does not.
-
-    Its wait orders streams and raises what went wrong; to abort it ends an operation, without an error, but takes its
-    time; whether it went well cannot be asked, and whether it is over not during an abort: no thread would go on.
-    """
-
-    def __init__(self, *, ends: bool, error: str = "") -> None:
-        self._ended, self._error = threading.Event(), error
-        self.aborting, self.stood_still = threading.Event(), False
-        if ends:
-            self._ended.set()
-
-    def allreduce(self, _: list[torch.Tensor]) -> "Nccl":
-        """Begin the operation."""
-        return self
-
-    def is_completed(self) -> bool:
-        """Tell whether it is over."""
-        self.stood_still |= self.aborting.is_set()
-        return self._ended.is_set()
-
-    def wait(self) -> None:
-        """Order the streams."""
-        if self._error:
-            raise RuntimeError(self._error)
-
-    def abort(self) -> None:
-        """End it."""
-        self.aborting.set()
-        time.sleep(ABORT_S)
-        self._ended.set()
+# --- what members do together
 
 
-def nccl(**options: Any) -> tuple[TorchGroup, threading.Event]:
-    lost = threading.Event()
-    return TorchGroup(Nccl(**options), (0, 2, 1), lost, wakes=True), lost
+def turned(values: list[torch.Tensor], size: int) -> list[list[torch.Tensor]]:
+    """What each member gets of an exchange of as even parts as can be: those of its rank, of all members."""
+    cuts = [value.tensor_split(size) for value in values]
+    return [[cuts[source][rank] for source in range(size)] for rank in range(size)]
 
 
-def test_nobody_waits_for_an_abort_of_nccl() -> None:
-    """Neither the thread that beats, which calls for it, nor the one in the sum."""
-    held = Nccl(ends=False)
-    group = TorchGroup(held, (0, 2, 1), threading.Event(), wakes=True)
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("length", [0, 1, 5, SMALL // 4 + 1, 2 * CHUNK // 4 + 3])
+def test_sums_and_exchanges_are_what_they_say(size: int, length: int) -> None:
+    groups = Party(size).join(1)
+    chance = torch.Generator().manual_seed(length)
+    values = [torch.randn(length, generator=chance) for _ in range(size)]
+    expected = values[0].clone()
+    for value in values[1:]:
+        expected += value
+    sums = [value.clone() for value in values]
+    at_once([partial(group.all_reduce, value) for group, value in zip(groups, sums, strict=True)])
+    assert all(torch.equal(value, expected) for value in sums), "added in the order of the ranks, the same on all"
+    given = [value.clone() for value in values]
+    at_once([partial(group.broadcast, value, 1) for group, value in zip(groups, given, strict=True)])
+    assert all(torch.equal(value, values[1]) for value in given)
+    gathered = [torch.empty(size * length) for _ in values]
+    at_once([partial(g.all_gather, out, v) for g, out, v in zip(groups, gathered, values, strict=True)])
+    assert all(torch.equal(out, torch.cat(values)) for out in gathered)
+    parts, lengths = turned(values, size), [len(part) for part in values[0].tensor_split(size)]
+    outputs = [torch.empty(size * lengths[rank]) for rank in range(size)]
+    works = [partial(groups[r].all_to_all, outputs[r], values[r], [lengths[r]] * size, lengths) for r in range(size)]
+    assert at_once(works) == [None] * size
+    assert all(torch.equal(outputs[rank], torch.cat(parts[rank])) for rank in range(size))
 
-    def end() -> None:
-        until(lambda: group.waits is not None)
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8])
+def test_tensors_of_all_kinds_are_sent(dtype: torch.dtype) -> None:
+    groups = Party(2).join(1)
+    values = [torch.arange(6).to(dtype).view(2, 3), torch.arange(6, 12).to(dtype).view(2, 3)]
+    expected = values[0] + values[1]
+    at_once([partial(group.all_reduce, value) for group, value in zip(groups, values, strict=True)])
+    assert all(torch.equal(value, expected) for value in values)
+    single = [torch.tensor(rank, dtype=dtype) for rank in range(2)]
+    at_once([partial(group.broadcast, value, 1) for group, value in zip(groups, single, strict=True)])
+    assert [value.item() for value in single] == [1, 1]
+
+
+def test_members_that_are_not_in_step_are_found_out() -> None:
+    """What one sends and another one awaits must be the same exchange, or numbers would be taken for others."""
+    groups = Party(2).join(1)
+    found = at_once([partial(group.all_reduce, torch.ones(3 + group.rank)) for group in groups])
+    assert all(isinstance(each, GroupLost) for each in found)
+    assert any("of 12" in str(each) and "of 16" in str(each) for each in found)
+
+
+def test_a_sum_takes_no_more_than_a_chunk_a_member_besides() -> None:
+    groups = Party(2).join(1)
+    values = [torch.ones(10 * CHUNK // 4) for _ in groups]
+    at_once([partial(group.all_reduce, value) for group, value in zip(groups, values, strict=True)])
+    assert all(group._kept.nbytes <= 2 * CHUNK for group in groups)
+
+
+# --- strangers
+
+
+def test_who_does_not_know_the_token_is_not_let_in_and_disturbs_nobody() -> None:
+    party = Party(2)
+    address = party.doors[0].address
+    with pytest.raises(AuthenticationError):
+        call(address, b"guessed")
+    silent = socket.create_connection(address)
+    rude = socket.create_connection(address)
+    rude.sendall(pickle.dumps((MEMBER, 1, 1)) * 9)
+    hasty = socket.create_connection(address)
+    hasty.close()
+    groups = party.join(1)
+    assert party.doors[0]._came == {}
+    tensors = [torch.ones(2), torch.ones(2)]
+    at_once([partial(group.all_reduce, tensor) for group, tensor in zip(groups, tensors, strict=True)])
+    assert tensors[0].tolist() == [2.0, 2.0]
+    rude.settimeout(30)
+    with rude, silent, contextlib.suppress(ConnectionResetError):
+        while rude.recv(1024):
+            pass  # its challenge, then the end
+
+
+def test_who_comes_too_late_or_twice_is_dropped() -> None:
+    party = Party(2)
+    door = party.doors[0]
+    early = [call(door.address, TOKEN) for _ in range(3)]
+    for connection, number in zip(early, (1, 1, 2), strict=True):
+        connection.send((MEMBER, number, 1))
+    until(lambda: len(door._came) == 2)
+    groups = party.join(5)
+    assert door._came == {}
+    for connection in early:
+        with connection, pytest.raises((EOFError, ConnectionResetError)):
+            connection.recv()
+    for group in groups:
         group.abandon()
 
-    assert isinstance(at_once([lambda: group.all_reduce(torch.ones(1)), end])[0], GroupLost)
-    assert not held._ended.is_set(), "both are back before it has ended"
-    until(held.aborting.is_set)
-    assert not held.stood_still
 
-
-def test_an_operation_of_nccl_is_over_when_it_says_so_and_wait_raises_nothing() -> None:
-    nccl(ends=True)[0].all_reduce(torch.ones(1))
-    with pytest.raises(GroupLost, match="remote process exited"):
-        nccl(ends=True, error="remote process exited")[0].all_reduce(torch.ones(1))
-
-
-@pytest.mark.parametrize("how", ["aborted", "pending"])
-def test_what_an_abort_leaves_of_an_operation_of_nccl_is_no_sum(how: str) -> None:
-    group, lost = nccl(ends=False)
-
-    def end() -> None:
-        until(lambda: group.waits is not None)
-        lost.set()
-        if how == "aborted":
-            group.abandon()
-
-    assert isinstance(at_once([lambda: group.all_reduce(torch.ones(1)), end])[0], GroupLost)
+def test_a_process_ends_while_it_waits_in_a_group() -> None:
+    root = os.fspath(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", EXIT.format(root=root)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (3, "ends\n"), done.stderr
 
 
 EXIT = """
 import sys, threading
 sys.path.insert(0, {root!r})
-from tests.elastic.test_group import Party, at_once
+from tests.elastic.test_door import Party, until
 import torch
-party = Party(3)
-groups = party.join(1)
-for group, lost in zip(groups[:2], party.lost):
-    threading.Timer(0.1, lost.set).start()
-at_once([lambda g=g: g.all_reduce(torch.ones(4)) for g in groups[:2]])
-for group in groups[:{left}]:
-    group.abandon()
-del group
+groups = Party(3).join(1)
+threading.Thread(target=lambda: groups[0].all_reduce(torch.ones(4)), daemon=True).start()
+until(lambda: groups[0].waits is not None)
+groups[1].abandon()
 print("ends", flush=True)
 sys.exit(3)
 """
-
-
-@pytest.mark.parametrize("left", [2, 3])
-def test_a_process_ends_while_groups_are_being_destroyed(left: int) -> None:
-    """With `left` of three abandoned: the operations of two are under way until the third closes, maybe at the exit."""
-    root = os.fspath(Path(__file__).parents[2])
-    for _ in range(3):
-        done = subprocess.run(
-            [sys.executable, "-c", EXIT.format(root=root, left=left)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert (done.returncode, done.stdout) == (3, "ends\n"), done.stderr
