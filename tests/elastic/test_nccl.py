@@ -109,8 +109,8 @@ class Gloo:
     """A group of gloo as torch's NCCL looks to its callers; to abort it is another thing there."""
 
     def __init__(self, *arguments: Any) -> None:
-        self._group: Any = ProcessGroupGloo(*arguments)
-        self.allreduce = self._group.allreduce
+        group: Any = ProcessGroupGloo(*arguments)
+        self.allreduce = group.allreduce
 
     def abort(self) -> None:
         """Nothing is under way."""
