@@ -154,10 +154,7 @@ def _closed(answers: Mapping[Door, Answer]) -> Iterator[Finding]:
     if numbers := [door for door, answer in others.items() if answer == "metrics"]:
         yield "metrics", "warn", f"{_places(numbers)} {_NUMBERS}"
     if foreign := [door for door, answer in others.items() if answer == "foreign"]:
-        text = (
-            f"{_places(foreign)} speak no protocol of Ray's (torch's process groups, for one); the network closes them"
-        )
-        yield "other ports", "warn", text
+        yield "other ports", "warn", f"{_places(foreign)} speak no protocol of Ray's or ours; the network closes them"
 
 
 def _judged(name: str, answers: Mapping[Door, Answer]) -> Finding:
