@@ -61,6 +61,7 @@ def _connection(sock: socket.socket) -> Connection:
 def _greeting(connection: Connection) -> Iterator[None]:
     """Close a connection on which a greeting fails or takes too long."""
     late = threading.Timer(GREETING_S, hang_up, (connection,))
+    late.daemon = True
     late.start()
     try:
         yield
