@@ -117,7 +117,7 @@ def test_an_encrypted_dataset_is_the_plain_one_but_for_its_bytes(tmp_path: Path)
 def test_nothing_that_is_stored_can_be_read(tmp_path: Path) -> None:
     pack(tmp_path / "plain", encrypt=None)
     pack(tmp_path / "held")
-    secrets = [b"canary!!", b"secret-class", b"secret-token", b"picture", b"label", b"fingerprint", b"std"]
+    secrets = [b"canary!!", b"secret-class", b"secret-token", b"picture", b"label", b"fingerprint", b'"std": ']
     secrets += [bytes([1]) * 32, key_text(1).encode(), bytes([1]).hex().encode() * 32]
 
     def found(folder: Path) -> set[bytes]:

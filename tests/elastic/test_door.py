@@ -331,10 +331,12 @@ def test_who_comes_too_late_or_twice_is_dropped() -> None:
         connection.send((MEMBER, number, 1))
     until(lambda: len(door._came) == 2)
     groups = party.join(5)
-    assert door._came == {}
-    for connection in early:
+    late = call(door.address, TOKEN)
+    late.send((MEMBER, 4, 1))
+    for connection in (*early, late):
         with connection, pytest.raises((EOFError, ConnectionResetError)):
             connection.recv()
+    assert door._came == {}
     for group in groups:
         group.abandon()
 

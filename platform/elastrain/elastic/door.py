@@ -95,8 +95,11 @@ class Door:
                 return
             with self._changed:
                 before = self._came.pop((generation, rank), None)  # whose greeting failed at its end
-                self._came[generation, rank] = bare(connection)
-                self._changed.notify_all()
+                if generation < self._newest:
+                    connection.close()
+                else:
+                    self._came[generation, rank] = bare(connection)
+                    self._changed.notify_all()
             if before is not None:
                 before.close()
 
