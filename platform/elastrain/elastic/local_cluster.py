@@ -23,7 +23,7 @@ from elastrain.elastic.ray_inner import secure_new_cluster
 from elastrain.elastic.session import ray_session
 from elastrain.errors import ConflictError, ResourceError
 
-START_S = 90.0
+START_S = 180.0
 FAILURES = 3  # nodes that ended by themselves, until this machine is too busy
 POLL_S = 0.05
 LABEL = "elastrain-node"
@@ -139,10 +139,10 @@ class LocalCluster:
 
     def _wait(self, what: Callable[[], object]) -> None:
         deadline = time.monotonic() + START_S
-        while not what():
-            for name, keeper in self._keepers.items():
-                if keeper.poll() is not None and name not in self._gone:
-                    raise ResourceError(self._said(name))
+        while True:
+            self.mend()
+            if what():
+                return
             if time.monotonic() > deadline:
                 raise ResourceError(f"a local Ray cluster did not start within {START_S:g} s; is the machine busy?")
             time.sleep(POLL_S)
