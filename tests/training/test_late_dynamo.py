@@ -1,4 +1,4 @@
-"""The compiler is loaded by who compiles: training needs it for nothing, and comes out the same with it."""
+"""The compiler, and sympy, is loaded by who compiles: training needs it for nothing, and comes out the same with it."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ fix_arithmetic("bitwise")
 for name in ("adamw", "sgd", "muon", "adagrad", "nadam"):
     setup = Setup(spec=make_spec(**{{"optimizer.name": name}}), kind=Classifier)
     print(train_alone(setup)[1]["weights_sha256"])
-print(sum(name.startswith(("torch._dynamo.", "torch._inductor")) for name in sys.modules), file=sys.stderr)
+print(sum(name.startswith(("torch._dynamo.", "torch._inductor", "sympy")) for name in sys.modules), file=sys.stderr)
 """
 COMPILE = """
 import sys, threading, torch
