@@ -118,3 +118,21 @@ def test_no_process_outlives_its_starter() -> None:
         process.kill()
         process.communicate(timeout=300)
     wait_for(lambda: not any(map(alive, pids)))
+
+
+@pytest.mark.ray
+def test_a_head_that_ray_gave_up_on_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from elastrain.elastic.local_cluster import HEAD, LocalCluster, start_cluster
+
+    started, start = list[str](), LocalCluster._start
+
+    def slow(cluster: LocalCluster, name: str, *options: str) -> None:
+        started.append(name)
+        start(cluster, name, *options)
+        if started == [HEAD]:
+            cluster._keepers[HEAD].kill()
+
+    monkeypatch.setattr(LocalCluster, "_start", slow)
+    with start_cluster(nodes=1, cpus=1) as cluster:
+        assert started == [HEAD, HEAD, "node-0"]
+        assert cluster.size == 1

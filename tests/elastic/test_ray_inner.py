@@ -219,6 +219,27 @@ def test_ray_can_start_without_an_autoscaler_and_a_reader_of_logs() -> None:
     )
 
 
+def test_a_node_that_is_slow_to_start_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine: Ray itself gives up after half a minute."""
+    from ray._private import node, services
+
+    from elastrain.elastic import ray_inner
+
+    assert says(node.Node, "ray._private.services.get_node("), "a node looks for itself otherwise: patient_start"
+    answers = iter([RuntimeError("not yet"), RuntimeError("not yet"), {"node_id": "there"}])
+
+    def slow(*_: object) -> object:
+        found = next(answers)
+        if isinstance(found, RuntimeError):
+            raise found
+        return found
+
+    monkeypatch.setattr(services, "get_node", slow)
+    with ray_inner.patient_start():
+        assert services.get_node("gcs", "node") == {"node_id": "there"}
+    assert services.get_node is slow
+
+
 # --- Ray Train: trainer.py
 
 

@@ -60,9 +60,18 @@ class LocalCluster:
         """Start the head and wait until it has an address; raises ResourceError."""
         client = f"--ray-client-server-port={_free_port()}"  # there is no way to have none
         options = ("--port=0", "--num-cpus=0", "--include-dashboard=false", "--no-monitor", client)
-        self._start(HEAD, "--head", *options)
         written = self._folder / HEAD / "ray_current_cluster"
-        self._wait(lambda: written.exists() and written.read_text().strip())
+        for left in reversed(range(FAILURES)):
+            self._start(HEAD, "--head", *options)
+            try:
+                self._wait(lambda: written.exists() and written.read_text().strip())
+                break
+            except ResourceError:  # `ray start` gives up on a busy machine
+                if not left:
+                    raise
+                self.close()
+                self._gone.discard(HEAD)
+                shutil.rmtree(self._folder / HEAD, ignore_errors=True)
         self.address = written.read_text().strip()
 
     def add(self) -> str:

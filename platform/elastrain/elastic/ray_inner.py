@@ -28,6 +28,7 @@ from elastrain.cluster.environment import NO_EXPORTERS
 from elastrain.errors import ResourceError
 
 STATUS_S, SLOW_S, PAUSE_S = 10.0, 60.0, 1.0  # an answer of the GCS; how often it is asked again, and how soon
+NODE_S, START_LOOK_S = 180.0, 0.2  # how long a node may take to start, and how often it is looked for
 NODE_ID_LABEL = "ray.io/node-id"  # what every raylet labels itself with
 NODE_TYPE_LABEL = "ray.io/node-group"  # and those that an autoscaler has started
 
@@ -228,3 +229,29 @@ def without_monitors() -> Iterator[None]:
         yield
     finally:
         parameter.RayParams, services.start_api_server = before
+
+
+@contextlib.contextmanager
+def patient_start() -> Iterator[None]:
+    """Have `ray.init` wait for its own node for NODE_S: after half a minute, as on a busy machine, it would give up.
+
+    Stands on `ray._private.services.get_node`, which a node that starts asks by this name until it is there.
+    """
+    services: Any = ray._private.services  # noqa: SLF001
+    get = services.get_node
+
+    def found(*arguments: Any) -> Any:
+        deadline = time.monotonic() + NODE_S
+        while True:
+            try:
+                return get(*arguments)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(START_LOOK_S)
+
+    services.get_node = found
+    try:
+        yield
+    finally:
+        services.get_node = get

@@ -31,6 +31,7 @@ from elastrain.elastic.ray_inner import (
     enable_token_auth,
     node_types,
     orphaned_groups,
+    patient_start,
     secure_new_cluster,
     without_monitors,
 )
@@ -66,7 +67,7 @@ def ray_session(
             ray.init(address=target, **quiet)
         else:
             secure_new_cluster()
-            with without_monitors():
+            with without_monitors(), patient_start():
                 ray.init(address="local", num_cpus=math.ceil(cpus), include_dashboard=False, **_quoted(), **quiet)
     except Exception as error:  # a bare one where a node does not start in time
         if target and target != "local":
