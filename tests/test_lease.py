@@ -249,7 +249,7 @@ def test_of_sixteen_racers_one_wins(root: str) -> None:
         go_on.set()
         for racer in racers:
             racer.join()
-        with pytest.raises(ConflictError, match="was given back"):
+        with pytest.raises(ConflictError, match="was given back or removed"):
             won[0].check()
 
 

@@ -105,7 +105,7 @@ def test_what_outlives_a_dead_owner_cannot_write_once_another_holds_the_folder(t
         assert newest_whole(root, warn=pytest.fail) == 1
         write_manifest(root, 2, {}, {})  # who holds the folder may
         assert newest_whole(root, warn=pytest.fail) == 2
-    with pytest.raises(ConflictError, match="was given back"):
+    with pytest.raises(ConflictError, match="was given back or removed"):
         left.check()
 
 

@@ -63,10 +63,9 @@ class Hold:
             there = {}
         token = there.get("token", self.token)
         if not there or there.get("free") or token != self.token:
-            by = "was given back" if token == self.token else f"was taken over by {_who(there)}"
-            raise ConflictError(
-                f"{self.folder}: {by} while this process gave no sign; it stops, and what it had committed is kept"
-            )
+            taken = f"was taken over by {_who(there)} while this process gave no sign"
+            why = "its lock was given back or removed" if token == self.token else taken
+            raise ConflictError(f"{self.folder}: {why}; this process stops, and what it had committed is kept")
 
 
 class Lease:

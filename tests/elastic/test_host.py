@@ -86,9 +86,12 @@ def test_lines_are_kept_once_and_only_from_the_newest_generation(host: Any, tmp_
     assert [record["kind"] for record in read_ledger(str(tmp_path))][:2] == ["checkpoint", "end"]
 
 
-@pytest.mark.slow
-def test_of_a_run_that_was_taken_over_nothing_more_is_written(s3_bucket: str) -> None:
-    run = f"{s3_bucket}/taken-over"
+@pytest.mark.parametrize("where", ["local", pytest.param("s3", marks=pytest.mark.slow)])
+def test_of_a_run_that_was_taken_over_nothing_more_is_written(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """On a local folder, too: the host of a killed driver lives on for seconds."""
+    run = str(tmp_path) if where == "local" else f"{request.getfixturevalue('s3_bucket')}/taken-over"
     roster = Roster(minimum=1, maximum=2, initial=1, lease_s=60.0)
     with locked(run, remedy="") as hold:
         host: Any = Host(hold, 0, roster, 0, alike=False, timeout_s=60.0)

@@ -37,11 +37,11 @@ class Plain(Blueprint):
 class Stage:
     """A desk, the newest checkpoint of each trial, and what to say in a line."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, hold: Hold | None = None) -> None:
         self.saved: dict[str, int] = {}
         self.newest: Callable[[str], int | None] = lambda run: self.saved.get(run.rsplit("/", 1)[-1])
         blueprint = Plain(arms={}, objective=OBJECTIVE, folder="trials")
-        self.desk = Desk(Hold(folder), 0, blueprint, self._newest)
+        self.desk = Desk(hold or Hold(folder), 0, blueprint, self._newest)
 
     def _newest(self, run: str) -> int | None:
         return self.newest(run)

@@ -1,14 +1,18 @@
 """The desk brings trials and cells together: whatever dies, stops or comes late, each trial ends once."""
 
 import asyncio
+import json
 import os
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.sweeps.desk_stage import Stage, evaluation, settle
 
-from elastrain.errors import StorageError
+from elastrain.errors import ConflictError, StorageError
+from elastrain.lease import Hold
+from elastrain.lock import locked
 from elastrain.observe.ledger import read_ledger
 from elastrain.sweeps import desk as desk_module
 from elastrain.sweeps.desk import GO_ON, LEAVE, MAX_LOSSES, STOP
@@ -417,3 +421,22 @@ def test_a_ledger_that_cannot_be_written_is_the_drivers_to_know(tmp_path: Any, m
         assert "the disk is full" in failure[1]
 
     asyncio.run(run())
+
+
+def test_the_desk_of_a_killed_driver_notes_nothing_once_the_sweep_goes_on_elsewhere(tmp_path: Path) -> None:
+    """It lives on for seconds, and the trial that it saw end is run by its successor, who has not read of that."""
+
+    async def play(hold: Hold) -> None:
+        on = Stage(str(tmp_path), hold)
+        told = on.begin("a")
+        await on.soon((await on.cell("x"))[0])
+        await on.desk.settled()
+        (tmp_path / ".lock").write_text(json.dumps({"token": "another", "pid": 7, "user": "who", "host": "came"}))
+        await on.desk.over("x", "a", "finished", {"step": 60, "device_s": 6.5})
+        await on.soon(told)
+        with pytest.raises(ConflictError, match="was taken over by process 7 of who on came"):
+            await on.desk.settled()
+
+    with locked(str(tmp_path), remedy="") as hold:
+        asyncio.run(play(hold))
+    assert "ended" not in [event["kind"] for event in read_ledger(str(tmp_path))]

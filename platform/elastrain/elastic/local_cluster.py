@@ -66,8 +66,8 @@ class LocalCluster:
             try:
                 self._wait(lambda: written.exists() and written.read_text().strip())
                 break
-            except ResourceError:  # `ray start` gives up on a busy machine
-                if not left:
+            except ResourceError:
+                if not left or self._keepers[HEAD].poll() is None:  # else `ray start` gave up, as on a busy machine
                     raise
                 self.close()
                 self._gone.discard(HEAD)

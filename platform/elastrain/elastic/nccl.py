@@ -23,7 +23,7 @@ from torch.distributed import Store  # type: ignore[attr-defined] # made in C++
 
 from elastrain.training.reduce import GroupLost
 
-LOOK_S = 0.02
+LOOK_S = 0.02  # how often who is to destroy a group looks whether anybody else holds it
 NCCL_LOOK_S = 2e-5  # how often a wait looks whether its operation has ended or its group was abandoned
 EXIT_S = 2.0  # a process that exits waits no longer for a group that is being destroyed
 ALONE = 2  # references to what is in a list only: the list's, and the one that counting takes
