@@ -1,8 +1,8 @@
 """Groups of workers between GPUs: torch's NCCL backend outside torch's global state, which a living process can leave.
 
 torch's default group cannot be re-formed while a process lives; these can: each generation is a new object. What NCCL
-has to know before its members are connected goes through the door of rank 0, as `DoorStore`; its own connections bear
-a secret from there. Not a line of this runs where torch has no CUDA, but for the tests'.
+has to know before its members are connected goes through the door of rank 0, as `DoorStore`; the ports that it opens
+itself know no token of ours. Not a line of this runs where torch has no CUDA, but for the tests'.
 """
 
 import atexit
