@@ -13,6 +13,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
+# Hundreds of processes load the package in the tests: where this is set, each of them would compile it anew.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: setup data demo demo-s3 _demo-s3 check test test-gpu format bench soak
 
 PYTHON ?=

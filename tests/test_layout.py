@@ -97,6 +97,12 @@ def test_planning_and_reporting_import_neither_torch_nor_ray(statement: str) -> 
     assert not heavy, f"`{statement}` imports {heavy}: seconds before the first answer"
 
 
+def test_a_driver_loads_nothing_that_only_other_processes_need() -> None:
+    heavy = "{'torch', 'pandas', 'ray.data', 'ray.train'}"
+    loaded = run_python(f"import elastrain.elastic.run, sys; print(*sorted({heavy} & set(sys.modules)))")
+    assert not loaded, f"a driver imports {loaded}: seconds before the first worker starts"
+
+
 # --- sizes, docstrings
 
 

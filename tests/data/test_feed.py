@@ -25,7 +25,8 @@ from elastrain.data.blocks import (
 )
 from elastrain.data.columns import to_table
 from elastrain.data.dataset import MANIFEST, Dataset
-from elastrain.data.feed import FeederLogic, WorkerFeed, grouped
+from elastrain.data.feed import FeederLogic, WorkerFeed
+from elastrain.data.pipeline import grouped
 from elastrain.data.plan import INDEX_BYTES, Plan
 from elastrain.errors import DataError
 from elastrain.spec.train import Scale
@@ -40,6 +41,12 @@ def dataset(tmp_path: Path) -> Dataset:
         table = to_table({"image": IMAGES[part], "label": (part % 10).astype(np.uint8)})
         pq.write_table(table, tmp_path / f"{index}.parquet", row_group_size=37, write_page_checksum=True)
     return Dataset.open(str(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def not_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read with several tasks at once, as data that are not small are."""
+    monkeypatch.setattr(feed_module, "SMALL_BYTES", 0)
 
 
 def spec_of(dataset: Dataset, *, seed: int = 0, begin: int = 0, end: int = 60) -> FeedSpec:
@@ -163,6 +170,23 @@ def test_reading_begins_with_the_first_node_and_follows_the_run_from_lease_to_le
     assert next(looks, None) is None, "it waited for a node"
     assert leases == [(2 * SLOTS, (0.0, 2)), (36 - 2 * SLOTS, (1.0, 3))]
     assert feed_module.off_idle_head()["label_selector"] == {"ray.io/node-id": "!in(head)"}
+
+
+def test_small_data_are_read_by_one_task_at_a_time_unless_something_is_done_with_them(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[float, int]] = []
+
+    class Watched:
+        def __init__(self, *_: Any, reading: Any, **__: Any) -> None:
+            given.append(reading())
+
+    monkeypatch.setattr(feed_module, "Stream", Watched)
+    worked = replace(spec_of(dataset), transforms=(Scale(name="scale", column="image"),))
+    for spec, small in ((spec_of(dataset), 33 * ROWS), (spec_of(dataset), 33 * ROWS - 1), (worked, 33 * ROWS)):
+        monkeypatch.setattr(feed_module, "SMALL_BYTES", small)
+        FeederLogic(spec)
+    assert given == [(1.0, 1), (1.0, 2), (1.0, 2)]
 
 
 @pytest.mark.ray

@@ -57,7 +57,7 @@ def test_two_modules_reach_into_ray_and_a_few_others_for_what_is_named_here() ->
         "cluster/scheduling.py": {"ray.core.generated"},
         "cluster/security.py": {"ray._private.authentication", "ray._private.services", "ray._raylet"},
         "elastic/fake_nodes.py": {"ray._private", "ray._private.parameter"},  # in the autoscaler
-        "data/feed.py": {"ray.data.block"},
+        "data/pipeline.py": {"ray.data.block"},
         "data/no_demand.py": {"ray.data._internal.cluster_autoscaler", "ray.data._internal.execution"},
         "data/pack.py": {"ray._private.utils"},
     }
@@ -406,16 +406,16 @@ def test_the_helpers_that_a_cell_does_without_are_still_callbacks_of_their_own()
     assert shards.default is None, "a worker cannot be without a provider of dataset shards: trainer.HELPERS"
 
 
-# --- Ray Data: data/feed.py, data/no_demand.py and data/pack.py
+# --- Ray Data: data/pipeline.py, data/no_demand.py and data/pack.py
 
 
 def test_a_dataset_gives_out_its_bundles_and_a_block_its_metadata() -> None:
     from ray.data import Dataset
     from ray.data.block import BlockMetadata
 
-    assert hasattr(Dataset, "iter_internal_ref_bundles"), "Dataset.iter_internal_ref_bundles is gone: data.feed"
+    assert hasattr(Dataset, "iter_internal_ref_bundles"), "Dataset.iter_internal_ref_bundles is gone: data.pipeline"
     assert takes(BlockMetadata.__init__, "num_rows", "size_bytes", "input_files", "exec_stats"), (
-        "BlockMetadata has other fields: data.feed makes them for its read tasks"
+        "BlockMetadata has other fields: data.pipeline makes them for its read tasks"
     )
 
 

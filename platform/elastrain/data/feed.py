@@ -18,16 +18,12 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-import ray.data
-from ray.data import Datasource, ReadTask
-from ray.data.block import BlockMetadata
 
 from elastrain.data.blocks import (
     EVALUATION,
@@ -40,13 +36,11 @@ from elastrain.data.blocks import (
     eval_block_rows,
     eval_task,
     keeps_evaluation,
-    read_blocks,
     reading_beside,
     task_of,
     train_tasks,
 )
 from elastrain.data.columns import Array
-from elastrain.data.no_demand import ask_nothing
 from elastrain.data.plan import AHEAD_BYTES, INDEX_BYTES
 from elastrain.data.transforms import delivered_bytes
 from elastrain.errors import DataError, ElastrainError, StorageError, ours
@@ -55,88 +49,19 @@ LEASE = 512  # blocks of one Ray Data execution: the work of each is an object i
 CLOSE_S = 10.0
 LOOK_S = 0.2  # between two looks for a node that tasks may run on
 HEAD, NODE_ID_LABEL = "node:__internal_head__", "ray.io/node-id"  # a resource of the head; a label of every node
-MAX_BLOCKS_A_TASK = 8
+SMALL_BYTES = 8 << 20  # of an epoch: one task reads them in no time, and another one would cost a process
 PATIENCE_S = 1.0  # for a block that has been read to arrive; more where the slowest so far took long
 PATIENCE_FACTOR = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class ReadBlocks:
-    """The work of one read task. Ray Data starts and ends a task in some 10 ms: blocks share that."""
-
-    blocks: tuple[ReadBlock, ...]
-
-    def __call__(self) -> Iterator[pa.Table]:
-        """Yield the blocks one by one."""
-        yield from read_blocks(self.blocks)
-
-
-def grouped(blocks: Sequence[ReadBlock], *, at_once: int, most: int) -> list[ReadBlocks]:
-    """Return the work of the read tasks, `at_once` of which run side by side: one block each, then 2, 4, … `most`.
-
-    The first blocks are waited for, so they are read side by side.
-    """
-    tasks, place, size = [], 0, 1
-    while place < len(blocks):
-        for _ in range(at_once):
-            if place < len(blocks):
-                tasks.append(ReadBlocks(tuple(blocks[place : place + size])))
-                place += size
-        size = min(2 * size, most)
-    return tasks
-
-
-class PlannedRead(Datasource):
-    """A Ray Data source with the tasks that it is given."""
-
-    def __init__(self, tasks: Sequence[ReadBlocks]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # Ray has no types here
-        self._tasks = tasks
-
-    def get_name(self) -> str:
-        """Return the name that Ray's dashboard shows."""
-        return "ElastrainPlan"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Return None: the plan bounds memory, not Ray's estimate."""
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        """Return the tasks as they are; parallelism does not change the plan."""
-        del parallelism, per_task_row_limit, data_context
-        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(task, metadata) for task in self._tasks]
 
 
 def execute(
     blocks: Sequence[ReadBlock], *, reading: tuple[float, int], block_bytes: int, ahead_bytes: int
 ) -> Generator[Any, None, None]:
     """Read blocks of up to `block_bytes` in one streaming Ray Data execution; yield a reference to each, in order."""
-    num_cpus, at_once = reading
-    where = {} if num_cpus else off_idle_head()
-    most = max(1, min(MAX_BLOCKS_A_TASK, ahead_bytes // (at_once * max(1, block_bytes))))
-    tasks = grouped(blocks, at_once=at_once, most=most)
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.target_max_block_size = 1  # each table is a block at once; one of a single row cannot be cut
-    context.memory_usage_poll_interval_s = None  # reading /proc costs each task a tenth of its time
-    ask_nothing(context)
-    context.execution_options.preserve_order = True
-    context.execution_options.verbose_progress = False
-    context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=ahead_bytes)
-    with ray.data.DataContext.current(context):
-        dataset = ray.data.read_datasource(
-            PlannedRead(tasks),
-            override_num_blocks=len(tasks),
-            num_cpus=num_cpus,
-            concurrency=at_once,
-            **where,
-        )
-        for bundle in dataset.iter_internal_ref_bundles():
-            for entry in bundle.blocks:
-                yield entry.ref
+    from elastrain.data.pipeline import references  # noqa: PLC0415 -- half a second: Ray Data, for the feeder alone
+
+    where = {} if reading[0] else off_idle_head()
+    yield from references(blocks, reading=reading, block_bytes=block_bytes, ahead_bytes=ahead_bytes, where=where)
 
 
 def idle_head() -> str | None:
@@ -253,6 +178,7 @@ class FeederLogic:
         self._spec = spec
         self._beside: tuple[int, float] | None = None
         plan = spec.plan
+        self._small = not spec.transforms and spec.train.row_bytes * spec.train.num_rows <= SMALL_BYTES
         row_bytes = delivered_bytes(spec.transforms, spec.train.columns) + INDEX_BYTES
         block_bytes = plan.block_steps * row_bytes * -(-plan.global_batch // plan.slots)
         self._train = Stream(
@@ -287,10 +213,11 @@ class FeederLogic:
         self._beside = (workers, kept)
 
     def _reading(self) -> tuple[float, int]:
-        if self._beside is None:
-            return self._spec.reading
-        workers, kept = self._beside
-        return reading_beside(workers, ray.available_resources().get("CPU", 0.0) - kept)
+        reading = self._spec.reading
+        if self._beside is not None:
+            workers, kept = self._beside
+            reading = reading_beside(workers, ray.available_resources().get("CPU", 0.0) - kept)
+        return (reading[0], 1) if self._small else reading
 
     def release_before(self, block: int) -> None:
         """Forget training blocks (slot, j) with j < `block`: every worker has committed past them."""
