@@ -19,8 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
+from sklearn.datasets import load_digits
 from tests.cluster.head import Head, free_port, head
 from tests.cluster.test_preemption import gcp, metadata
 
@@ -28,6 +31,7 @@ from elastrain.cluster.document import read_cluster
 from elastrain.cluster.job_server import JobServer
 from elastrain.cluster.jobs import Job, read_status, submit
 from elastrain.cluster.rayjob import FILE, FOLDER, run_manifests
+from elastrain.data.columns import to_table
 from elastrain.elastic import keep
 from elastrain.elastic.ray_inner import draining_nodes
 from elastrain.errors import ConflictError, Interrupted, ResourceError, SpecError
@@ -86,16 +90,12 @@ class Place:
         return read_train(self.spec(name), sets)
 
 
-# Packs in a process of its own on the same head, with the elastrain of this repository.
-PACK = """
-import logging, sys
-import ray
-from elastrain.data.pack import pack_dataset
-from elastrain.data.sources import PackOptions
-address, platform, data = sys.argv[1:]
-ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": platform}}, log_to_driver=False, logging_level=logging.ERROR)
-pack_dataset("digits", data, PackOptions())
-"""
+def write_digits(folder: Path) -> None:
+    """As ordinary Parquet, which trains without packing."""
+    digits = load_digits()
+    rows = {"image": digits.images.astype(np.uint8), "label": digits.target.astype(np.uint8)}
+    folder.mkdir(parents=True)
+    pq.write_table(to_table(rows), folder / "digits.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +108,12 @@ def place() -> Iterator[Place]:
         "raise ImportError('the elastrain of the machine, not the one that was sent')\n"
     )
     (folder / "code").mkdir()
+    write_digits(folder / "data" / "train")
     (folder / "code" / "task.py").write_text(TASK)
     (folder / "code" / "slow.py").write_text(SLOW.replace("FILE", str(folder / "slow")))
     environment = {"PYTHONPATH": str(shadow.parent), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     try:
         with head(folder / "head", cpus=2, environment=environment) as started:
-            done = python("-c", PACK, started.address, str(ROOT / "platform"), str(folder / "data"))
-            assert done.returncode == 0, done.stderr
             yield Place(started, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -134,12 +133,8 @@ def trained(place: Place) -> dict[str, Any]:
 
 
 def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return python("-m", *arguments, **environment)
-
-
-def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, "-m", *arguments],
         env={**os.environ, **environment},
         cwd=ROOT,
         capture_output=True,

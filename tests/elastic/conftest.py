@@ -1,5 +1,6 @@
 """Real runs: a packed dataset, the command line in processes of its own, and one Ray for the runs made from Python."""
 
+import fcntl
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -32,17 +33,21 @@ def command(*arguments: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `data/digits`, packed as a user packs it."""
-    folder = tmp_path_factory.mktemp("packed")
-    done = subprocess.run(
-        command("pack", "digits", "data/digits", "--json"),
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    """A folder with `data/digits`, packed as a user packs it: once for all processes that run tests side by side."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "packed"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(
+            command("pack", "digits", "data/digits", "--json"),
+            cwd=folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["splits"]["train"]["rows"] == 1442
     return folder

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.elastic.cell_harness import Nodes, groups, kill, several_nodes, until
 from tests.elastic.conftest import SPEC
+from tests.elastic.reference import Reference, begin_reference
 
 from elastrain.elastic import holder as holder_module
 from elastrain.elastic.holder import NAMESPACE, Holder, HolderVault, end_holder, holder_name, node_for_holder, recall
-from elastrain.observe.ledger import Ledger, read_ledger
+from elastrain.observe.ledger import Ledger, read_ledger, read_steps
 from elastrain.training.manifests import described as description
 from elastrain.training.manifests import newest_whole, read_manifests, seal
 
@@ -324,10 +326,6 @@ def held_by(holder: Any) -> list[int]:
     return [step for step, _, _ in ray.get(holder.held.remote())]
 
 
-def audit_files(run: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(Path(run, "audit").iterdir())}
-
-
 @pytest.fixture
 def story(three: Nodes, workspace: Path, slow_task: Path, start: Callable[..., Any]) -> Story:
     """The run that the test is about; it has not begun."""
@@ -335,19 +333,18 @@ def story(three: Nodes, workspace: Path, slow_task: Path, start: Callable[..., A
 
 
 @pytest.fixture
-def undisturbed(story: Story, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The same run with no sleep, no losses and one worker."""
-    import elastrain
-    from elastrain.spec.document import read_train
-
-    monkeypatch.chdir(workspace)
-    return elastrain.train(read_train(SPEC, [*story.settings, "workers={min: 1, max: 1}", "name=undisturbed"]))
+def undisturbed(story: Story, workspace: Path) -> Iterator[Reference]:
+    """The same run with no sleep, no losses and one worker; it is computed meanwhile."""
+    reference = begin_reference(SPEC, [*story.settings, "data.slots=2", "workers.max=1"], cwd=workspace)
+    yield reference
+    reference.process.kill()
+    reference.process.communicate()
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)  # a run that is started four times; 70 s where nothing else runs
 def test_a_run_goes_on_from_snapshots_whatever_is_lost_and_comes_out_the_same(
-    three: Nodes, story: Story, undisturbed: Any
+    three: Nodes, story: Story, undisturbed: Reference
 ) -> None:
     """Driver, then all workers, then the holder's node; no checkpoint is ever committed by a worker before the end."""
     run = str(story.run)
@@ -382,12 +379,15 @@ def test_a_run_goes_on_from_snapshots_whatever_is_lost_and_comes_out_the_same(
     check_nothing_is_left(run)
 
 
-def check_equal(result: dict[str, Any], undisturbed: Any) -> None:
+def check_equal(result: dict[str, Any], undisturbed: Reference) -> None:
+    """The same weights, and every sample once an epoch, whatever was redone."""
     assert (result["step"], result["restarts"]) == (STEPS, 1)
     assert result["resumed_from"] > 0
-    assert result["weights_sha256"] == undisturbed.weights_sha256
-    assert result["metrics"] == undisturbed.metrics
-    assert audit_files(result["run"]) == audit_files(undisturbed.url)
+    assert result["weights_sha256"] == undisturbed.weights_sha256()
+    audit = read_steps(f"{result['run']}/audit")
+    epoch, row = (np.asarray(audit[name]) for name in ("epoch", "row"))
+    for number in range(STEPS // 23):
+        assert sorted(row[epoch == number]) == list(range(1442))
 
 
 def check_nothing_is_left(run: str) -> None:

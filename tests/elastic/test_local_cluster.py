@@ -101,38 +101,32 @@ def test_nodes_come_drain_and_die_and_nothing_is_left(monkeypatch: pytest.Monkey
 
 
 STARTER = """
-from elastrain.elastic.local_cluster import start_cluster
+from elastrain.elastic.local_cluster import HEAD, LocalCluster, start_cluster
+
+started, start = [], LocalCluster._start
+
+def gives_up(cluster, name, *options):
+    started.append(name)
+    start(cluster, name, *options)
+    if started == [HEAD]:
+        cluster._keepers[HEAD].kill()
+
+LocalCluster._start = gives_up
 with start_cluster(nodes=1, cpus=1) as cluster:
+    print(*started, cluster.size)
     print(*cluster.pids, flush=True)
     input()
 """
 
 
 @pytest.mark.ray
-def test_no_process_outlives_its_starter() -> None:
+def test_a_head_that_ray_gave_up_on_is_started_again_and_no_process_outlives_its_starter() -> None:
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", STARTER], stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None
+        assert process.stdout.readline().split() == ["head", "head", "node-0", "1"]
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert len(pids) > 5
         process.kill()
         process.communicate(timeout=300)
     wait_for(lambda: not any(map(alive, pids)))
-
-
-@pytest.mark.ray
-def test_a_head_that_ray_gave_up_on_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from elastrain.elastic.local_cluster import HEAD, LocalCluster, start_cluster
-
-    started, start = list[str](), LocalCluster._start
-
-    def slow(cluster: LocalCluster, name: str, *options: str) -> None:
-        started.append(name)
-        start(cluster, name, *options)
-        if started == [HEAD]:
-            cluster._keepers[HEAD].kill()
-
-    monkeypatch.setattr(LocalCluster, "_start", slow)
-    with start_cluster(nodes=1, cpus=1) as cluster:
-        assert started == [HEAD, HEAD, "node-0"]
-        assert cluster.size == 1

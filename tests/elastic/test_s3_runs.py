@@ -43,8 +43,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 FAULTS = ("503", "500", "reset", "truncate", "lost")
 OUTAGE_S = 10.0  # longer than anybody waits for a server that never answered, and than a lease is left alone
-EVERY, STEPS = 20, 460
-SAME = ("precision=fp32", "consistency=bitwise", "data.slots=5", "audit=true", "budget={epochs: 20}")
+EVERY, STEPS = 10, 230
+SAME = ("precision=fp32", "consistency=bitwise", "data.slots=5", "audit=true", "budget={epochs: 10}")
 WAITING = re.compile(rf"^training, waiting for storage · step (\d+)/{STEPS}")
 
 
@@ -221,7 +221,7 @@ def history(
 
     folder = tmp_path_factory.mktemp("task")
     (folder / "slow.py").write_text((Path(SPEC).parent / "task.py").read_text() + SLOW)
-    slowly = (f"task={folder}/slow.py:Slow", "task_args={pause: 0.1}")
+    slowly = (f"task={folder}/slow.py:Slow", "task_args={pause: 0.2}")
     changes = (*SAME, *places, *slowly, "name=killed", f"checkpoint={{every_steps: {EVERY}, keep: 100}}")
     cached = f"data.cache={{folder: {folder}/cache, max_bytes: 1GB}}"
     run, address = f"{store.url}/runs/killed", ray.get_runtime_context().gcs_address

@@ -30,6 +30,8 @@ from elastrain.training.state import digest
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 ONE = "max_concurrent=1"
+# One trial at a time: which one ASHA stops depends on who came first.
+STOPS = ("early_stop={method: asha, grace: 20, factor: 2}", "confirm={seeds: 2}", ONE, "set.checkpoint.every_steps=20")
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +56,30 @@ def moods(local_ray: None, workspace: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def searched(moods: Moods) -> elastrain.Sweep:
-    """A search whose bad trials stop early, in one cell, and whose best one is confirmed."""
-    stops = ("early_stop={method: asha, grace: 20, factor: 2}", "confirm={seeds: 2}", "budget.per_arm=6")
-    return elastrain.sweep(moods.read("search", *stops, ONE))
+def far(workspace: Path, s3_server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Data and sweeps on S3, the data read through a cache."""
+    bucket, packed = f"s3://{s3_server['BUCKET']}", workspace / "data" / "digits"
+    for file in (path for path in packed.rglob("*") if path.is_file()):
+        storage.put(f"{bucket}/{file.relative_to(packed)}", file.read_bytes())
+    data = {"train": f"{bucket}/train", "eval": f"{bucket}/test", "slots": 2}
+    cache = {"folder": str(tmp_path_factory.mktemp("cache")), "max_bytes": 1 << 30}
+    return (f"storage={bucket}/sweeps", f"set.data={json.dumps({**data, 'cache': cache})}")
+
+
+@pytest.fixture(scope="module")
+def searched(moods: Moods, far: tuple[str, ...]) -> elastrain.Sweep:
+    """A search on S3 that nothing disturbs: bad trials stop early, in one cell, and the best one is confirmed."""
+    return elastrain.sweep(moods.read("search", *STOPS, *far))
 
 
 @pytest.fixture(scope="module")
 def again(searched: elastrain.Sweep, tmp_path_factory: pytest.TempPathFactory) -> elastrain.Run:
     """The best one of the search as a run in another folder, in processes of its own."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "best.yaml").write_bytes(storage.read_bytes(searched.best))
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
-        return elastrain.train(read_train(searched.best))
+        patch.chdir(elsewhere)
+        return elastrain.train(read_train("best.yaml"))
 
 
 def ends(sweep: elastrain.Sweep) -> dict[str, str]:
@@ -77,29 +91,31 @@ def digests(url: str) -> dict[str, str]:
 
 
 def test_a_search_stops_bad_trials_confirms_the_best_and_says_what_trains_it_again(
-    searched: elastrain.Sweep, again: elastrain.Run, moods: Moods, workspace: Path
+    searched: elastrain.Sweep, again: elastrain.Run, moods: Moods, far: tuple[str, ...]
 ) -> None:
-    done, trials, folder = searched, searched.trials(), workspace / "runs" / "search"
-    assert [t.phase for t in trials] == ["tune"] * 6 + ["confirm"] * 2
+    done, trials = searched, searched.trials()
+    assert [t.phase for t in trials] == ["tune"] * 4 + ["confirm"] * 2
     assert {t.outcome for t in trials} == {"finished", "pruned"}
     assert all(len(t.evaluations) == t.step // 20 for t in trials)
     assert all(t.step < 60 for t in trials if t.outcome == "pruned")
     assert {t.seed for t in trials if t.phase == "confirm"}.isdisjoint({t.seed for t in trials if t.phase == "tune"})
     names = ("leaderboard.md", "leaderboard.csv", "leaderboard.json", "trials.parquet", "trials.jsonl", "report.html")
-    assert all((folder / name).stat().st_size for name in names)
-    assert done.table().num_rows == 8
+    sizes = {file.path: file.size_bytes for file in storage.list_files(done.url)}
+    assert all(sizes[name] for name in names)
+    assert done.table().num_rows == 6
     best = done.result["best_trial"]
     kept = {t.id for t in trials if t.id.startswith(best)}  # it, and what confirms it
-    assert {path.parent.name for path in (folder / "trials").glob("*/checkpoints")} == kept
+    assert {path.split("/")[1] for path in sizes if "/checkpoints/" in path} == kept
+    cache = Path(json.loads(far[1].removeprefix("set.data="))["cache"]["folder"])
+    assert any(cache.rglob("*")), "read through it"
     # the same from another folder, in fresh processes: warm ones change nothing
     assert best != trials[0].id, "it came to processes that had run another one"
     assert again.metrics["val_loss"] == done.result["best_value"]
     assert again.weights_sha256 == digests(done.url)[best]
     # what is there is all there is to do
-    before = (folder / "leaderboard.json").read_bytes()
-    stops = ("early_stop={method: asha, grace: 20, factor: 2}", "confirm={seeds: 2}", "budget.per_arm=6")
-    assert elastrain.sweep(moods.read("search", *stops, ONE)).result["best_value"] == done.result["best_value"]
-    assert (folder / "leaderboard.json").read_bytes() == before
+    before = storage.read_bytes(f"{done.url}/leaderboard.json")
+    assert elastrain.sweep(moods.read("search", *STOPS, *far)).result["best_value"] == done.result["best_value"]
+    assert storage.read_bytes(f"{done.url}/leaderboard.json") == before
 
 
 def test_hyperband_comes_to_its_end_in_two_cells(moods: Moods) -> None:
@@ -206,28 +222,10 @@ def leaderboard(url: str) -> list[tuple[Any, ...]]:
     return [(row["rank"], row["trial"], row["value"]) for row in found["rows"]]
 
 
-@pytest.fixture
-def straight(moods: Moods, tmp_path: Path, workspace: Path, s3_bucket: str) -> elastrain.Sweep:
-    """A sweep that nothing disturbs, on S3, whose trials read through a cache."""
-    packed = workspace / "data" / "digits"
-    for file in (path for path in packed.rglob("*") if path.is_file()):
-        storage.put(f"{s3_bucket}/{file.relative_to(packed)}", file.read_bytes())
-    data = {"train": f"{s3_bucket}/train", "eval": f"{s3_bucket}/test", "slots": 2}
-    data["cache"] = {"folder": str(tmp_path / "cache"), "max_bytes": 1 << 30}
-    far = (f"storage={s3_bucket}/sweeps", f"set.data={json.dumps(data)}")
-    done = elastrain.sweep(moods.read("straight", *STOPS, *far))
-    assert any((tmp_path / "cache").rglob("*")), "read through it"
-    return done
-
-
-# One trial at a time: which one ASHA stops depends on who came first.
-STOPS = ("early_stop={method: asha, grace: 20, factor: 2}", "confirm={seeds: 2}", ONE, "set.checkpoint.every_steps=20")
-
-
 def test_a_killed_and_an_interrupted_driver_go_on_to_the_same_leaderboard(
-    straight: elastrain.Sweep, moods: Moods, workspace: Path, start: Any
+    searched: elastrain.Sweep, moods: Moods, workspace: Path, start: Any
 ) -> None:
-    """And to that of a sweep on S3, whose trials read through a cache."""
+    """On a local folder, to that of the search on S3, whose trials read through a cache."""
     spec, url = moods.read("crooked", *STOPS), workspace / "runs" / "crooked"
     moods.hold()
     process = start("sweep", str(moods.path("crooked")), *(part for each in STOPS for part in ("--set", each)))
@@ -251,8 +249,8 @@ def test_a_killed_and_an_interrupted_driver_go_on_to_the_same_leaderboard(
     stopped = trials_of(read_ledger(str(url)))
     assert 2 <= len(stopped) < 6, "neither at its beginning nor at its end"
     done = elastrain.sweep(spec)
-    assert leaderboard(str(url)) == leaderboard(straight.url)
-    assert done.result["trials"] == straight.result["trials"]
+    assert leaderboard(str(url)) == leaderboard(searched.url)
+    assert done.result["trials"] == searched.result["trials"]
     assert set(done.result["trials"]) == {"finished", "pruned"}
     ended = [event["trial"] for event in read_ledger(str(url)) if event["kind"] == "ended"]
     assert sorted(ended) == sorted(set(ended)), "no trial is run to its end twice"
@@ -310,18 +308,20 @@ SHORT = "objective.max_steps=20"
 
 
 def test_another_sweep_in_the_same_folder_is_refused_and_more_budget_is_not(moods: Moods, workspace: Path) -> None:
-    """Nor does it cost a trial that a checkpoint of it could not be written."""
-    (first,) = elastrain.sweep(moods.read("grown", SHORT, "budget.per_arm=1")).trials()
-    with pytest.raises(ConflictError, match="space"):
-        elastrain.sweep(moods.read("grown", SHORT, "space={optimizer.lr: {log: [1.0e-4, 1.0]}}"))
+    """Nor does it cost a trial that has ended that a checkpoint of the next one could not be written."""
     in_the_way = workspace / "runs" / "grown" / "trials" / "search-0001"
+    in_the_way.parent.mkdir(parents=True)
     in_the_way.write_text("no folder")
     with pytest.raises(StorageError, match=f"search-0001: cannot write {in_the_way}"):
-        elastrain.sweep(moods.read("grown", SHORT, "budget.per_arm=2"))
+        elastrain.sweep(moods.read("grown", SHORT, ONE, "budget.per_arm=2"))
+    first, _ = trials_of(read_ledger(str(workspace / "runs" / "grown")))
+    assert first.outcome == "finished"
+    with pytest.raises(ConflictError, match="space"):
+        elastrain.sweep(moods.read("grown", SHORT, ONE, "space={optimizer.lr: {log: [1.0e-4, 1.0]}}"))
     in_the_way.unlink()
-    again, second = elastrain.sweep(moods.read("grown", SHORT, "budget.per_arm=2")).trials()
-    assert again == first
-    assert second.outcome == "finished"
-    target = elastrain.sweep(moods.read("grown", SHORT, "budget.per_arm=2", "objective.target=0.01"))
-    assert target.trials() == [again, second]
+    trials = elastrain.sweep(moods.read("grown", SHORT, ONE, "budget.per_arm=3")).trials()
+    assert trials[0] == first
+    assert [trial.outcome for trial in trials] == ["finished"] * 3
+    target = elastrain.sweep(moods.read("grown", SHORT, ONE, "budget.per_arm=3", "objective.target=0.01"))
+    assert target.trials() == trials
     assert "No trial reached the target" in target.as_text()
