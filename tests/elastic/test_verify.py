@@ -283,6 +283,7 @@ def test_a_disturbed_run_is_equal_to_the_bit(cli: Callable[..., Any], history: s
         "data.slots=4",
         f"budget={{steps: {300 if shipped else 400}}}",
         "workers.timeout_s=5",
+        "data.transforms=[{name: scale, column: image}]",  # so that tasks read the blocks, on nodes that are lost
         f"name=proof-{HISTORIES.index(history)}",
     ]
     if not shipped:
