@@ -323,9 +323,13 @@ def _parquet(file: Any, metadata: pq.FileMetaData, *, encrypted: bool, verify: b
 
 
 def _scatter(target: Array, places: Ints, values: Array, offsets: Ints) -> None:
-    """Set target[places] = values[offsets]; a run of offsets is taken as a view, and a row moves as one item."""
+    """Set target[places] = values[offsets], which ascend; a run is taken as a view, and a row moves as one item.
+
+    A block that spans epochs may ask for a row twice and for another one not at all: as many as a run, and none.
+    """
     first, last = int(offsets[0]), int(offsets[-1])
-    picked = values[first : last + 1] if last - first + 1 == len(offsets) else values[offsets]
+    is_run = last - first + 1 == len(offsets) and bool((np.diff(offsets) == 1).all())
+    picked = values[first : last + 1] if is_run else values[offsets]
     if picked.ndim > 1 and picked.flags.c_contiguous and picked[0].nbytes:
         width = picked[0].nbytes
         target.view(np.uint8).reshape(len(target), width).view(f"V{width}")[places, 0] = (
