@@ -44,7 +44,9 @@ def test_a_block_holds_the_rows_of_the_plan_from_whatever_step_it_is_cut(dataset
     plan = Plan.of(dataset, seed=0, global_batch=5, slots=1)
     for begin in range(16):
         for end in range(begin + 1, 17):
-            parts = {"train": dataset, "evaluation": None, "transforms": (), "reading": (0.0, 0)}
-            for _, make in train_tasks(FeedSpec(plan=plan, begin=begin, end=end, **parts)):
+            spec = FeedSpec(
+                plan=plan, train=dataset, evaluation=None, transforms=(), begin=begin, end=end, reading=(0.0, 0)
+            )
+            for _, make in train_tasks(spec):
                 arrays = arrays_of(make()(), where="a block")
                 assert np.array_equal(arrays["label"], arrays[INDEX[3]])
