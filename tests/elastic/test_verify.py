@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.elastic.test_run import wait_for
 from typer.testing import CliRunner
 
 from elastrain.__main__ import app
@@ -22,7 +24,7 @@ from elastrain.elastic.histories import Event, parse_history, random_history
 from elastrain.elastic.run import Run
 from elastrain.elastic.script import Act, Member, Play, Resize, Seen
 from elastrain.errors import ElastrainError, SpecError
-from elastrain.observe.ledger import StepLog
+from elastrain.observe.ledger import StepLog, read_ledger
 from elastrain.observe.report import read_report
 from elastrain.spec.document import read_train
 from elastrain.spec.train import TrainSpec
@@ -263,44 +265,59 @@ def test_a_difference_ends_with_1_after_the_result(monkeypatch: pytest.MonkeyPat
 
 
 FIRST_SEED, CELL_HISTORIES = (int(os.environ.get(name, "0")) for name in ("FIRST_SEED", "CELL_HISTORIES"))
-HISTORIES = [
-    "3, kill@30, 3, stop@90, 2, drain@150, 1, 2, node@210",
-    *(str(random_history(seed, slots=4, steps=400)) for seed in range(FIRST_SEED, FIRST_SEED + CELL_HISTORIES)),
-]
+HISTORY = "3, kill@10, 3, stop@30, 2, drain@50, 1, 2, node@70"
+HISTORIES = [str(random_history(seed, slots=4, steps=400)) for seed in range(FIRST_SEED, FIRST_SEED + CELL_HISTORIES)]
+
+
+def proved(cli: Callable[..., Any], name: str, history: str, *changes: str) -> dict[str, Any]:
+    """What `elastrain verify` finds of a history: that the runs are equal, and what each event did."""
+    fixed = ("precision=fp32", "data.slots=4", "workers.timeout_s=5", f"name={name}")
+    # So that tasks read the blocks, on nodes that are lost.
+    read = "data.transforms=[{name: scale, column: image}]"
+    arguments = [part for change in (*fixed, read, *changes) for part in ("--set", change)]
+    done = cli("verify", str(DIGITS), "--history", history, *arguments, "--json", timeout=500)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert found["equal"] is True
+    assert found["undisturbed"]["weights_sha256"] == found["disturbed"]["weights_sha256"]
+    assert [event["event"] for event in found["events"]] == history.split(", ")[1:]
+    return found
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("history", HISTORIES)
 def test_a_disturbed_run_is_equal_to_the_bit(cli: Callable[..., Any], history: str, slow_task: Path) -> None:
-    """`CELL_HISTORIES=20 FIRST_SEED=0 pytest tests/elastic/test_verify.py -k disturbed_run` tries more of them.
+    """`CELL_HISTORIES=20 FIRST_SEED=0 pytest tests/elastic/test_verify.py -k disturbed_run` tries some by chance.
 
-    Steps of those take some 0.1 s, so that the last events find the run still at it, however busy the machine is.
+    Steps take some 0.1 s, so that the last events find the run still at it, however busy the machine is.
     """
-    shipped = history == HISTORIES[0]
-    sets = [
-        "precision=fp32",
-        "data.slots=4",
-        f"budget={{steps: {300 if shipped else 400}}}",
-        "workers.timeout_s=5",
-        "data.transforms=[{name: scale, column: image}]",  # so that tasks read the blocks, on nodes that are lost
-        f"name=proof-{HISTORIES.index(history)}",
-    ]
-    if not shipped:
-        sets.append(f"task={slow_task}:Slow")
-    arguments = [part for change in sets for part in ("--set", change)]
-    done = cli("verify", str(DIGITS), "--history", history, *arguments, "--json", timeout=500)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["equal"] is True
-    assert found["undisturbed"]["weights_sha256"] == found["disturbed"]["weights_sha256"]
-    assert [event["event"] for event in found["events"]] == history.split(", ")[1:]
-    if shipped:  # somebody is always left: nothing starts again
-        assert found["disturbed"]["restarts"] == 0
-        for event in found["events"]:
-            assert event["steps_redone"] == 0, event
-            assert event["survivors_kept"] in (None, event["survivors"]), event
-        check_losses(found["disturbed"])
+    proved(cli, f"proof-{HISTORIES.index(history)}", history, "budget={steps: 400}", f"task={slow_task}:Slow")
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_run_in_which_somebody_is_always_left_starts_nothing_again(
+    cli: Callable[..., Any], slow_task: Path, workspace: Path
+) -> None:
+    """It takes its time from its beginning until its last node is lost, so that all events find it still at it."""
+    fast, run = slow_task.with_name("fast"), workspace / "runs" / "proof-verify" / "disturbed"
+    fast.touch()
+    slowly = (f"task={slow_task}:Slow", "task_args.pause=0.1", "budget={steps: 150}")
+    with ThreadPoolExecutor(1) as pool:
+        proving = pool.submit(proved, cli, "proof", HISTORY, *slowly)
+        try:
+            wait_for(lambda: (run / "ledger").exists() or proving.done())
+            fast.unlink()
+            wait_for(lambda: proving.done() or [each for each in read_ledger(str(run)) if each["kind"] == "node_lost"])
+        finally:
+            fast.touch()
+        found = proving.result()
+    assert found["disturbed"]["restarts"] == 0
+    for event in found["events"]:
+        assert event["steps_redone"] == 0, event
+        assert event["survivors_kept"] in (None, event["survivors"]), event
+    check_losses(found["disturbed"])
 
 
 def check_losses(run: dict[str, Any]) -> None:
