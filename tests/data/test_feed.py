@@ -25,7 +25,7 @@ from elastrain.data.blocks import (
 )
 from elastrain.data.columns import to_table
 from elastrain.data.dataset import MANIFEST, Dataset
-from elastrain.data.feed import FeederLogic, WorkerFeed, is_small
+from elastrain.data.feed import FeederLogic, WorkerFeed
 from elastrain.data.pipeline import grouped
 from elastrain.data.plan import INDEX_BYTES, Plan
 from elastrain.errors import DataError
@@ -45,7 +45,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 @pytest.fixture(autouse=True)
 def not_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read by tasks, as data that are not small are."""
+    """Read with several tasks at once, as data that are not small are."""
     monkeypatch.setattr(feed_module, "SMALL_BYTES", 0)
 
 
@@ -172,41 +172,21 @@ def test_reading_begins_with_the_first_node_and_follows_the_run_from_lease_to_le
     assert feed_module.off_idle_head()["label_selector"] == {"ray.io/node-id": "!in(head)"}
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("local_ray")
-def test_small_data_of_this_machine_are_read_by_the_feeder_itself(
+def test_small_data_are_read_by_one_task_at_a_time_unless_something_is_done_with_them(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feed_module, "SMALL_BYTES", 33 * ROWS)
-    monkeypatch.setattr(feed_module, "off_idle_head", pytest.fail)  # what every task asks that has no CPU
-    spec = replace(spec_of(dataset), reading=(0.0, 2))
-    logic = FeederLogic(spec)
-    worker = WorkerFeed(Here(logic), spec, begin=0)
-    for block in range(12):
-        assert all(worker.take(slot, block) for slot in range(SLOTS))
-        logic.release_before(block)
-    rows = [arrays[INDEX[3]] for _, arrays in worker.evaluation([0])]
-    assert np.array_equal(np.concatenate(rows), np.arange(ROWS))
-    Path(dataset.url, dataset.shards[1].path).write_bytes(b"")
-    reader.forget_files()
-    broken = FeederLogic(spec)
-    other = WorkerFeed(Here(broken), spec, begin=0)
-    with pytest.raises(DataError, match=dataset.shards[1].path):
-        _ = [other.take(slot, 0) for slot in range(SLOTS)]
-    for each in (worker, logic, other, broken):
-        each.close()
+    given: list[tuple[float, int]] = []
 
+    class Watched:
+        def __init__(self, *_: Any, reading: Any, **__: Any) -> None:
+            given.append(reading())
 
-def test_what_is_large_or_far_or_changed_or_encrypted_is_read_by_tasks(
-    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(feed_module, "SMALL_BYTES", 33 * ROWS)
-    assert is_small(dataset, ())
-    assert not is_small(dataset, (Scale(name="scale", column="image"),))
-    assert not is_small(replace(dataset, key="main"), ())
-    assert not is_small(replace(dataset, url="s3://bucket/data"), ())
-    monkeypatch.setattr(feed_module, "SMALL_BYTES", 33 * ROWS - 1)
-    assert not is_small(dataset, ())
+    monkeypatch.setattr(feed_module, "Stream", Watched)
+    worked = replace(spec_of(dataset), transforms=(Scale(name="scale", column="image"),))
+    for spec, small in ((spec_of(dataset), 33 * ROWS), (spec_of(dataset), 33 * ROWS - 1), (worked, 33 * ROWS)):
+        monkeypatch.setattr(feed_module, "SMALL_BYTES", small)
+        FeederLogic(spec)
+    assert given == [(1.0, 1), (1.0, 2), (1.0, 2)]
 
 
 @pytest.mark.ray

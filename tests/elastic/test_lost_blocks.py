@@ -15,7 +15,6 @@ from elastrain.data.columns import to_table
 from elastrain.data.dataset import Dataset
 from elastrain.data.feed import FeederLogic, WorkerFeed
 from elastrain.data.plan import Plan
-from elastrain.spec.train import Scale
 
 ROWS = 512
 SOON_S, LATE_MS = 20.0, 600_000
@@ -28,8 +27,7 @@ def spec(tmp_path: Path) -> FeedSpec:
     pq.write_table(to_table({"image": images}), tmp_path / "0.parquet", row_group_size=64, write_page_checksum=True)
     data = Dataset.open(str(tmp_path))
     plan = replace(Plan.of(data, seed=0, global_batch=64, slots=1), block_steps=2)
-    tasks = (Scale(name="scale", column="image"),)  # else the feeder would read so little itself
-    return FeedSpec(plan=plan, train=data, evaluation=data, transforms=tasks, begin=0, end=8, reading=(0.0, 1))
+    return FeedSpec(plan=plan, train=data, evaluation=data, transforms=(), begin=0, end=8, reading=(0.0, 1))
 
 
 @pytest.mark.ray

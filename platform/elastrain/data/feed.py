@@ -9,8 +9,6 @@ past stays with the feeder, so that a block can be asked for again.
 
 A block of evaluation is read when a worker asks for it, in any order and as often as wanted: so nobody waits for what
 another worker has used up, or a lost one never fetched.
-
-What is small and lies on this machine the feeder reads itself: a run starts seconds earlier without Ray Data.
 """
 
 import contextlib
@@ -27,7 +25,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from elastrain import storage
 from elastrain.data.blocks import (
     EVALUATION,
     INDEX,
@@ -39,13 +36,11 @@ from elastrain.data.blocks import (
     eval_block_rows,
     eval_task,
     keeps_evaluation,
-    read_blocks,
     reading_beside,
     task_of,
     train_tasks,
 )
 from elastrain.data.columns import Array
-from elastrain.data.dataset import Dataset
 from elastrain.data.plan import AHEAD_BYTES, INDEX_BYTES
 from elastrain.data.transforms import delivered_bytes
 from elastrain.errors import DataError, ElastrainError, StorageError, ours
@@ -54,7 +49,7 @@ LEASE = 512  # blocks of one Ray Data execution: the work of each is an object i
 CLOSE_S = 10.0
 LOOK_S = 0.2  # between two looks for a node that tasks may run on
 HEAD, NODE_ID_LABEL = "node:__internal_head__", "ray.io/node-id"  # a resource of the head; a label of every node
-SMALL_BYTES = 8 << 20  # of an epoch: read in no time, where tasks would cost their processes and Ray Data
+SMALL_BYTES = 8 << 20  # of an epoch: one task reads them in no time, and another one would cost a process
 PATIENCE_S = 1.0  # for a block that has been read to arrive; more where the slowest so far took long
 PATIENCE_FACTOR = 2.0
 
@@ -62,13 +57,7 @@ PATIENCE_FACTOR = 2.0
 def execute(
     blocks: Sequence[ReadBlock], *, reading: tuple[float, int], block_bytes: int, ahead_bytes: int
 ) -> Generator[Any, None, None]:
-    """Read blocks of up to `block_bytes` in one streaming Ray Data execution; yield a reference to each, in order.
-
-    No read task at once: they are read here.
-    """
-    if not reading[1]:
-        yield from map(ray.put, read_blocks(blocks))
-        return
+    """Read blocks of up to `block_bytes` in one streaming Ray Data execution; yield a reference to each, in order."""
     from elastrain.data.pipeline import references  # noqa: PLC0415 -- half a second: Ray Data, for the feeder alone
 
     where = {} if reading[0] else off_idle_head()
@@ -181,12 +170,6 @@ def read_block(task: ReadBlock) -> pa.Table:
     return task()
 
 
-def is_small(dataset: Dataset, transforms: Sequence[Any]) -> bool:
-    """Say whether the feeder reads a dataset itself: few bytes on this machine, with which nothing is done."""
-    plain = not transforms and dataset.key is None and storage.is_local(dataset.url)
-    return plain and dataset.row_bytes * dataset.num_rows <= SMALL_BYTES
-
-
 class FeederLogic:
     """The feeder without its actor: the training stream, and the blocks of evaluation."""
 
@@ -195,7 +178,7 @@ class FeederLogic:
         self._spec = spec
         self._beside: tuple[int, float] | None = None
         plan = spec.plan
-        self._small = is_small(spec.train, spec.transforms)
+        self._small = not spec.transforms and spec.train.row_bytes * spec.train.num_rows <= SMALL_BYTES
         row_bytes = delivered_bytes(spec.transforms, spec.train.columns) + INDEX_BYTES
         block_bytes = plan.block_steps * row_bytes * -(-plan.global_batch // plan.slots)
         self._train = Stream(
@@ -208,7 +191,6 @@ class FeederLogic:
         # No CPU: workers hold theirs while they wait, and what reads ahead for training may hold all others.
         self._read: Any = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(read_block)
         self._where: dict[str, Any] | None = None  # looked for when the first is read: workers are there by then
-        self._reads = spec.evaluation is not None and is_small(spec.evaluation, spec.transforms)
         self._keeps = spec.evaluation is not None and keeps_evaluation(spec.evaluation, spec.transforms)
         self._kept: dict[int, Any] = {}
         self._lock = threading.Lock()
@@ -220,28 +202,22 @@ class FeederLogic:
     def evaluation(self, index: int) -> list[Any]:
         """Return a reference to an evaluation block that is being read; kept, if the data are small, for all rounds."""
         with self._lock:
-            reference = self._kept.get(index) or self._begun(eval_task(self._spec, index))
+            self._where = off_idle_head() if self._where is None else self._where
+            reference = self._kept.get(index) or self._read.options(**self._where).remote(eval_task(self._spec, index))
             if self._keeps:
                 self._kept[index] = reference
         return [reference]
-
-    def _begun(self, task: ReadBlock) -> Any:
-        if self._reads:
-            return ray.put(task())
-        self._where = off_idle_head() if self._where is None else self._where
-        return self._read.options(**self._where).remote(task)
 
     def read_beside(self, workers: int, kept: float) -> None:
         """Read beside so many workers from the next lease on, and keep so many CPUs free for those that may come."""
         self._beside = (workers, kept)
 
     def _reading(self) -> tuple[float, int]:
-        if self._small:
-            return (0.0, 0)
-        if self._beside is None:
-            return self._spec.reading
-        workers, kept = self._beside
-        return reading_beside(workers, ray.available_resources().get("CPU", 0.0) - kept)
+        reading = self._spec.reading
+        if self._beside is not None:
+            workers, kept = self._beside
+            reading = reading_beside(workers, ray.available_resources().get("CPU", 0.0) - kept)
+        return (reading[0], 1) if self._small else reading
 
     def release_before(self, block: int) -> None:
         """Forget training blocks (slot, j) with j < `block`: every worker has committed past them."""
