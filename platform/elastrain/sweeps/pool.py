@@ -69,7 +69,7 @@ class Pool:
         left: Callable[[], float],
         say: Callable[[str], object],
     ) -> None:
-        """Make a pool of cells of `workers.max` workers, `most` at once; `left()` counts the trials still to be run.
+        """Make a pool of cells of `config.size` workers, `most` at once; `left()` counts the trials still to be run.
 
         `say(text)` is called from the pool's thread, once whenever all room is taken by others.
         """
