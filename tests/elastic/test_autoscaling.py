@@ -214,7 +214,8 @@ def test_nodes_come_from_zero_when_a_run_asks_and_the_run_grows_onto_them(cloud:
     assert not cloud.ever
     story.go_on(GPUS)
     story.until(lambda: story.sizes() == [2])
-    assert [event["workers"] for event in story.events("demand")] == [2]
+    asked = [event["workers"] for event in story.events("demand")]
+    assert asked[0] == max(asked) == 2, "both at once"
     assert list(cloud.ever.values()) == ["h100-spot", "h100-spot"]  # nothing else, and none twice
 
 
