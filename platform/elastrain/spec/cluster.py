@@ -220,7 +220,7 @@ class ClusterSpec(Model):
     )
     head: Head = Field(description="the node that drives and never works")
     pools: Annotated[tuple[Pool, ...], Field(min_length=1)] = Field(description="the machines that work")
-    tls: Tls | None = Field(default=None, description="encrypts Ray's gRPC; off where unset")
+    tls: Tls | None = Field(default=None, description="encrypts what its processes say; off where unset")
     env: dict[str, str] = Field(default={}, description="environment of all containers; no secrets")
     prices: str | None = Field(
         default=None, description="a table of machine types of your own, relative to this file: see clusters/README.md"
