@@ -1,10 +1,13 @@
-"""Certificates for Ray's gRPC: what they hold, and a real cluster that speaks with nobody who has none of its own."""
+"""Certificates for TLS: what they hold, and a real cluster that speaks with nobody who has none of its own."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -13,6 +16,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from tests.cluster.head import Head, head
+from tests.elastic.reference import ROOT, begin_reference
 
 from elastrain.cluster.certificates import make_certificates, own_hosts
 from elastrain.cluster.doors import knock, listeners, speaks_tls
@@ -76,7 +80,7 @@ def encrypted() -> Iterator[Encrypted]:
     folder = Path(tempfile.mkdtemp(prefix="elastrain-"))
     try:
         environment = make_certificates(str(folder / "tls"))["environment"]
-        with head(folder / "head", cpus=2, environment=NO_EXPORTERS | environment) as started:
+        with head(folder / "head", cpus=4, environment=NO_EXPORTERS | environment) as started:
             yield Encrypted(started, environment, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -129,3 +133,58 @@ def test_every_port_of_its_own_protocol_speaks_tls_and_doctor_says_so(encrypted:
     assert all(speaks_tls(each.reachable, each.port) for each in native)
     done = elastrain(encrypted, "doctor", "--security")
     assert "ok    TLS                 Ray's gRPC is encrypted" in done.stdout, done.stderr
+
+
+WAITS = """
+
+class Waits(DigitsMLP):
+    def losses(self, model, batch):
+        import os, time
+        from pathlib import Path
+
+        here = Path(__file__).parent
+        (here / f"worker-{os.getpid()}").touch()
+        while not (here / "goes on").exists():
+            time.sleep(0.05)
+        return super().losses(model, batch)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_every_port_of_a_run_speaks_tls_and_it_comes_to_the_same_weights(encrypted: Encrypted, tmp_path: Path) -> None:
+    """Of its membership and of its workers' doors: the first step waits until they were looked at."""
+    digits, data = ROOT / "pipelines" / "digits_mlp", encrypted.folder / "packed"
+    if not data.exists():
+        assert elastrain(encrypted, "pack", "digits", str(data)).returncode == 0
+    (tmp_path / "task.py").write_text((digits / "task.py").read_text() + WAITS)
+    fixed = [f"data.train={data / 'train'}", f"data.eval={data / 'test'}", "data.slots=4", "budget={steps: 30}"]
+    fixed += ["precision=fp32", "consistency=bitwise", "task_args={hidden: 16}"]
+    reference = begin_reference(digits / "train.yaml", [*fixed, "workers.max=1"], cwd=tmp_path)
+    spread = [f"task={tmp_path / 'task.py'}:Waits", f"storage={tmp_path}", "workers={min: 2, max: 2}"]
+    sets = [word for each in fixed + spread for word in ("--set", each)]
+    command = ["train", str(digits / "train.yaml"), *sets, "--json", "--address", encrypted.head.address]
+    marks = [encrypted.head.address, str(encrypted.folder / "head" / "ray")]
+    before, pipe = set(listeners(marks)), subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-m", "elastrain", *command],
+        env=os.environ | encrypted.environment,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+    ) as run:
+        try:
+            while len(workers := list(tmp_path.glob("worker-*"))) < 2:
+                assert run.poll() is None, run.communicate()
+                time.sleep(0.1)
+            opened = set(listeners(marks)) - before
+            plain = [each for each in opened if not speaks_tls(each.reachable, each.port)]
+        finally:
+            (tmp_path / "goes on").touch()
+        out, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    assert plain == []
+    ports = Counter(each.pid for each in opened)
+    assert [ports[int(each.name.removeprefix("worker-"))] for each in workers] == [2, 2], "Ray's, and its door"
+    assert sum(each.process.startswith("Host") for each in opened) == 2, "Ray's, and the membership"
+    assert json.loads(out.splitlines()[-1])["weights_sha256"] == reference.weights_sha256()

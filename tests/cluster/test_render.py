@@ -19,6 +19,7 @@ from elastrain.cluster.schemas import _kuberay_schemas, kuberay_findings
 from elastrain.errors import StorageError
 from elastrain.spec.cluster import ClusterSpec
 from elastrain.spec.document import dump
+from elastrain.spec.offers import offered
 from elastrain.spec.problems import nowhere
 from elastrain.spec.source import parse
 
@@ -95,6 +96,7 @@ def test_rays_autoscaler_reads_the_pools_as_they_were_meant(name: str) -> None:
     (data,) = manifests(spec).values()
     kinds = AutoscalingConfig({**copy.deepcopy(data), "auth": {}}, skip_content_hash=True).get_node_type_configs()
     assert kinds["head"].resources == {"CPU": 0}
+    assert offered(kinds["head"].labels) == [pool.resources() for pool in spec.pools]
     for pool in spec.pools:
         kind = kinds[pool.name]
         assert (kind.min_worker_nodes, kind.max_worker_nodes) == (pool.least, pool.most)
@@ -110,6 +112,7 @@ def test_rays_autoscaler_reads_the_groups_as_they_were_meant() -> None:
     kinds = _derive_autoscaling_config_from_ray_cr(manifests(spec)["kuberay-raycluster.yaml"])["available_node_types"]
     assert kinds["headgroup"]["resources"]["CPU"] == 0
     assert kinds["headgroup"]["max_workers"] == 0
+    assert offered(kinds["headgroup"]["labels"]) == [pool.resources() for pool in spec.pools]
     for pool in spec.pools:
         kind = kinds[pool.name]
         asked = pool.resources()

@@ -160,3 +160,37 @@ def several_nodes(*, looks_ms: int = 300) -> Iterator[Nodes]:
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+class autoscaler_offering:  # noqa: N801 -- used as a context
+    """Write into Ray what an autoscaler would: that it can add nodes."""
+
+    def __init__(self, *, cpus: int, most: int, address: str | None = None) -> None:
+        """Write into the Ray at `address`, or into the one that this process is connected to."""
+        self._cpus, self._most, self._address = cpus, most, address
+
+    def __enter__(self) -> "autoscaler_offering":
+        self.offer(("spot", self._cpus, self._most))
+        return self
+
+    def offer(self, *types: tuple[str, int, int]) -> None:
+        """Write these instead: name, CPUs, most."""
+        from ray.core.generated import autoscaler_pb2
+
+        config: Any = autoscaler_pb2.ClusterConfig()  # type: ignore[attr-defined] # made at import by protobuf
+        for name, cpus, most in types:
+            config.node_group_configs.add(name=name, resources={"CPU": cpus}, max_count=most)
+        self._put(config.SerializeToString())
+
+    def __exit__(self, *_: object) -> None:
+        self._put(b"")
+
+    def _put(self, value: bytes) -> None:
+        import ray
+
+        worker: Any = ray._private.worker.global_worker
+        raylet: Any = ray._raylet
+        client = raylet.GcsClient(address=self._address) if self._address else worker.gcs_client
+        overwrite = True
+        namespace = raylet.GCS_AUTOSCALER_STATE_NAMESPACE.encode()
+        client.internal_kv_put(raylet.GCS_AUTOSCALER_CLUSTER_CONFIG_KEY.encode(), value, overwrite, namespace)

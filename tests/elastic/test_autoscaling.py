@@ -24,7 +24,10 @@ from elastrain.cluster.pins import look
 from elastrain.cluster.preemption import Notice, drain
 from elastrain.cluster.why_up import explain
 from elastrain.elastic.keep import descendants
+from elastrain.elastic.session import check_kind
+from elastrain.errors import SpecError
 from elastrain.observe.ledger import read_ledger, read_steps
+from elastrain.spec.train import WorkersSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
@@ -206,10 +209,13 @@ def hopeless(story: Story) -> "subprocess.Popen[str]":
 
 @pytest.mark.usefixtures("hopeless")
 def test_nodes_come_from_zero_when_a_run_asks_and_the_run_grows_onto_them(cloud: Cloud, story: Story) -> None:
+    with pytest.raises(SpecError, match="the cluster has H100, T4, and a run must not mix them"):
+        check_kind(WorkersSpec(gpus=1))
     assert not cloud.ever
     story.go_on(GPUS)
     story.until(lambda: story.sizes() == [2])
-    assert [event["workers"] for event in story.events("demand")] == [2]
+    asked = [event["workers"] for event in story.events("demand")]
+    assert asked[0] == max(asked) == 2, "both at once"
     assert list(cloud.ever.values()) == ["h100-spot", "h100-spot"]  # nothing else, and none twice
 
 

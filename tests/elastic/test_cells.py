@@ -52,7 +52,7 @@ def start(node: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start
 
     started: list[Running] = []
 
-    def begin(size: int, *, node: str | None = node, **beside: float) -> Running:
+    def begin(size: int, *, node: str = node, **beside: float) -> Running:
         folder = tmp_path_factory.mktemp("cell")
         actor, name, resources = start_cell(), folder.name, {"CPU": 1.0, **beside}
         config = Config(run_url=str(folder), cell="one")
@@ -75,13 +75,6 @@ def node(nodes: Nodes) -> str:
 def trio(start: Start) -> Running:
     """A cell of three workers, which the tests treat one after the other, ever more roughly."""
     return start(3)
-
-
-@pytest.fixture(scope="module")
-def special(start: Start, nodes: Nodes) -> Running:
-    """A cell of one worker that needs an accelerator, which the node that came last has."""
-    nodes.add(1, **{"accelerator_type:H100": 1.0})
-    return start(1, node=None, **{"accelerator_type:H100": 0.001})
 
 
 def test_all_workers_of_a_cell_are_on_the_node_that_was_asked_for(trio: Running, node: str) -> None:
@@ -153,7 +146,7 @@ def test_ending_a_cell_leaves_nothing_though_a_worker_hangs_and_ray_waits_for_it
 
 
 def test_ending_a_cell_that_waits_for_room_takes_its_demand_back(start: Start) -> None:
-    cell = start(4, node=None)  # more than any node holds
+    cell = start(4)  # more than the node holds
     (group,) = until(groups)
     assert (group["state"], group["strategy"]) == ("PENDING", "STRICT_PACK")
     assert not ongoing()
@@ -190,18 +183,26 @@ def test_what_a_cell_asked_for_that_was_dead_when_it_came_is_freed_when_room_is_
     nodes.lose(node)
 
 
-def test_workers_of_a_cell_are_on_a_node_of_the_accelerator_that_they_need(special: Running, nodes: Nodes) -> None:
+def test_what_is_asked_for_comes_on_a_node_of_the_accelerator_that_a_worker_needs(nodes: Nodes) -> None:
     """What `WorkersSpec.needs` asks for is what Ray's autoscaler and scheduler tell kinds of nodes by."""
-    special.pids(1)
-    assert {where for _, where, _ in present(special.folder).values()} == {nodes.ids[-1]}
+    from elastrain.elastic.demand import Demand, free
+
+    node = nodes.add(1, **{"accelerator_type:H100": 1.0})
+    demand = Demand({"CPU": 1.0, "accelerator_type:H100": 0.001})
+    demand.spares = False
+    demand.ask(1)
+    found = until(demand.take)
+    assert [*found] == [node]
+    free(found[node])
 
 
-def test_a_cell_whose_worker_breaks_again_and_again_gives_up_and_says_why(special: Running) -> None:
+def test_a_cell_whose_worker_breaks_again_and_again_gives_up_and_says_why(start: Start) -> None:
     import ray
 
-    (special.folder / "raise-all").touch()
-    assert "the train function broke" in ray.get(special.ended, timeout=300)
-    assert len(list(special.folder.glob("one-*"))) == 3
+    cell = start(1)
+    (cell.folder / "raise-all").touch()
+    assert "the train function broke" in ray.get(cell.ended, timeout=300)
+    assert len(list(cell.folder.glob("one-*"))) == 3
 
 
 def test_failures_in_a_row_are_answered_later_and_later_and_a_cell_with_survivors_is_never_given_up(
@@ -215,7 +216,7 @@ def test_failures_in_a_row_are_answered_later_and_later_and_a_cell_with_survivor
     now, waited = [1000.0], list[float]()
     monkeypatch.setattr("elastrain.elastic.trainer.time.monotonic", lambda: now[0])
     monkeypatch.setattr("elastrain.elastic.trainer.time.sleep", waited.append)
-    some, patience = WorkerGroupError("one of two", {0: ValueError()}), Patience(size=2, pinned=True)
+    some, patience = WorkerGroupError("one of two", {0: ValueError()}), Patience(size=2)
     for _ in range(9):
         assert patience.make_decision(some) is FailureDecision.RETRY
         now[0] += 5.0
@@ -225,15 +226,14 @@ def test_failures_in_a_row_are_answered_later_and_later_and_a_cell_with_survivor
     assert len(waited) == 8  # after a calm it is the first failure again
 
 
-@pytest.mark.parametrize(("pinned", "decision"), [(True, "RAISE"), (False, "RETRY")])
-def test_only_a_cell_that_may_be_anywhere_waits_for_room_for_ever(*, pinned: bool, decision: str) -> None:
+def test_a_cell_does_not_wait_for_room_for_ever() -> None:
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
     from ray.train.v2.api.exceptions import ControllerError
 
     from elastrain.elastic.trainer import Patience
 
     no_room = ControllerError(WorkerGroupStartupTimeoutError(2))
-    assert Patience(size=2, pinned=pinned).make_decision(no_room).value == decision
+    assert Patience(size=2).make_decision(no_room).value == "RAISE"
 
 
 def end(cell: Running) -> None:

@@ -17,6 +17,7 @@ from elastrain.elastic.keep import descendants
 from elastrain.elastic.ray_inner import NodeType
 from elastrain.errors import DataError, ResourceError, SpecError
 from elastrain.spec.document import read_train
+from elastrain.spec.offers import offer_of
 from elastrain.spec.train import TrainSpec, WorkersSpec
 
 ROOT = Path(__file__).parents[2]
@@ -63,10 +64,18 @@ def test_a_transform_that_cannot_work_is_found_before_anything_starts(
         verb(read(tmp_path, f"data.transforms=[{{name: custom, function: '{tmp_path}/mine.py:f'}}]"))
 
 
-def test_kinds_of_gpu_that_an_autoscaler_tells_of_count_before_a_node_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds = [NodeType({"CPU": 8.0, "GPU": 8.0, f"accelerator_type:{kind}": 1.0}, 4) for kind in ("T4", "H100")]
-    monkeypatch.setattr("ray.nodes", list)
-    monkeypatch.setattr(session, "node_types", lambda: kinds)
+@pytest.mark.parametrize("by", ["its autoscaler", "the labels of its head"])
+def test_kinds_of_gpu_that_a_cluster_tells_of_count_before_a_node_is_there(
+    monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    pools = [{"CPU": 8, "GPU": 8, f"accelerator_type:{kind}": 1} for kind in ("T4", "H100")]
+    head = {"Alive": True, "Resources": {"CPU": 0.0}, "Labels": dict[str, str]()}
+    if by == "its autoscaler":
+        monkeypatch.setattr(session, "node_types", lambda: [NodeType(pool, 4) for pool in pools])
+    else:
+        monkeypatch.setattr(session, "node_types", list)
+        head["Labels"] = {f"elastrain-pool/{at}": offer_of(pool) for at, pool in enumerate(pools)}
+    monkeypatch.setattr("ray.nodes", lambda: [head])
     with pytest.raises(SpecError, match="the cluster has H100, T4, and a run must not mix them: name one"):
         session.check_kind(WorkersSpec(gpus=1))
     session.check_kind(WorkersSpec(gpus=1, accelerator="T4"))

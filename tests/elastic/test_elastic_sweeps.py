@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.elastic.cell_harness import autoscaler_offering
 from tests.elastic.sweep_stage import Moods, wait_for
 
 from elastrain.elastic.local_cluster import LocalCluster, start_cluster
@@ -28,6 +29,8 @@ def test_trials_at_once_follow_the_nodes_and_a_lost_node_costs_no_trial(
     moods.hold()  # from the 26th step on, until nodes have come and gone
     changes = ("objective.every=10", "set.workers.cpus=1", "set.checkpoint.every_steps=10", "budget.per_arm=2")
     sets = [part for change in changes for part in ("--set", change)]
+    offering = autoscaler_offering(cpus=1, most=8, address=cluster.address)
+    offering.offer(("spot", 1, 8))
     process = start("sweep", str(moods.path("nodes-of-a-sweep")), *sets, "--address", cluster.address, "--json")
     url = str(workspace / "runs" / "nodes-of-a-sweep")
 
@@ -37,8 +40,10 @@ def test_trials_at_once_follow_the_nodes_and_a_lost_node_costs_no_trial(
 
     wait_for(lambda: len(events("eval")) == 2)
     assert len(events("trial")) == 1, "one node, one trial at once"
+    wait_for(lambda: events("demand"))
     cluster.add()
     wait_for(lambda: len(events("eval")) == 4)
+    assert [event["cells"] for event in events("demand")] == [1]
     cluster.lose(events("cell")[0]["node"])
     wait_for(lambda: events("lost"))
     moods.release()

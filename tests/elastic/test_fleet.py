@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.elastic.cell_harness import DRAIN_S, Nodes, groups, ongoing, present, several_nodes, stand_in, until
+from tests.elastic.cell_harness import (
+    DRAIN_S,
+    Nodes,
+    autoscaler_offering,
+    groups,
+    ongoing,
+    present,
+    several_nodes,
+    stand_in,
+    until,
+)
 
 from elastrain.elastic.cells import KILLED_S
 from elastrain.elastic.fleet import Event, Fleet, Seated, Seen
@@ -302,37 +312,3 @@ def test_a_run_that_names_no_gpu_never_mixes_kinds(nodes: Nodes) -> None:
 
 def pending() -> int:
     return sum(group["state"] == "PENDING" for group in groups())
-
-
-class autoscaler_offering:  # noqa: N801 -- used as a context
-    """Write into Ray what an autoscaler would: that it can add nodes."""
-
-    def __init__(self, *, cpus: int, most: int) -> None:
-        self._cpus, self._most = cpus, most
-
-    def __enter__(self) -> "autoscaler_offering":
-        self.offer(("spot", self._cpus, self._most))
-        return self
-
-    def offer(self, *types: tuple[str, int, int]) -> None:
-        """Write these instead: name, CPUs, most."""
-        from ray.core.generated import autoscaler_pb2
-
-        config: Any = autoscaler_pb2.ClusterConfig()  # type: ignore[attr-defined] # made at import by protobuf
-        for name, cpus, most in types:
-            config.node_group_configs.add(name=name, resources={"CPU": cpus}, max_count=most)
-        self._put(config.SerializeToString())
-
-    def __exit__(self, *_: object) -> None:
-        self._put(b"")
-
-    def _put(self, value: bytes) -> None:
-        import ray
-
-        worker: Any = ray._private.worker.global_worker
-        raylet: Any = ray._raylet
-        overwrite = True
-        namespace = raylet.GCS_AUTOSCALER_STATE_NAMESPACE.encode()
-        worker.gcs_client.internal_kv_put(
-            raylet.GCS_AUTOSCALER_CLUSTER_CONFIG_KEY.encode(), value, overwrite, namespace
-        )

@@ -10,12 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from elastrain.elastic.greeting import call
 from elastrain.elastic.membership import Membership
 from elastrain.elastic.protocol import Generation, Position, Reply, Roster, Verdict, Worker
 from elastrain.elastic.recovery import Recovery
@@ -33,7 +33,7 @@ class Line:
 
     def __init__(self, served: Membership, name: str, arithmetic: str = "") -> None:
         self.name, self.worker = name, worker(name, arithmetic)
-        self.connection = Client(served.address, authkey=served.token)
+        self.connection = call(served.address, served.token)
         self.heard: list[tuple[Any, ...]] = []
 
     def say(self, *message: Any) -> None:
@@ -212,7 +212,7 @@ def test_what_comes_over_sockets_is_decided_by_the_machine_of_the_simulation(ser
 def test_a_wrong_token_gets_nothing(serve: Serve) -> None:
     served = serve(1)
     with pytest.raises(AuthenticationError):
-        Client(served.membership.address, authkey=b"guessed")
+        call(served.membership.address, b"guessed")
     lines = served.lines("a")
     assert lines
     assert set(served.membership.roster.seats) == {"a"}

@@ -266,6 +266,8 @@ def test_what_can_be_refused_is_refused_before_anything_starts(moods: Moods, wor
         elastrain.sweep(moods.read("huge", "set.workers={min: 1, max: 1, gpus: 1}"))
     with pytest.raises(ResourceError, match="a trial of 1 workers of 9 CPUs each fits on no node"):
         elastrain.sweep(moods.read("wide", "set.workers={min: 1, max: 1, cpus: 9}"))
+    for name in ("huge", "wide"):
+        assert not storage.list_files(str(workspace / "runs" / name)), "with other workers it is as good as new"
 
 
 def test_a_metric_that_is_never_reported_ends_the_sweep_at_its_first_evaluation(moods: Moods, workspace: Path) -> None:

@@ -11,7 +11,7 @@ from tests.sweeps.texts import BASE, FAIR, SEARCH
 
 from elastrain.errors import ConflictError
 from elastrain.spec.sweep import SweepSpec
-from elastrain.sweeps.begun import begin, extent_of, identity_of, is_over
+from elastrain.sweeps.begun import events_of, extent_of, identity_of, is_over, store
 from elastrain.sweeps.document import base_of
 from elastrain.sweeps.outcome import OUTPUTS
 from elastrain.sweeps.space import arms_of
@@ -22,7 +22,7 @@ Begin = Callable[..., SweepSpec]
 
 @pytest.fixture
 def begun(read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
-    """Return a function that begins a sweep, or goes on with it, as `elastrain sweep` does before it starts Ray."""
+    """Return a function that begins a sweep, or goes on with it, as `elastrain sweep` does."""
     monkeypatch.chdir(tmp_path)
     for part in ("train", "test"):
         (tmp_path / "data" / part).mkdir(parents=True)
@@ -30,7 +30,10 @@ def begun(read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
 
     def made(text: str, *sets: str, fresh: bool = False) -> SweepSpec:
         spec = read(text, *sets)
-        begin(str(tmp_path / "sweep"), spec, identity_of(arms_of(spec, base_of(spec))), fresh=fresh)
+        url, identity = str(tmp_path / "sweep"), identity_of(arms_of(spec, base_of(spec)))
+        if not fresh:
+            events_of(url, spec, identity)
+        store(url, spec, identity, fresh=fresh)
         return spec
 
     return made
@@ -39,7 +42,7 @@ def begun(read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
 @pytest.mark.parametrize("text", [SEARCH, FAIR])
 def test_the_same_sweep_goes_on(begun: Begin, text: str) -> None:
     begun(text)
-    begun(text, "budget.per_arm=50", "max_concurrent=1", "objective.target=0.5")
+    begun(text, "budget.per_arm=50", "max_concurrent=1", "objective.target=0.5", "set.workers.cpus=2")
 
 
 @pytest.mark.parametrize(

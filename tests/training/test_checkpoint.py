@@ -545,6 +545,9 @@ def test_exports_have_the_digest_of_the_run(tmp_path: Path) -> None:
     setup, _, result = trained(SETUPS["tied"], tmp_path / "run")
     out = tmp_path / "model.safetensors"
     found = export_weights(setup.run_url, str(out), step=None, weights="model")
+    (other := tmp_path / "other").touch()
+    for file in (out, *files_in(setup.run_url, 8).values()):
+        assert file.stat().st_mode == other.stat().st_mode, "who may read other files may read this one"
     assert found == {"file": str(out), "step": 8, "weights_sha256": result["weights_sha256"]}
     tensors = load_file(str(out))
     assert digest(tensors) == result["weights_sha256"]

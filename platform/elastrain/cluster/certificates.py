@@ -1,4 +1,4 @@
-"""Certificates for Ray's gRPC: a cluster's own authority, and from it one for each machine, in a folder.
+"""Certificates for TLS: a cluster's own authority, and from it one for each machine, in a folder.
 
 ```
 ca.crt  ca.key      the authority, made once: who has the key can join the cluster

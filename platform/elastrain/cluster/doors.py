@@ -17,6 +17,8 @@ from typing import Literal
 
 import grpc
 
+from elastrain.cluster.environment import uses_tls
+
 Answer = Literal["refused", "open", "metrics", "foreign", "away"]
 """Of a port: wants a token or certificate, answers anybody, tells anybody numbers, is not Ray's, is not there."""
 
@@ -98,7 +100,7 @@ def speaks_tls(host: str, port: int) -> bool:
 
 def check_tls(host: str, port: int) -> None:
     """Raise ConnectionError where one side has TLS on and the other has not: Ray itself would wait for minutes."""
-    ours = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+    ours = uses_tls()
     theirs = speaks_tls(host, port)
     if theirs and not ours:
         raise ConnectionError("it wants a certificate; set RAY_USE_TLS=1 and RAY_TLS_* as its nodes do")

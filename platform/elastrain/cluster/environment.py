@@ -1,5 +1,7 @@
 """What the containers of a cluster are told by variables, whoever lends the machines."""
 
+import os
+
 # Ray's exporters of numbers listen on all addresses and ask for no token. An impossible port is the only way to have
 # the dashboard's and the autoscaler's not start; a spec that has them scraped sets these in its `env`.
 NO_EXPORTERS = {"RAY_enable_metrics_collection": "false", "DASHBOARD_METRIC_PORT": "-1", "AUTOSCALER_METRIC_PORT": "-1"}
@@ -22,3 +24,8 @@ def tls_variables(folder: str) -> dict[str, str]:
         "RAY_TLS_SERVER_KEY": f"{folder}/node.key",
         "RAY_TLS_CA_CERT": f"{folder}/ca.crt",
     }
+
+
+def uses_tls() -> bool:
+    """Say whether this process is told to encrypt, in the words that Ray takes for yes."""
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")

@@ -154,6 +154,7 @@ def _head_group(spec: ClusterSpec) -> dict[str, Any]:
     group = {
         # In a pod the dashboard listens on the pod's address, for the operator; the NetworkPolicy closes it.
         "rayStartParams": {"num-cpus": "0", "num-gpus": "0", "dashboard-host": "0.0.0.0"},  # noqa: S104
+        "labels": spec.offers(),
         "template": {
             "metadata": {"labels": {LABEL: spec.name}},
             "spec": _pod(spec, head, "ray-head", {}, head.identity),

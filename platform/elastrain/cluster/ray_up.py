@@ -78,7 +78,7 @@ def _node(spec: ClusterSpec, machine: Head | Pool) -> dict[str, Any]:
 def _head_type(spec: ClusterSpec) -> dict[str, Any]:
     found = {
         "resources": {"CPU": 0},
-        "labels": {"ray.io/node-group": "head"},
+        "labels": {"ray.io/node-group": "head", **spec.offers()},
         "max_workers": 0,
         "node_config": _node(spec, spec.head),
     }

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from elastrain.elastic.ray_inner import actor_id, groups_of
 
 KILLED_S = 15.0
-PINNED_S, ANYWHERE_S = 30.0, 600.0  # how long a placement group may pend: held by others; waiting for an autoscaler
+PENDING_S = 30.0  # how long a cell's placement group may pend: what was free is held by others
 
 Work = Callable[[dict[str, Any]], None]
 
@@ -59,18 +59,18 @@ class Cell:
         name: str,
         size: int,
         resources: dict[str, float],
-        node: str | None = None,
+        node: str,
         work: Work = work_of_cell,
     ) -> str:
         """Start `size` workers of `resources` each and wait for them; return "" or, if it broke, what Ray said.
 
-        They all are on the node with the id `node`; None: on any one node, and where none has room, demand for one.
+        They all are on the node with the id `node`.
         """
         from ray.train import RunConfig  # noqa: PLC0415 -- 2 s, in this process only
 
         from elastrain.elastic.trainer import CellTrainer, on_one_node  # noqa: PLC0415
 
-        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(PINNED_S if node else ANYWHERE_S)
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(PENDING_S)
         scratch = _scratch(ray.get_runtime_context().get_actor_id() or "")
         scaling = on_one_node(node, size=size, resources=resources, gpu="GPU" in resources)
         trainer = CellTrainer(work, {"config": config}, run=RunConfig(name=name, storage_path=scratch), scaling=scaling)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def start_autoscaling(spec: ClusterSpec) -> Iterator[LocalAutoscaling]:
     ports = [_free_port() for _ in range(4)]
     with (folder / "start.log").open("wb") as log:
         keeper = subprocess.Popen(  # noqa: S603 -- our own script
-            _command(folder, config, ports),
+            _command(folder, config, ports, spec.offers()),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -164,7 +164,7 @@ def _node_type(pool: Pool) -> dict[str, Any]:
     }
 
 
-def _command(folder: Path, config: Path, ports: list[int]) -> list[str]:
+def _command(folder: Path, config: Path, ports: list[int], labels: Mapping[str, str]) -> list[str]:
     dashboard, agent, client, _ = ports
     return [
         *(
@@ -180,6 +180,7 @@ def _command(folder: Path, config: Path, ports: list[int]) -> list[str]:
         *(f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
         *(f"--ray-client-server-port={client}", f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats"),
         *("--include-log-monitor=false", f"--autoscaling-config={config}"),
+        f"--labels={','.join(f'{name}={value}' for name, value in labels.items())}",
     ]
 
 

@@ -16,7 +16,6 @@ worker ─► enter (Worker, Position | None, left, failed)      beat (generatio
 import contextlib
 import secrets
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -190,10 +189,9 @@ class Membership:
 
     def _serve(self, sock: socket.socket) -> None:
         """Hear one worker until its connection ends."""
-        # A worker that is stopped or cut off reads nothing, and everybody else would wait for the lock behind it.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, int(SEND_S * 1e6)))
         try:
-            line = Line(admit(sock, self.token))
+            # A worker that is stopped or cut off reads nothing, and everybody else would wait for the lock behind it.
+            line = Line(admit(sock, self.token, send_s=SEND_S))
         except (OSError, EOFError, AuthenticationError):
             return
         try:

@@ -36,10 +36,10 @@ from elastrain.elastic.ray_inner import (
     without_monitors,
 )
 from elastrain.errors import ResourceError, SpecError
+from elastrain.spec.offers import KIND, offered
 from elastrain.spec.train import WorkersSpec
 
 CONNECT_S = 5.0
-KIND = "accelerator_type:"  # a resource of nodes on which Ray has found an accelerator
 
 
 @contextlib.contextmanager
@@ -169,15 +169,18 @@ def find_room(
     return sizes
 
 
-def check_kind(workers: WorkersSpec) -> None:
-    """Raise SpecError if a worker fits on several kinds of GPU and the run names none: it must not mix them."""
-    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    there += [dict(kind.resources) for kind in node_types()]
+def check_kind(workers: WorkersSpec, key: str = "workers.accelerator") -> None:
+    """Raise SpecError if a worker fits on several kinds of GPU and the spec's `key` names none."""
+    if not workers.gpus or workers.accelerator is not None:
+        return
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    there = [node["Resources"] for node in alive] + [dict(kind.resources) for kind in node_types()]
+    there += [held for node in alive for held in offered(node["Labels"])]
     kinds = sorted({kind[0] for held in there if _fits(workers, held) and (kind := _gpus(held))})
-    if workers.gpus and workers.accelerator is None and len(kinds) > 1:
+    if len(kinds) > 1:
         raise SpecError(
-            f"workers.accelerator: the cluster has {', '.join(kinds)}, and a run must not mix them: name one, as in "
-            f"--set workers.accelerator={kinds[0]}"
+            f"{key}: the cluster has {', '.join(kinds)}, and a run must not mix them: name one, as in "
+            f"--set {key}={kinds[0]}"
         )
 
 

@@ -126,9 +126,9 @@ class Patience(FailurePolicy):
     It waits in the controller, which meanwhile sees no other death; the workers that live need it for nothing.
     """
 
-    def __init__(self, *, size: int, pinned: bool) -> None:
+    def __init__(self, *, size: int) -> None:
         super().__init__(FailureConfig(max_failures=-1))
-        self._size, self._pinned = size, pinned
+        self._size = size
         self._row, self._whole, self._last = 0, 0, float("-inf")  # failures in a row; of those, of the whole cell
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
@@ -152,7 +152,7 @@ class Patience(FailurePolicy):
 
     def _may_help(self, error: TrainingFailedError) -> bool:
         if isinstance(_cause(error), WorkerGroupStartupTimeoutError):
-            return not self._pinned  # the room on this node is gone; elsewhere there may be some
+            return False  # the room on this node is gone; elsewhere there may be some
         return isinstance(error, WorkerGroupError) or isinstance(_cause(error), WorkerGroupStartupFailedError)
 
 
@@ -195,7 +195,7 @@ class CellTrainer(DataParallelTrainer):
         super().__init__(
             work, train_loop_config=config, backend_config=InPlaceConfig(), scaling_config=scaling, run_config=run
         )
-        self._patience = Patience(size=scaling.num_workers, pinned=bool(scaling.label_selector))
+        self._patience = Patience(size=scaling.num_workers)
         self._scaling = CellScaling(scaling)
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
@@ -211,12 +211,12 @@ class CellTrainer(DataParallelTrainer):
         return result
 
 
-def on_one_node(node: str | None, *, size: int, resources: dict[str, float], gpu: bool) -> ScalingConfig:
-    """Return how the workers of a cell are placed: all on the node with this id, or, where it is None, on any one."""
+def on_one_node(node: str, *, size: int, resources: dict[str, float], gpu: bool) -> ScalingConfig:
+    """Return how the workers of a cell are placed: all on the node with this id."""
     return ScalingConfig(
         num_workers=size,
         resources_per_worker=resources,
         use_gpu=gpu,
         placement_strategy="STRICT_PACK",
-        label_selector={NODE_ID_LABEL: node} if node else None,
+        label_selector={NODE_ID_LABEL: node},
     )

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from elastrain.spec.accelerators import ACCELERATORS, TPUS, resource_of
+from elastrain.spec.offers import KIND, PREFIX, offer_of
 from elastrain.spec.problems import nearest
 from elastrain.spec.providers import Aws, Azure, Gcp, KubeRay, Local, OnPrem, Text
 from elastrain.spec.train import Model, NonNegativeInt, PositiveInt, WholeNumber, wrong
@@ -198,7 +199,7 @@ class Pool(Model):
         """Return what a node lends, by Ray's names; memory is left to Ray, which measures it."""
         found = {"CPU": self.cpus}
         if self.accelerator:
-            found |= {self.accelerator.resource: self.accelerator.count, f"accelerator_type:{self.accelerator.type}": 1}
+            found |= {self.accelerator.resource: self.accelerator.count, f"{KIND}{self.accelerator.type}": 1}
         return found
 
 
@@ -219,7 +220,7 @@ class ClusterSpec(Model):
     )
     head: Head = Field(description="the node that drives and never works")
     pools: Annotated[tuple[Pool, ...], Field(min_length=1)] = Field(description="the machines that work")
-    tls: Tls | None = Field(default=None, description="encrypts Ray's gRPC; off where unset")
+    tls: Tls | None = Field(default=None, description="encrypts what its processes say; off where unset")
     env: dict[str, str] = Field(default={}, description="environment of all containers; no secrets")
     prices: str | None = Field(
         default=None, description="a table of machine types of your own, relative to this file: see clusters/README.md"
@@ -246,6 +247,10 @@ class ClusterSpec(Model):
         for field, text in _misfits(self):
             raise wrong(text, field, field.rpartition(".")[0])
         return self
+
+    def offers(self) -> dict[str, str]:
+        """Return the labels by which the head's node tells runs what its autoscaler can add, for `spec.offers`."""
+        return {f"{PREFIX}{pool.name}": offer_of(pool.resources()) for pool in self.pools}
 
     @property
     def machines(self) -> Mapping[str, Head | Pool]:

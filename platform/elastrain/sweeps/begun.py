@@ -15,7 +15,7 @@ from elastrain.sweeps.outcome import OUTPUTS
 from elastrain.sweeps.space import Arm
 
 SPEC, BASE, TRIALS = "spec.yaml", "base.json", "trials"
-FREE = ("storage", "budget", "max_concurrent", "base", "confirm")  # compared otherwise, or not at all
+FREE = ("storage", "budget", "max_concurrent", "base", "set", "confirm")  # compared otherwise, or not at all
 DATA = ("train", "eval")
 
 Identity = dict[str, dict[str, Any]]
@@ -35,10 +35,8 @@ def identity_of(arms: Sequence[Arm]) -> Identity:
     return found
 
 
-def begin(url: str, spec: SweepSpec, identity: Identity, *, fresh: bool) -> list[dict[str, Any]]:
-    """Store what the sweep is and return the events so far. Raises ConflictError if another one is there."""
-    for part in (*OUTPUTS, TRIALS, "ledger", BASE, SPEC) if fresh else ():
-        storage.remove(storage.join(url, part))
+def events_of(url: str, spec: SweepSpec, identity: Identity) -> list[dict[str, Any]]:
+    """Return the events of the sweep so far, none of one that is new. Raises ConflictError if another one is there."""
     place = storage.join(url, SPEC)
     try:
         stored = parse_sweep(storage.read_bytes(place).decode(), name=place)
@@ -50,9 +48,15 @@ def begin(url: str, spec: SweepSpec, identity: Identity, *, fresh: bool) -> list
             f"{url} holds a sweep that was begun with other settings ({'; '.join(differs)}); undo that, give this "
             f"sweep another name, or start over with --fresh"
         )
-    storage.put_json(storage.join(url, BASE), identity)
-    storage.put(place, dump(spec).encode())
     return read_ledger(url)
+
+
+def store(url: str, spec: SweepSpec, identity: Identity, *, fresh: bool) -> None:
+    """Store what the sweep is, once nothing stands against it; `fresh` first removes what is there of another one."""
+    for part in (*OUTPUTS, TRIALS, "ledger", BASE, SPEC) if fresh else ():
+        storage.remove(storage.join(url, part))
+    storage.put_json(storage.join(url, BASE), identity)
+    storage.put(storage.join(url, SPEC), dump(spec).encode())
 
 
 def extent_of(spec: SweepSpec) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from elastrain.observe.ledger import Ledger, read_ledger
 from elastrain.spec.sweep import SweepSpec
 from elastrain.spec.train import WorkersSpec
 from elastrain.sweeps.agenda import Agenda, Proposal
-from elastrain.sweeps.begun import SPEC, TRIALS, begin, extent_of, identity_of, is_over
+from elastrain.sweeps.begun import SPEC, TRIALS, events_of, extent_of, identity_of, is_over, store
 from elastrain.sweeps.desk import Desk
 from elastrain.sweeps.document import base_of, resolve_sweep
 from elastrain.sweeps.forecast import local_cpus, workers_of
@@ -127,9 +127,7 @@ def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False, s
     start = time.monotonic()
     scoring = scoring_of(spec, arms)
     with locked(url, remedy="give this sweep another name") as hold, LiveView(scoring) as view:
-        if fresh and storage.exists(storage.join(url, SPEC)):
-            actions.note(url, "delete")
-        before = begin(url, spec, identity, fresh=fresh)
+        before = [] if fresh else events_of(url, spec, identity)
         known = trials_of(before)
         job = _Job(
             spec=spec,
@@ -150,9 +148,14 @@ def sweep(spec: SweepSpec, *, address: str | None = None, fresh: bool = False, s
             seen = {url, *(place for arm in arms for place in places(arm.base) if place != arm.base.storage)}
             with ray_session(address, cpus=local_cpus(workers), seen=seen, shared=shared), stopping(job.stop):
                 check_room(workers, job.size)
+                if fresh and storage.exists(storage.join(url, SPEC)):
+                    actions.note(url, "delete")
+                store(url, spec, identity, fresh=fresh)
                 goal = spec.objective.goal
                 actions.note(url, "resume" if before else "start", attempt=Ledger.next_attempt(url))
                 _run(job, Objective(metric=spec.objective.metric, goal=goal, decisions=steps, saves=saves))
+        else:
+            store(url, spec, identity, fresh=False)  # with another target, perhaps
         hold.check()
         events = read_ledger(url)
         done = Sweep(url, *conclude(url, spec, arms, events, wall_s=time.monotonic() - start))

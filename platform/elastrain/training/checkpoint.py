@@ -294,7 +294,10 @@ def _write_pieces(pieces: Iterable[bytes], path: Path) -> None:
 
 def _save(tensors: dict[str, Tensor], path: Path, target: str) -> None:
     try:
+        path.touch()
+        mode = path.stat().st_mode  # as the umask has it: safetensors makes files that nobody but their owner may read
         save_file(tensors, str(path))
+        path.chmod(mode)
     except (OSError, SafetensorError) as error:
         full = "os error 28" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
         reason = "the disk is full" if full else str(error)
