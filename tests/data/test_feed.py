@@ -172,7 +172,7 @@ def test_reading_begins_with_the_first_node_and_follows_the_run_from_lease_to_le
     assert feed_module.off_idle_head()["label_selector"] == {"ray.io/node-id": "!in(head)"}
 
 
-def test_small_data_are_read_by_one_task_at_a_time_unless_something_is_done_with_them(
+def test_small_data_are_read_by_one_task_at_a_time_unless_something_is_done_with_them_or_they_are_far(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[tuple[float, int]] = []
@@ -183,10 +183,11 @@ def test_small_data_are_read_by_one_task_at_a_time_unless_something_is_done_with
 
     monkeypatch.setattr(feed_module, "Stream", Watched)
     worked = replace(spec_of(dataset), transforms=(Scale(name="scale", column="image"),))
-    for spec, small in ((spec_of(dataset), 33 * ROWS), (spec_of(dataset), 33 * ROWS - 1), (worked, 33 * ROWS)):
-        monkeypatch.setattr(feed_module, "SMALL_BYTES", small)
+    far = replace(spec_of(dataset), train=replace(dataset, url="s3://bucket/digits"))
+    for spec, more in ((spec_of(dataset), 0), (spec_of(dataset), 1), (worked, 0), (far, 0)):
+        monkeypatch.setattr(feed_module, "SMALL_BYTES", 33 * ROWS - more)
         FeederLogic(spec)
-    assert given == [(1.0, 1), (1.0, 2), (1.0, 2)]
+    assert given == [(1.0, 1), (1.0, 2), (1.0, 2), (1.0, 2)]
 
 
 @pytest.mark.ray

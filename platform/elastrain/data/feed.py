@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from elastrain import storage
 from elastrain.data.blocks import (
     EVALUATION,
     INDEX,
@@ -49,7 +50,7 @@ LEASE = 512  # blocks of one Ray Data execution: the work of each is an object i
 CLOSE_S = 10.0
 LOOK_S = 0.2  # between two looks for a node that tasks may run on
 HEAD, NODE_ID_LABEL = "node:__internal_head__", "ray.io/node-id"  # a resource of the head; a label of every node
-SMALL_BYTES = 8 << 20  # of an epoch: one task reads them in no time, and another one would cost a process
+SMALL_BYTES = 8 << 20  # of an epoch on this machine: one task reads them in no time, another would cost a process
 PATIENCE_S = 1.0  # for a block that has been read to arrive; more where the slowest so far took long
 PATIENCE_FACTOR = 2.0
 
@@ -178,7 +179,8 @@ class FeederLogic:
         self._spec = spec
         self._beside: tuple[int, float] | None = None
         plan = spec.plan
-        self._small = not spec.transforms and spec.train.row_bytes * spec.train.num_rows <= SMALL_BYTES
+        near = not spec.transforms and storage.is_local(spec.train.url)
+        self._small = near and spec.train.row_bytes * spec.train.num_rows <= SMALL_BYTES
         row_bytes = delivered_bytes(spec.transforms, spec.train.columns) + INDEX_BYTES
         block_bytes = plan.block_steps * row_bytes * -(-plan.global_batch // plan.slots)
         self._train = Stream(
