@@ -1,4 +1,4 @@
-"""What a run asks of an autoscaler: one pending placement group for each worker that finds no room.
+"""What an autoscaler is asked: one pending placement group for each worker of a run, or trial of a sweep, without room.
 
 The autoscaler packs them on nodes as it sees fit. One that has found a node holds the place until the cell that is
 started there has a placement group of its own: else the node might idle, and be ended. Pools whose launches fail are
