@@ -5,6 +5,7 @@ Nothing is started. Each message says what has changed and what of ours depends 
 
 import ast
 import inspect
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -238,6 +239,36 @@ def test_a_node_that_is_slow_to_start_is_waited_for(monkeypatch: pytest.MonkeyPa
     with ray_inner.patient_start():
         assert services.get_node("gcs", "node") == {"node_id": "there"}
     assert services.get_node is slow
+
+
+def test_a_raylet_that_has_ended_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import node, services
+
+    from elastrain.elastic import ray_inner
+
+    assert says(node.Node, "ray._private.services.start_raylet("), "a node starts its raylet otherwise: patient_start"
+
+    def never(*_: object) -> object:
+        raise RuntimeError("no such node")
+
+    ended = SimpleNamespace(process=SimpleNamespace(poll=lambda: 134))
+    monkeypatch.setattr(services, "get_node", never)
+    monkeypatch.setattr(services, "start_raylet", lambda *_: ended)
+    begun = time.monotonic()
+    with ray_inner.patient_start():
+        start: Any = services.start_raylet
+        assert start("redis") is ended
+        with pytest.raises(RuntimeError, match="no such node"):
+            services.get_node("gcs", "node")
+    assert time.monotonic() - begun < ray_inner.NODE_S / 2
+
+
+def test_the_agent_of_a_dashboard_is_started_by_a_command_that_is_made_by_a_name() -> None:
+    from ray._private import services
+
+    assert says(services.start_raylet, "ray_constants.PROCESS_TYPE_DASHBOARD_AGENT", '"--session-dir={session_dir}"'), (
+        "a raylet's agent is started otherwise: ray_inner.patient_start, no_agent"
+    )
 
 
 # --- Ray Train: trainer.py

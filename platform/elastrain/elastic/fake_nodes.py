@@ -12,6 +12,8 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeP
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
 
+from elastrain.elastic.ray_inner import patient_start
+
 NO_CAPACITY = "no-capacity"  # a file: the names of the pools that cannot launch now, one a line
 ADDRESS = "ray_current_cluster"  # a file of Ray's: where the head is
 
@@ -37,7 +39,7 @@ class FakeNodes(FakeMultiNodeProvider):
         Ray's provider calls `ray._private.parameter.RayParams` by that name.
         """
         parameter: Any = ray._private.parameter  # noqa: SLF001
-        with self.lock:
+        with self.lock, patient_start():
             before = parameter.RayParams
             folder = Path(self.provider_config["folder"]) / f"n{self._next_node_id + 1}"
             parameter.RayParams = partial(before, temp_dir=str(folder), include_log_monitor=False)

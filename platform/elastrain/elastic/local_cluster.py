@@ -18,7 +18,7 @@ from pathlib import Path
 
 import ray
 
-from elastrain.elastic import keep
+from elastrain.elastic import keep, start_node
 from elastrain.elastic.ray_inner import secure_new_cluster
 from elastrain.elastic.session import ray_session
 from elastrain.errors import ConflictError, ResourceError
@@ -133,7 +133,7 @@ class LocalCluster:
         folder = self._folder / name  # nodes that share one and start at once race for the names of their sockets
         folder.mkdir()
         command = [
-            *(sys.executable, "-P", keep.__file__, str(Path(sys.executable).with_name("ray")), "start", "--block"),
+            *(sys.executable, "-P", keep.__file__, sys.executable, "-P", start_node.__file__, "start", "--block"),
             *(*options, f"--temp-dir={folder}", f"--object-store-memory={self._store}", "--num-gpus=0"),
             *("--disable-usage-stats", "--include-log-monitor=false", "--dashboard-agent-listen-port=0"),
         ]

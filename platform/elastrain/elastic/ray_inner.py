@@ -8,8 +8,9 @@ says what has changed when the next one differs.
 import contextlib
 import logging
 import os
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,14 @@ import ray
 import ray._private.parameter
 import ray._private.state
 import ray._private.worker
+from ray._private import ray_constants
 from ray._private.authentication import authentication_token_setup as token
 from ray._raylet import GcsClient  # type: ignore[attr-defined] # compiled
 from ray.core.generated import autoscaler_pb2, gcs_pb2
 from ray.util.placement_group import PlacementGroup
 
 from elastrain.cluster.environment import NO_EXPORTERS
+from elastrain.elastic import no_agent
 from elastrain.errors import ResourceError
 
 STATUS_S, SLOW_S, PAUSE_S = 10.0, 60.0, 1.0  # an answer of the GCS; how often it is asked again, and how soon
@@ -233,25 +236,50 @@ def without_monitors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def patient_start() -> Iterator[None]:
-    """Have `ray.init` wait for its own node for NODE_S: after half a minute, as on a busy machine, it would give up.
+    """Start nodes that have no dashboard in this process as on a busy machine, where Ray would give up.
 
-    Stands on `ray._private.services.get_node`, which a node that starts asks by this name until it is there.
+    A node waits for its raylet for NODE_S in place of half a minute, as long as that lives, and the raylet not for the
+    agent of the dashboard, which may take longer than its 15 s: `no_agent` stands in for that. Stands on
+    `ray._private.services.get_node`, which a node asks by this name until it is there, on `start_raylet`, and on
+    `_build_python_executable_command_memory_profileable`, of which the agent's command is made.
     """
     services: Any = ray._private.services  # noqa: SLF001
-    get = services.get_node
+    raylets: list[Any] = []
+    start = services.start_raylet
 
+    def started(*arguments: Any, **named: Any) -> Any:
+        raylets.append(start(*arguments, **named))
+        return raylets[-1]
+
+    build = "_build_python_executable_command_memory_profileable"
+    ours = {"get_node": _patient(services.get_node, raylets), "start_raylet": started}
+    ours[build] = _without_agent(getattr(services, build))
+    before = {name: getattr(services, name) for name in ours}
+    vars(services).update(ours)
+    try:
+        yield
+    finally:
+        vars(services).update(before)
+
+
+def _patient(get: Callable[..., Any], raylets: list[Any]) -> Callable[..., Any]:
     def found(*arguments: Any) -> Any:
         deadline = time.monotonic() + NODE_S
         while True:
             try:
                 return get(*arguments)
             except RuntimeError:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or any(raylet.process.poll() is not None for raylet in raylets):
                     raise
                 time.sleep(START_LOOK_S)
 
-    services.get_node = found
-    try:
-        yield
-    finally:
-        services.get_node = get
+    return found
+
+
+def _without_agent(build: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    def command(component: str, *rest: Any, **named: Any) -> list[str]:
+        if component == ray_constants.PROCESS_TYPE_DASHBOARD_AGENT:
+            return [sys.executable, "-S", "-E", no_agent.__file__]
+        return build(component, *rest, **named)
+
+    return command
